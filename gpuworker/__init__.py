@@ -1,0 +1,1 @@
+"""The GPU worker: claims operations, runs them through the engine, commits the results."""

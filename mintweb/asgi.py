@@ -1,0 +1,27 @@
+"""The one entry for HTTP and websockets.
+
+The SDK's endpoints are lean ASGI handlers beside the Django application: a Django view costs some
+milliseconds of thread hops a request, and these endpoints decide how long the GPU waits.
+"""
+
+from __future__ import annotations
+
+import os
+
+from channels.auth import AuthMiddlewareStack
+from channels.routing import ProtocolTypeRouter, URLRouter
+from channels.security.websocket import AllowedHostsOriginValidator
+from django.core.asgi import get_asgi_application
+from django.urls import path, re_path
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
+django_application = get_asgi_application()
+
+from runs import urls  # noqa: E402 - models exist only once Django is set up
+
+application = ProtocolTypeRouter(
+    {
+        "http": URLRouter([path("api/v1/", URLRouter(urls.sdk_routes)), re_path("", django_application)]),
+        "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(urls.socket_routes))),
+    }
+)

@@ -1,0 +1,1 @@
+"""The web side: runs, datasets and checkpoints as rows, the SDK's API, REST and pages."""

@@ -1,0 +1,227 @@
+"""What every SDK endpoint shares: the body with its limit, the key, the errors as JSON.
+
+A view is a plain function of an `ApiRequest` that returns a `Reply`; it runs in a thread of its own
+pool, where Django's database connections live. A view that waits is a coroutine function instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl
+
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections
+
+from runs.exceptions import MethodNotAllowed, MintError, NotAuthenticated, PayloadTooLarge, RateLimited
+from runs.models import User
+from runs.schemas.encodings import decompress
+from runs.services import keys
+
+logger = logging.getLogger(__name__)
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Result = TypeVar("Result")
+
+_BODY_TIMEOUT_S: Final = 30
+_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="api")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiRequest:
+    """A request whose body was read and whose key was checked. Header names are lower case."""
+
+    method: str
+    path_args: Mapping[str, str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    credential: str
+    _user: User | None
+
+    @property
+    def user(self) -> User:
+        """The owner of the key; only endpoints without a key check have none."""
+        assert self._user is not None
+        return self._user
+
+    @property
+    def is_proto(self) -> bool:
+        """Whether the body is protobuf."""
+        return self.headers.get("content-type", "").startswith("application/x-protobuf")
+
+    @property
+    def accepts_proto(self) -> bool:
+        """Whether the answer may be protobuf."""
+        return "application/x-protobuf" in self.headers.get("accept", "")
+
+    @property
+    def sdk_version(self) -> str:
+        """The client's version, empty when it does not say."""
+        return self.headers.get("x-stainless-package-version", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """An answer in its final bytes."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_reply(content: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    """Answer with a JSON object."""
+    body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    return Reply(body=body, status=status, headers=headers or {})
+
+
+NO_CONTENT: Final = Reply(status=204)
+View = Callable[[ApiRequest], Reply] | Callable[[ApiRequest], Awaitable[Reply]]
+
+
+class Endpoint:
+    """An ASGI application with one view per method; `needs_key` is its access policy."""
+
+    def __init__(self, views: Mapping[str, View], *, needs_key: bool) -> None:
+        self.views = views
+        self.needs_key = needs_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; every error becomes JSON here."""
+        try:
+            reply = await self._answer(scope, receive)
+        except MintError as error:
+            reply = error_reply(error)
+        except (OperationalError, InterfaceError) as error:
+            logger.warning("the database did not answer: %s", error)
+            reply = error_reply(RateLimited("the database is not reachable just now; send the request again"))
+        except _ClientLeft:
+            return
+        except Exception:
+            reply = _crash_reply(scope)
+        await _send(reply, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
+        view = self.views.get(scope["method"])
+        if view is None:
+            raise MethodNotAllowed(f"use {' or '.join(self.views)} here, not {scope['method']}")
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        credential = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        user = None
+        if self.needs_key:
+            if not credential:
+                raise NotAuthenticated
+            user = await in_thread(lambda: keys.authenticate(credential))
+        body = await _read_body(receive, headers)
+        request = ApiRequest(
+            method=scope["method"],
+            path_args=scope["url_route"]["kwargs"],
+            query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+            headers=headers,
+            body=body,
+            credential=credential,
+            _user=user,
+        )
+        if inspect.iscoroutinefunction(view):
+            awaited: Reply = await view(request)
+            return awaited
+        return await in_thread(lambda: view(request))  # type: ignore[arg-type, return-value]
+
+
+def endpoint(**views: View) -> Endpoint:
+    """Make an endpoint that needs a key, e.g. `endpoint(POST=view)`."""
+    return Endpoint(views, needs_key=True)
+
+
+def open_endpoint(**views: View) -> Endpoint:
+    """Make an endpoint that anyone may call."""
+    return Endpoint(views, needs_key=False)
+
+
+async def in_thread(call: Callable[[], Result]) -> Result:
+    """Run a database call in the API's thread pool."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, _with_connection, call)
+
+
+def error_reply(error: MintError) -> Reply:
+    """Answer with an error; the SDK shows `detail` to its user."""
+    content = {"detail": str(error), "code": error.code, "category": error.category}
+    if error.place:
+        content["place"] = error.place
+    retry = {"retry-after": "1"} if error.http_status == 429 else {}
+    return json_reply(content, status=error.http_status, headers=retry)
+
+
+class _ClientLeft(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+def _with_connection(call: Callable[[], Result]) -> Result:
+    close_old_connections()
+    try:
+        return call()
+    except DatabaseError:
+        close_old_connections()
+        raise
+
+
+def _crash_reply(scope: Scope) -> Reply:
+    incident = uuid.uuid4().hex[:12]
+    logger.exception("incident %s at %s %s", incident, scope["method"], scope["path"])
+    return json_reply(
+        {"detail": f"the server failed; its log names this incident {incident}", "code": "server_error", "category": "server"},
+        status=500,
+    )
+
+
+async def _read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
+    """Read the body, never holding more than the limit whatever Content-Length says."""
+    limit = settings.MAX_BODY_BYTES
+    declared = headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise PayloadTooLarge(f"the body has {declared} bytes; the most is {limit}")
+    try:
+        raw = await asyncio.wait_for(_receive_all(receive, limit), _BODY_TIMEOUT_S)
+    except TimeoutError:
+        raise PayloadTooLarge(f"the body did not arrive within {_BODY_TIMEOUT_S} s") from None
+    encoding = headers.get("content-encoding", "")
+    if not encoding:
+        return raw
+    return await in_thread(lambda: decompress(raw, encoding, limit=limit))
+
+
+async def _receive_all(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise PayloadTooLarge(f"the body is longer than {limit} bytes")
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _send(reply: Reply, send: Send) -> None:
+    headers = [(name.encode(), value.encode()) for name, value in reply.headers.items()]
+    headers.append((b"x-content-type-options", b"nosniff"))
+    if reply.status != 204:
+        headers.append((b"content-type", reply.content_type.encode()))
+        headers.append((b"content-length", str(len(reply.body)).encode()))
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})

@@ -1,0 +1,1 @@
+"""Websockets that tell open pages which rows are new."""

@@ -1,0 +1,103 @@
+"""Doorbells: typed hints to workers, waiting requests and open pages that rows have changed.
+
+A hint carries no truth: whoever gets one reads the rows again, and everyone also looks by
+themselves now and then, so a lost hint costs seconds. PostgreSQL's NOTIFY is sent inside the
+transaction and so arrives after its commit; page hints go through the Channels layer on commit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any, Final, TypedDict
+
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from django.db import connection, transaction
+
+logger = logging.getLogger(__name__)
+
+WORK_CHANNEL: Final = "mintweb_work"
+DONE_CHANNEL: Final = "mintweb_done"
+_NOTIFY_LIMIT_BYTES: Final = 7000
+_PAGE_HINT_INTERVAL_S: Final = 0.25
+
+
+class RunChanged(TypedDict):
+    """Tells a page that the run has rows after its cursor."""
+
+    type: str
+    run: str
+
+
+def run_group(run_pk: int) -> str:
+    """Return the Channels group of the pages that watch one run."""
+    return f"run-{run_pk}"
+
+
+def owner_group(owner_pk: int) -> str:
+    """Return the Channels group of a person's run lists."""
+    return f"owner-{owner_pk}"
+
+
+def notify_work() -> None:
+    """Ring for the GPU workers when the current transaction commits."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_notify(%s, '')", [WORK_CHANNEL])
+
+
+def notify_done(operation_ids: Iterable[int]) -> None:
+    """Wake the requests that wait for these operations when the current transaction commits."""
+    ids = list(operation_ids)
+    while ids:
+        part, ids = ids[:500], ids[500:]
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, %s)", [DONE_CHANNEL, json.dumps(part, separators=(",", ":"))])
+
+
+def run_changed(run_pk: int, owner_pk: int, public_id: str) -> None:
+    """Tell open pages about a run once the current transaction commits; at most 4 hints a second a run."""
+    transaction.on_commit(lambda: _page_hints.send(run_pk, owner_pk, public_id))
+
+
+class _PageHints:
+    """Sends page hints from one background thread, so that a slow or dead Redis delays nobody."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, tuple[int, str]] = {}
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def send(self, run_pk: int, owner_pk: int, public_id: str) -> None:
+        """Remember that the run changed; hints of one run within an interval become one."""
+        with self._wake:
+            self._pending[run_pk] = (owner_pk, public_id)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._loop, name="page-hints", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._pending:
+                    self._wake.wait()
+                pending, self._pending = self._pending, {}
+            for run_pk, (owner_pk, public_id) in pending.items():
+                self._send_one(run_pk, owner_pk, public_id)
+            time.sleep(_PAGE_HINT_INTERVAL_S)
+
+    def _send_one(self, run_pk: int, owner_pk: int, public_id: str) -> None:
+        layer: Any = get_channel_layer()
+        message = RunChanged(type="run.changed", run=public_id)
+        try:
+            async_to_sync(layer.group_send)(run_group(run_pk), message)
+            async_to_sync(layer.group_send)(owner_group(owner_pk), message)
+        except (OSError, ConnectionError) as error:
+            logger.warning("no page hint for run %s: %s", public_id, error)
+
+
+_page_hints = _PageHints()

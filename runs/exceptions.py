@@ -1,0 +1,135 @@
+"""Errors that reach a client; each knows its code, HTTP status and category.
+
+MintError                500  server
++ RequestInvalid         422  user    the body or a value in it is wrong; `place` says where
++ NotAuthenticated       401  user    no key, a malformed key, or one that was revoked
++ NotFound               404  user    no such object, or not yours: both look the same
++ MethodNotAllowed       405  user
++ PayloadTooLarge        413  user
++ UnsupportedMedia       415  user    content type or content encoding
++ SequenceConflict       422  user    a seq_id came again with another request
++ RateLimited            429  server  come back later; the SDK waits and sends again
++ SessionFinished        410  user    the SDK session was closed
++ OperationFailed        200  either  a failed operation, told in its result
+
+409 is never used: the client SDKs retry it for minutes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Category = Literal["user", "server", "unknown"]
+
+
+class MintError(Exception):
+    """The server failed; the request can be sent again."""
+
+    code: ClassVar[str] = "server_error"
+    http_status: ClassVar[int] = 500
+    category: Category = "server"
+
+    def __init__(self, message: str | None = None, *, place: str = "") -> None:
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.place = place
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}" if self.place else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.place))
+
+
+def _rebuild(cls: type[MintError], message: str, place: str) -> MintError:
+    return cls(message, place=place)
+
+
+class RequestInvalid(MintError):
+    """the request is not valid"""
+
+    code = "invalid_request"
+    http_status = 422
+    category = "user"
+
+
+class NotAuthenticated(MintError):
+    """a valid API key is needed: send it as the X-API-Key header"""
+
+    code = "not_authenticated"
+    http_status = 401
+    category = "user"
+
+
+class NotFound(MintError):
+    """there is no such object"""
+
+    code = "not_found"
+    http_status = 404
+    category = "user"
+
+
+class MethodNotAllowed(MintError):
+    """this address does not take this method"""
+
+    code = "method_not_allowed"
+    http_status = 405
+    category = "user"
+
+
+class PayloadTooLarge(MintError):
+    """the request body is too large"""
+
+    code = "payload_too_large"
+    http_status = 413
+    category = "user"
+
+
+class UnsupportedMedia(MintError):
+    """this content type or encoding is not understood"""
+
+    code = "unsupported_media"
+    http_status = 415
+    category = "user"
+
+
+class SequenceConflict(MintError):
+    """this seq_id was already used by another request"""
+
+    code = "sequence_conflict"
+    http_status = 422
+    category = "user"
+
+
+class RateLimited(MintError):
+    """too many operations are waiting; send this one again in a moment"""
+
+    code = "rate_limited"
+    http_status = 429
+    category = "server"
+
+
+class SessionFinished(MintError):
+    """this session was finished; start a new one"""
+
+    code = "session_finished"
+    http_status = 410
+    category = "user"
+
+
+class OperationFailed(MintError):
+    """the operation failed"""
+
+    code = "operation_failed"
+    http_status = 200
+
+    def __init__(self, message: str | None = None, *, place: str = "", category: Category = "server") -> None:
+        super().__init__(message, place=place)
+        self.category = category
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_failed, (self.message, self.place, self.category))
+
+
+def _rebuild_failed(message: str, place: str, category: Category) -> OperationFailed:
+    return OperationFailed(message, place=place, category=category)

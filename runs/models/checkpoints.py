@@ -1,0 +1,86 @@
+"""What a run leaves behind: checkpoints people name, snapshots the system needs, and sampling sessions."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models.functions import Now
+
+from runs.models.accounts import Session, User
+from runs.models.training_runs import TrainingRun
+
+
+class Checkpoint(models.Model):
+    """Saved weights. The row appears in the same commit as the operation that made it.
+
+    `directory` is a storage prefix built from an id, never from the user's name for it.
+    An ephemeral checkpoint has no name of the user's: it feeds one sampling session.
+    """
+
+    class Kind(models.TextChoices):
+        """The values are the middle part of a tinker:// path."""
+
+        TRAINING = "weights", "training"
+        SAMPLER = "sampler_weights", "sampler"
+
+    owner = models.ForeignKey(User, on_delete=models.CASCADE, related_name="checkpoints")
+    run = models.ForeignKey(TrainingRun, on_delete=models.CASCADE, related_name="checkpoints")
+    kind = models.CharField(max_length=20, choices=Kind.choices)
+    name = models.CharField(max_length=128)
+    is_ephemeral = models.BooleanField(default=False)
+    directory = models.CharField(max_length=200)
+    size_bytes = models.PositiveBigIntegerField()
+    seq = models.BigIntegerField()
+    step = models.PositiveBigIntegerField()
+    is_public = models.BooleanField(default=False)
+    user_metadata = models.JSONField(default=dict)
+    created_at = models.DateTimeField(db_default=Now())
+    expires_at = models.DateTimeField(null=True)
+
+    class Meta:
+        ordering = ["-created_at", "-id"]
+        constraints = [
+            models.UniqueConstraint(fields=["run", "kind", "name"], name="checkpoint_name_once_per_run"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.run_id}/{self.kind}/{self.name}"
+
+
+class SamplingSession(models.Model):
+    """A fixed set of weights to sample from: a checkpoint's, or the bare base model's."""
+
+    public_id = models.CharField(max_length=128, unique=True)
+    owner = models.ForeignKey(User, on_delete=models.CASCADE, related_name="sampling_sessions")
+    session = models.ForeignKey(Session, on_delete=models.CASCADE, related_name="sampling_sessions")
+    seq_id = models.PositiveBigIntegerField()
+    base_model = models.CharField(max_length=200)
+    checkpoint = models.ForeignKey(Checkpoint, null=True, on_delete=models.SET_NULL)
+    run = models.ForeignKey(TrainingRun, null=True, on_delete=models.SET_NULL, related_name="sampling_sessions")
+    model_path = models.CharField(max_length=400, blank=True)
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["session", "seq_id"], name="sampling_session_once_per_session_seq"),
+        ]
+
+    def __str__(self) -> str:
+        return self.public_id
+
+
+class Snapshot(models.Model):
+    """The full state of a run after `seq`: where a worker that takes over starts to replay."""
+
+    run = models.ForeignKey(TrainingRun, on_delete=models.CASCADE, related_name="snapshots")
+    seq = models.BigIntegerField()
+    fence = models.BigIntegerField()
+    directory = models.CharField(max_length=200)
+    size_bytes = models.PositiveBigIntegerField()
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ["-seq"]
+        constraints = [models.UniqueConstraint(fields=["run", "seq", "fence"], name="snapshot_once")]
+
+    def __str__(self) -> str:
+        return f"{self.run_id}@{self.seq}"

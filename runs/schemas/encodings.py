@@ -1,0 +1,116 @@
+"""Undoes a request's Content-Encoding in a stream, with a hard limit on what comes out."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+
+import zstandard
+
+from runs.exceptions import PayloadTooLarge, RequestInvalid, UnsupportedMedia
+
+MAX_RATIO = 100
+RATIO_FREE_BYTES = 1 << 20
+# What RFC 8878 asks every decoder to support; a larger window would be memory spent on one header.
+MAX_ZSTD_WINDOW_BYTES = 8 << 20
+# Each frame or member costs a copy of what follows it.
+MAX_FRAMES = 64
+_PIECE_BYTES = 256 << 10
+# A zstd block of 4 bytes can unpack to 128 KiB: one piece is at most 8 MiB.
+_ZSTD_PIECE_BYTES = 256
+
+SUPPORTED = ("gzip", "deflate", "zstd", "identity")
+
+
+def decompress(body: bytes, encoding: str | None, *, limit: int) -> bytes:
+    """Return the plain body.
+
+    Args:
+        encoding: the Content-Encoding header, or None.
+        limit: most bytes the plain body may have.
+    Raises:
+        PayloadTooLarge: more than `limit` bytes, or more than 1 MiB at a ratio above 100.
+        UnsupportedMedia: an unknown encoding, or more than one.
+        RequestInvalid: the compressed bytes are damaged or cut off.
+    """
+    name = _single_encoding(encoding)
+    if name == "identity":
+        if len(body) > limit:
+            raise PayloadTooLarge(f"the body has {len(body)} bytes, the limit is {limit}")
+        return body
+    pieces = _unzstd(body) if name == "zstd" else _inflate(body, name)
+    try:
+        return _collect(pieces, limit=limit, num_packed=len(body))
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise RequestInvalid(f"the body is not valid {name}: {error}") from error
+
+
+def _single_encoding(encoding: str | None) -> str:
+    names = [name.strip().lower() for name in (encoding or "identity").split(",")]
+    names = [name for name in names if name not in ("", "identity")]
+    if len(names) > 1:
+        raise UnsupportedMedia(f"the body was encoded {len(names)} times; use one content-encoding")
+    name = names[0] if names else "identity"
+    name = "gzip" if name == "x-gzip" else name
+    if name not in SUPPORTED:
+        raise UnsupportedMedia(
+            f"content-encoding {ascii(name[:40])} is not understood; use one of {', '.join(SUPPORTED)}"
+        )
+    return name
+
+
+def _collect(pieces: Iterator[bytes], *, limit: int, num_packed: int) -> bytes:
+    plain = io.BytesIO()
+    ratio_limit = max(RATIO_FREE_BYTES, MAX_RATIO * num_packed)
+    for piece in pieces:
+        plain.write(piece)
+        if plain.tell() > limit:
+            raise PayloadTooLarge(f"the body unpacks to more than {limit} bytes")
+        if plain.tell() > ratio_limit:
+            raise PayloadTooLarge(
+                f"the body unpacks to more than {MAX_RATIO} times its {num_packed} compressed bytes"
+            )
+    return plain.getvalue()
+
+
+def _unzstd(body: bytes) -> Iterator[bytes]:
+    # A decompressor fed by pieces stops when we do; decompress(max_output_size=...) ignores its limit
+    # when the frame header declares a size, and the stream reader cannot tell a frame that is cut off.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
+    rest = body
+    for _ in range(MAX_FRAMES):
+        frame = decompressor.decompressobj()
+        view = memoryview(rest)
+        used = 0
+        while not frame.eof:
+            if used >= len(view):
+                raise EOFError("it is cut off")
+            piece = view[used : used + _ZSTD_PIECE_BYTES]
+            yield frame.decompress(piece)
+            used += len(piece)
+        rest = frame.unused_data + bytes(view[used:])
+        if not rest:
+            return
+    raise EOFError(f"it has more than {MAX_FRAMES} frames")
+
+
+def _inflate(body: bytes, name: str) -> Iterator[bytes]:
+    window_bits = zlib.MAX_WBITS | 16 if name == "gzip" else _deflate_window_bits(body)
+    rest = body
+    for _ in range(MAX_FRAMES):
+        stream = zlib.decompressobj(window_bits)
+        while not stream.eof:
+            if not rest:
+                raise EOFError("it is cut off")
+            yield stream.decompress(rest, _PIECE_BYTES)
+            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
+        if not rest:
+            return
+    raise EOFError(f"it has more than {MAX_FRAMES} members")
+
+
+def _deflate_window_bits(body: bytes) -> int:
+    """Tell zlib-wrapped deflate, which the standard means, from the raw kind some clients send."""
+    wrapped = len(body) >= 2 and body[0] & 0x0F == 8 and int.from_bytes(body[:2], "big") % 31 == 0
+    return zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS

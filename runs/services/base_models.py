@@ -1,0 +1,109 @@
+"""The base models on offer: what the settings name and what a worker made of it. Knows no torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from django.conf import settings
+from django.db.models.functions import Now
+
+from runs.exceptions import RequestInvalid
+from runs.models import BaseModel, Worker
+
+_CACHE_S: Final = 2.0
+_cache: tuple[float, list[BaseModelInfo]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelInfo:
+    """One base model. The sizes are 0 until a worker has loaded it; `error` says why one could not."""
+
+    name: str
+    directory: str
+    vocab_size: int = 0
+    max_context: int = 0
+    max_rank: int = 0
+    num_parameters: int = 0
+    architecture: str = ""
+    error: str = ""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether some worker has it in memory."""
+        return self.vocab_size > 0 and not self.error
+
+    @property
+    def tokenizer_id(self) -> str:
+        """What a client gives to AutoTokenizer: the folder when there is one, else the name."""
+        return self.directory if Path(self.directory).is_dir() else self.name
+
+
+def available() -> list[BaseModelInfo]:
+    """Return every configured base model, in the order of the settings."""
+    global _cache
+    if _cache is None or _cache[0] < time.monotonic():
+        _cache = (time.monotonic() + _CACHE_S, _read())
+    return _cache[1]
+
+
+def get(name: str, *, place: str = "base_model") -> BaseModelInfo:
+    """Return a configured base model that has no load error.
+
+    Raises:
+        RequestInvalid: it is not configured, or could not be loaded.
+    """
+    for info in available():
+        if info.name == name:
+            if info.error:
+                raise RequestInvalid(f"base model {name!r} could not be loaded: {info.error}", place=place)
+            return info
+    allowed = ", ".join(repr(info.name) for info in available())
+    raise RequestInvalid(f"unknown base model {name[:80]!r}; this server offers {allowed}", place=place)
+
+
+def find(name: str) -> BaseModelInfo | None:
+    """Return a configured base model, loaded or not."""
+    return next((info for info in available() if info.name == name), None)
+
+
+def report(worker: Worker, info: BaseModelInfo) -> None:
+    """Record what a worker found when it loaded a base model."""
+    BaseModel.objects.update_or_create(
+        name=info.name,
+        defaults={
+            "directory": info.directory,
+            "worker": worker,
+            "error": info.error,
+            "architecture": info.architecture,
+            "vocab_size": info.vocab_size,
+            "max_context": info.max_context,
+            "max_rank": info.max_rank,
+            "num_parameters": info.num_parameters,
+            "reported_at": Now(),
+        },
+    )
+    global _cache
+    _cache = None
+
+
+def _read() -> list[BaseModelInfo]:
+    rows = {row.name: row for row in BaseModel.objects.all()}
+    return [_info(name, str(directory), rows.get(name)) for name, directory in settings.BASE_MODELS.items()]
+
+
+def _info(name: str, directory: str, row: BaseModel | None) -> BaseModelInfo:
+    if row is None:
+        return BaseModelInfo(name=name, directory=directory)
+    return BaseModelInfo(
+        name=name,
+        directory=row.directory or directory,
+        vocab_size=row.vocab_size,
+        max_context=row.max_context,
+        max_rank=row.max_rank,
+        num_parameters=row.num_parameters,
+        architecture=row.architecture,
+        error=row.error,
+    )

@@ -1,0 +1,44 @@
+"""Large payloads outside the rows: content-addressed, on disk before the row that names them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from django.core.files.base import ContentFile
+from django.core.files.storage import FileSystemStorage, default_storage, storages
+
+
+def put(digest: str, data: bytes) -> str:
+    """Store the bytes durably under their SHA-256 and return the name to read them back by."""
+    name = f"payloads/{digest[:2]}/{digest}"
+    if isinstance(storages["default"], FileSystemStorage):
+        _write_durably(Path(default_storage.path(name)), data)
+    elif not default_storage.exists(name):
+        default_storage.save(name, ContentFile(data))
+    return name
+
+
+def get(name: str) -> bytes:
+    """Return the bytes stored under a name."""
+    with default_storage.open(name) as file:
+        data: bytes = file.read()
+    return data
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Write, fsync, rename, fsync the folder: after a power cut the file is whole or absent."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

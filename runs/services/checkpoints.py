@@ -1,0 +1,57 @@
+"""Checkpoints after they were made: list, publish, expire, delete, read their files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from django.core.files.base import File
+from django.core.files.storage import FileSystemStorage, default_storage, storages
+from django.db.models.functions import Now
+
+from runs.models import Checkpoint
+
+
+def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
+    """Let every user of this server read the checkpoint, or no longer; repeating it is no error."""
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(is_public=is_public)
+
+
+def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
+    """Let the checkpoint end after some time from now; None keeps it for ever."""
+    expires_at = None if ttl_seconds is None else Now() + timedelta(seconds=ttl_seconds)
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=expires_at)
+
+
+def delete(checkpoint: Checkpoint) -> None:
+    """Delete the row and then the files."""
+    Checkpoint.objects.filter(pk=checkpoint.pk).delete()
+    _delete_files(checkpoint.directory)
+
+
+def delete_expired() -> int:
+    """Delete every checkpoint whose time has come; returns how many."""
+    expired = list(Checkpoint.objects.filter(expires_at__lte=Now()))
+    for checkpoint in expired:
+        delete(checkpoint)
+    return len(expired)
+
+
+def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tuple[str, File[bytes]]]:
+    """Yield (name, open file) of everything the checkpoint holds."""
+    _, names = default_storage.listdir(checkpoint.directory)
+    for name in sorted(names):
+        if with_optimizer or name in ("adapter_model.safetensors", "adapter_config.json"):
+            with default_storage.open(f"{checkpoint.directory}/{name}") as file:
+                yield name, file
+
+
+def _delete_files(directory: str) -> None:
+    if isinstance(storages["default"], FileSystemStorage):
+        shutil.rmtree(Path(default_storage.path(directory)), ignore_errors=True)
+        return
+    _, names = default_storage.listdir(directory)
+    for name in names:
+        default_storage.delete(f"{directory}/{name}")

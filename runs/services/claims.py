@@ -1,0 +1,215 @@
+"""Which runs a worker holds and which operations it takes; the other half is `services.commits`.
+
+A run belongs to the worker its row names. Claiming raises the fence, so that nothing a former
+owner still computes can be committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from django.db import connection, transaction
+
+from runs.models import Operation, SamplingSession, TrainingRun, Worker
+from runs.services import operations
+
+_CLAIM = """
+UPDATE runs_trainingrun SET fence = fence + 1, worker_id = %s WHERE id IN (
+  SELECT run.id FROM runs_trainingrun run
+  WHERE run.worker_id IS NULL AND run.base_model = ANY(%s)
+    AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued')
+  ORDER BY run.id LIMIT %s FOR UPDATE SKIP LOCKED)
+RETURNING id
+"""
+# synchronous_commit is off here alone: a lost attempt count after a power cut only means one more try.
+_TAKE = """
+UPDATE runs_operation SET attempts = attempts + 1, worker_id = %s,
+  started_at = COALESCE(started_at, clock_timestamp())
+WHERE id IN (
+  SELECT op.id FROM unnest(%s::bigint[], %s::bigint[]) AS held(run_id, taken_seq)
+  CROSS JOIN LATERAL (
+    SELECT id FROM runs_operation WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
+  ) op)
+RETURNING id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, created_at,
+  EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
+"""
+_TAKE_SAMPLES = """
+UPDATE runs_operation SET attempts = attempts + 1, worker_id = %s,
+  started_at = COALESCE(started_at, clock_timestamp())
+WHERE id IN (
+  SELECT op.id FROM runs_operation op JOIN runs_samplingsession s ON s.id = op.sampling_session_id
+  LEFT JOIN runs_worker w ON w.id = op.worker_id
+  WHERE op.state = 'queued' AND op.sampling_session_id IS NOT NULL AND s.base_model = ANY(%s)
+    AND (op.worker_id IS NULL OR w.stopped_at IS NOT NULL)
+  ORDER BY op.id LIMIT %s FOR UPDATE OF op SKIP LOCKED)
+RETURNING id, sampling_session_id, seq, payload, payload_file, attempts
+"""
+MAX_CLAIMS: Final = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldRun:
+    """A run that this worker owns, as it was when claimed."""
+
+    pk: int
+    owner_id: int
+    public_id: str
+    session_public_id: str
+    base_model: str
+    fence: int
+    applied_seq: int
+    step: int
+    lora_rank: int
+    lora_alpha: float
+    lora_seed: int
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenOperation:
+    """The next operation of a held run. A rejected one only takes up its seq."""
+
+    pk: int
+    run_pk: int
+    seq: int
+    kind: str
+    is_rejected: bool
+    payload: bytes
+    num_tokens: int
+    attempts: int
+    created_at: datetime
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenSample:
+    """A sample request this worker answers, with where its weights are.
+
+    `checkpoint_directory` is empty for the bare base model; `is_lost` when the weights were deleted.
+    """
+
+    pk: int
+    seq: int
+    payload: bytes
+    base_model: str
+    checkpoint_directory: str
+    is_lost: bool
+    attempts: int
+
+
+def claim_runs(worker: Worker, base_models: Sequence[str]) -> list[HeldRun]:
+    """Take free runs that have work for this worker's base models."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(_CLAIM, [worker.pk, list(base_models), MAX_CLAIMS])
+        pks = [row[0] for row in cursor.fetchall()]
+    if not pks:
+        return []
+    rows = TrainingRun.objects.filter(pk__in=pks, worker=worker).select_related("session")
+    return [_held(row) for row in rows]
+
+
+def release_run(run_pk: int, worker: Worker) -> None:
+    """Set a run free for whoever has room."""
+    TrainingRun.objects.filter(pk=run_pk, worker=worker).update(worker=None)
+
+
+def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int) -> list[TakenOperation]:
+    """Return the operations after each held run's last taken seq, in order of run and seq.
+
+    Attempts are counted in a transaction of their own before anything is computed, so that an
+    operation that kills its worker is found out.
+    """
+    if not taken_seqs:
+        return []
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET LOCAL synchronous_commit TO off")
+        cursor.execute(_TAKE, [worker.pk, list(taken_seqs), list(taken_seqs.values()), limit])
+        rows = cursor.fetchall()
+    taken = [
+        TakenOperation(
+            pk=row[0],
+            run_pk=row[1],
+            seq=row[2],
+            kind=row[3],
+            is_rejected=row[4] != Operation.State.QUEUED,
+            payload=operations.payload_of(row[5], row[6]),
+            num_tokens=row[7],
+            attempts=row[8],
+            created_at=row[9],
+            waited_s=row[10],
+        )
+        for row in rows
+    ]
+    return sorted(taken, key=lambda op: (op.run_pk, op.seq))
+
+
+def take_samples(worker: Worker, base_models: Sequence[str], *, limit: int) -> list[TakenSample]:
+    """Return sample requests that no live worker has, oldest first."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET LOCAL synchronous_commit TO off")
+        cursor.execute(_TAKE_SAMPLES, [worker.pk, list(base_models), limit])
+        rows = cursor.fetchall()
+    if not rows:
+        return []
+    found = SamplingSession.objects.filter(pk__in={row[1] for row in rows}).select_related("checkpoint")
+    sessions = {session.pk: session for session in found}
+    taken = []
+    for pk, session_pk, seq, payload, payload_file, attempts in sorted(rows):
+        session = sessions[session_pk]
+        checkpoint = session.checkpoint
+        taken.append(
+            TakenSample(
+                pk=pk,
+                seq=seq,
+                payload=operations.payload_of(payload, payload_file),
+                base_model=session.base_model,
+                checkpoint_directory=checkpoint.directory if checkpoint else "",
+                is_lost=bool(session.model_path) and checkpoint is None,
+                attempts=attempts,
+            )
+        )
+    return taken
+
+
+def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> list[TakenOperation]:
+    """Return a run's applied operations for replay, without counting an attempt."""
+    rows = Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq).order_by("seq")
+    return [
+        TakenOperation(
+            pk=row.pk,
+            run_pk=run_pk,
+            seq=row.seq,
+            kind=row.kind,
+            is_rejected=row.state == Operation.State.FAILED,
+            payload=operations.payload_of(row.payload, row.payload_file),
+            num_tokens=row.num_tokens,
+            attempts=0,
+            created_at=row.created_at,
+            waited_s=0.0,
+        )
+        for row in rows.defer("result").iterator(chunk_size=16)
+    ]
+
+
+def _held(run: TrainingRun) -> HeldRun:
+    return HeldRun(
+        pk=run.pk,
+        owner_id=run.owner_id,
+        public_id=run.public_id,
+        session_public_id=run.session.public_id,
+        base_model=run.base_model,
+        fence=run.fence,
+        applied_seq=run.applied_seq,
+        step=run.step,
+        lora_rank=run.lora_rank,
+        lora_alpha=run.lora_alpha,
+        lora_seed=run.lora_seed,
+        train_attn=run.train_attn,
+        train_mlp=run.train_mlp,
+        train_unembed=run.train_unembed,
+    )

@@ -1,0 +1,105 @@
+"""A run's series for charts: read from a cursor, or bucketed so that no extreme is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from runs.models import Metric, TrainingRun
+
+MAX_POINTS: Final = 2000
+CHART_METRICS: Final = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One stored value."""
+
+    seq: int
+    step: int
+    name: str
+    value: float
+    recorded_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """The values of a range of steps: nothing inside it is hidden.
+
+    `low`, `high` and `mean` are over the finite values and None when there is none.
+    """
+
+    step: int
+    last_step: int
+    low: float | None
+    high: float | None
+    mean: float | None
+    count: int
+    num_nonfinite: int
+
+
+def points_after(run: TrainingRun, seq: int, *, limit: int = MAX_POINTS) -> list[Point]:
+    """Return the run's values after a cursor, in order; whole operations only."""
+    rows = list(Metric.objects.filter(run=run, seq__gt=seq).order_by("seq", "name")[: limit + 1])
+    if len(rows) > limit:
+        cut = rows[limit].seq
+        rows = [row for row in rows if row.seq < cut] or rows[:limit]
+    return [
+        Point(seq=row.seq, step=row.step, name=row.name, value=row.value, recorded_at=row.recorded_at) for row in rows
+    ]
+
+
+def names(run: TrainingRun) -> list[str]:
+    """Return the names of the run's metrics."""
+    return sorted(set(Metric.objects.filter(run=run).values_list("name", flat=True).distinct()))
+
+
+def series(
+    run: TrainingRun, name: str, *, num_buckets: int = 1000, from_step: int = 0, to_step: int | None = None
+) -> list[Bucket]:
+    """Return a metric over a range of steps in at most `num_buckets` buckets.
+
+    A bucket's width is a power of two and starts at a multiple of it, so that buckets stay where
+    they are as points arrive.
+    """
+    rows = Metric.objects.filter(run=run, name=name, step__gte=from_step).order_by("seq")
+    if to_step is not None:
+        rows = rows.filter(step__lte=to_step)
+    pairs = list(rows.values_list("step", "value"))
+    if not pairs:
+        return []
+    steps = np.array([pair[0] for pair in pairs], dtype=np.int64)
+    values = np.array([pair[1] for pair in pairs], dtype=np.float64)
+    return bucketed(steps, values, num_buckets=num_buckets)
+
+
+def bucketed(
+    steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64], *, num_buckets: int
+) -> list[Bucket]:
+    """Return the values in at most `num_buckets` aligned buckets of a power-of-two width."""
+    width = 1
+    while (int(steps.max()) // width) - (int(steps.min()) // width) + 1 > num_buckets:
+        width *= 2
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(steps // width) > 0])
+    ends = np.r_[starts[1:], len(steps)]
+    return [_bucket(steps[a:b], values[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def _bucket(steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> Bucket:
+    finite = values[np.isfinite(values)]
+    has_any = finite.size > 0
+    return Bucket(
+        step=int(steps[0]),
+        last_step=int(steps[-1]),
+        low=float(finite.min()) if has_any else None,
+        high=float(finite.max()) if has_any else None,
+        mean=float(finite.mean()) if has_any else None,
+        count=int(values.size),
+        num_nonfinite=int(values.size - finite.size),
+    )

@@ -1,0 +1,121 @@
+"""Enter operations into the log and read their answers. The worker's side is `services.commits`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from django.conf import settings
+from django.db import connection, transaction
+
+from runs import events
+from runs.exceptions import MintError, RateLimited, SequenceConflict
+from runs.models import Operation, SamplingSession, TrainingRun
+from runs.services import blobs
+
+GAP_PATIENCE_S: Final = 120
+MAX_QUEUED_PER_RUN: Final = 10_000
+MAX_QUEUED_SAMPLES: Final = 20_000
+
+_INSERT = """
+INSERT INTO runs_operation
+  (owner_id, run_id, sampling_session_id, seq, kind, state, payload, payload_file, payload_digest, num_tokens,
+   result_is_proto, error, error_category, fence, attempts)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, 0, 0)
+ON CONFLICT DO NOTHING RETURNING id
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """One operation on its way into the log.
+
+    `digest_of` is what makes a retry the same request; it differs from the payload only where a
+    client is known to change a field when it sends a request again.
+    """
+
+    kind: str
+    seq: int
+    payload: bytes
+    num_tokens: int = 0
+    digest_of: bytes | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the kind and what identifies the request."""
+        content = self.payload if self.digest_of is None else self.digest_of
+        return hashlib.sha256(self.kind.encode() + b"\0" + content).hexdigest()
+
+
+def submit(run: TrainingRun, submission: Submission) -> int:
+    """Make the operation durable and return its number; a retry returns the first one's.
+
+    Raises:
+        SequenceConflict: this seq_id holds another request.
+        RateLimited: too many operations of the run are waiting.
+    """
+    if submission.seq > run.applied_seq + MAX_QUEUED_PER_RUN:
+        raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
+    return _insert(run.owner_id, run, None, submission)
+
+
+def submit_sample(sampling_session: SamplingSession, submission: Submission) -> int:
+    """Make a sample request durable and return its number; a retry returns the first one's."""
+    return _insert(sampling_session.owner_id, None, sampling_session, submission)
+
+
+def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
+    """Take up the seq_id of a refused request: the client does not use the number again."""
+    digest = hashlib.sha256(f"rejected {seq}".encode()).hexdigest()
+    values = [run.owner_id, run.pk, None, seq, kind, Operation.State.FAILED, None, "", digest, 0, str(error), "user"]
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(_INSERT, values)
+        events.notify_work()
+
+
+def payload_of(payload: bytes | memoryview | None, payload_file: str) -> bytes:
+    """Return an operation's payload from wherever it was stored."""
+    return blobs.get(payload_file) if payload_file else bytes(payload or b"")
+
+
+def finished_among(operation_ids: list[int]) -> list[int]:
+    """Return those of the operations that have their answer."""
+    rows = Operation.objects.filter(pk__in=operation_ids).exclude(state=Operation.State.QUEUED)
+    return list(rows.values_list("pk", flat=True))
+
+
+def _insert(
+    owner_id: int, run: TrainingRun | None, session: SamplingSession | None, submission: Submission
+) -> int:
+    inline, file = _store(submission)
+    values = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
+    values += [Operation.State.QUEUED, inline, file, submission.digest, submission.num_tokens, "", ""]
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(_INSERT, values)
+        row = cursor.fetchone()
+        if row is not None:
+            events.notify_work()
+            return int(row[0])
+    return _existing(run, session, submission)
+
+
+def _store(submission: Submission) -> tuple[bytes | None, str]:
+    if len(submission.payload) <= settings.INLINE_PAYLOAD_BYTES:
+        return submission.payload, ""
+    return None, blobs.put(hashlib.sha256(submission.payload).hexdigest(), submission.payload)
+
+
+def _existing(run: TrainingRun | None, session: SamplingSession | None, submission: Submission) -> int:
+    first = Operation.objects.only("pk", "kind", "payload_digest", "error").get(
+        run=run, sampling_session=session, seq=submission.seq
+    )
+    if first.payload_digest == submission.digest:
+        return first.pk
+    if first.kind == Operation.Kind.SKIPPED:
+        raise SequenceConflict(
+            f"was given up after {GAP_PATIENCE_S} s, when later requests were waiting for it", place=f"seq_id {first.seq}"
+        )
+    raise SequenceConflict(
+        f"already holds another request ({first.kind})", place=f"seq_id {submission.seq}"
+    )

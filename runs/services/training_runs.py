@@ -1,0 +1,188 @@
+"""Make runs, tell what state they are in, and close them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any, Final
+
+from django.db import transaction
+from django.db.models import Exists, Max, OuterRef, QuerySet
+from django.db.models.functions import Now
+
+from runs import ids
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, Operation, Session, TrainingRun, Worker
+from runs.services import base_models, operations
+from runs.services.operations import Submission
+
+LORA_ALPHA: Final = 32.0
+_RECENT: Final = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter a client asks for; a seed of None is drawn here and kept."""
+
+    rank: int
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A checkpoint to start from."""
+
+    checkpoint: Checkpoint
+    path: str
+    with_optimizer: bool
+
+
+class DisplayState(StrEnum):
+    """What a person sees; derived from rows, never stored."""
+
+    FAILED = "failed"
+    CLOSED = "finished"
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING_FOR_WORKER = "waiting for worker"
+    WAITING_FOR_CLIENT = "waiting for client"
+
+
+def create_run(
+    session: Session,
+    *,
+    model_seq_id: int,
+    base_model: str,
+    lora: Lora,
+    user_metadata: Mapping[str, Any] | None = None,
+    start: Start | None = None,
+    source: str = TrainingRun.Source.SDK,
+    name: str = "",
+) -> tuple[TrainingRun, int]:
+    """Make a run with its first operation (seq 0); a retry returns the first run's.
+
+    Raises:
+        RequestInvalid: the base model or rank cannot be served, or the number holds another run.
+    """
+    info = base_models.get(base_model)
+    if info.max_rank and lora.rank > info.max_rank:
+        raise RequestInvalid(f"{lora.rank} is above {info.max_rank}, the most {base_model} takes", place="lora_config.rank")
+    public_id = ids.run_id(session.public_id, model_seq_id)
+    with transaction.atomic():
+        run, created = TrainingRun.objects.get_or_create(
+            session=session,
+            model_seq_id=model_seq_id,
+            defaults={
+                "public_id": public_id,
+                "owner_id": session.owner_id,
+                "name": name,
+                "source": source,
+                "user_metadata": dict(user_metadata or {}),
+                "base_model": base_model,
+                "lora_rank": lora.rank,
+                "lora_alpha": LORA_ALPHA,
+                "lora_seed": secrets.randbits(31) if lora.seed is None else lora.seed,
+                "train_attn": lora.train_attn,
+                "train_mlp": lora.train_mlp,
+                "train_unembed": lora.train_unembed,
+            },
+        )
+        if not created:
+            _check_same(run, base_model, lora)
+        submission = Submission(kind=Operation.Kind.CREATE_MODEL, seq=0, payload=_create_payload(start))
+        return run, operations.submit(run, submission)
+
+
+def lora_of(checkpoint: Checkpoint) -> Lora:
+    """Return the adapter shape a checkpoint needs."""
+    run = checkpoint.run
+    return Lora(
+        rank=run.lora_rank,
+        seed=run.lora_seed,
+        train_attn=run.train_attn,
+        train_mlp=run.train_mlp,
+        train_unembed=run.train_unembed,
+    )
+
+
+def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
+    """Annotate what `display_state` needs."""
+    waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
+    alive = Worker.objects.filter(pk=OuterRef("worker"), stopped_at=None, lease_until__gt=Now())
+    recent = TrainingRun.objects.filter(pk=OuterRef("pk"), last_applied_at__gt=Now() - _RECENT)
+    return runs.annotate(has_work=Exists(waiting), has_worker=Exists(alive), is_recent=Exists(recent))
+
+
+def display_state(run: TrainingRun) -> DisplayState:
+    """Return the state a person sees; the run comes from `with_activity`."""
+    if run.state == TrainingRun.State.FAILED:
+        return DisplayState.FAILED
+    if run.state == TrainingRun.State.CLOSED:
+        return DisplayState.CLOSED
+    if run.has_work:  # type: ignore[attr-defined]
+        if run.has_worker:  # type: ignore[attr-defined]
+            return DisplayState.RUNNING
+        any_worker = Worker.objects.filter(stopped_at=None, lease_until__gt=Now()).exists()
+        return DisplayState.QUEUED if any_worker else DisplayState.WAITING_FOR_WORKER
+    return DisplayState.RUNNING if run.is_recent else DisplayState.WAITING_FOR_CLIENT  # type: ignore[attr-defined]
+
+
+def last_request_at(run: TrainingRun) -> Any:
+    """Return when the client last asked for something."""
+    latest = Operation.objects.filter(run=run).aggregate(latest=Max("created_at"))["latest"]
+    return latest or run.created_at
+
+
+def waiting_reason(operation: Operation) -> str:
+    """Return why an operation has no answer yet, in words for the user's terminal; empty when it is just its turn."""
+    if not Worker.objects.filter(stopped_at=None, lease_until__gt=Now()).exists():
+        return "no GPU worker is running; the operation is safe and starts when one is back"
+    run = operation.run
+    if run is None:
+        return ""
+    missing = _first_gap(run, operation.seq)
+    if missing is not None:
+        return (
+            f"waiting for seq_id {missing}, which has not arrived; it is given up "
+            f"{operations.GAP_PATIENCE_S} s after a later one came"
+        )
+    return ""
+
+
+def rename(run: TrainingRun, name: str) -> None:
+    """Give the run a name for people."""
+    TrainingRun.objects.filter(pk=run.pk).update(name=name[:200])
+
+
+def _create_payload(start: Start | None) -> bytes:
+    if start is None:
+        return b"{}"
+    load = {"directory": start.checkpoint.directory, "path": start.path, "optimizer": start.with_optimizer}
+    return json.dumps({"load": load}, separators=(",", ":")).encode()
+
+
+def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:
+    asked = (base_model, lora.rank, lora.train_attn, lora.train_mlp, lora.train_unembed)
+    held = (run.base_model, run.lora_rank, run.train_attn, run.train_mlp, run.train_unembed)
+    if asked != held:
+        raise RequestInvalid(
+            f"{run.model_seq_id} already names a run of {run.base_model} with rank {run.lora_rank}", place="model_seq_id"
+        )
+
+
+def _first_gap(run: TrainingRun, seq: int) -> int | None:
+    run.refresh_from_db(fields=["applied_seq"])
+    rows = Operation.objects.filter(run=run, seq__gt=run.applied_seq, seq__lte=seq).order_by("seq")
+    expected = run.applied_seq + 1
+    for found in rows.values_list("seq", flat=True)[:1000]:
+        if found != expected:
+            return expected
+        expected += 1
+    return None

@@ -1,0 +1,75 @@
+"""GPU workers: register, keep the lease, find the dead. All times are the database's.
+
+Two signs of life: a session advisory lock on the worker's number, which PostgreSQL frees within
+milliseconds when the process dies, and a lease for hosts that vanish without closing anything.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Final
+
+from django.db import connection
+from django.db.models import Q, QuerySet
+from django.db.models.functions import Now
+
+from runs.models import TrainingRun, Worker
+
+LEASE_S: Final = 15
+HEARTBEAT_S: Final = 5
+LOCK_CLASS: Final = 7_767_101
+
+
+def register(*, device: str, dtype: str) -> Worker:
+    """Enter this process as a worker with a fresh lease."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO runs_worker (host, pid, device, dtype, lease_until)"
+            " VALUES (%s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s)) RETURNING id",
+            [socket.gethostname(), os.getpid(), device, dtype, LEASE_S],
+        )
+        (pk,) = cursor.fetchone()
+    return Worker.objects.get(pk=pk)
+
+
+def renew(worker: Worker, *, busy_share: float) -> bool:
+    """Push the lease out; false when the worker was declared dead meanwhile."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE runs_worker SET lease_until = clock_timestamp() + make_interval(secs => %s), busy_share = %s"
+            " WHERE id = %s AND stopped_at IS NULL",
+            [LEASE_S, busy_share, worker.pk],
+        )
+        return cursor.rowcount == 1
+
+
+def stop(worker: Worker) -> None:
+    """Enter the worker's end and set its runs free."""
+    TrainingRun.objects.filter(worker=worker).update(worker=None)
+    Worker.objects.filter(pk=worker.pk).update(stopped_at=Now())
+
+
+def bury_dead() -> list[Worker]:
+    """Enter the end of every worker whose lease ran out or whose lock is free; returns them."""
+    return [worker for worker in Worker.objects.filter(stopped_at=None) if _bury(worker)]
+
+
+def live() -> QuerySet[Worker]:
+    """Return the workers that are alive as far as the leases tell."""
+    return Worker.objects.filter(stopped_at=None, lease_until__gt=Now())
+
+
+def _bury(worker: Worker) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_try_advisory_lock(%s, %s)", [LOCK_CLASS, worker.pk])
+        (lock_was_free,) = cursor.fetchone()
+        if lock_was_free:
+            cursor.execute("SELECT pg_advisory_unlock(%s, %s)", [LOCK_CLASS, worker.pk])
+    dead = Worker.objects.filter(pk=worker.pk, stopped_at=None)
+    if not lock_was_free:
+        dead = dead.filter(Q(lease_until__lte=Now()))
+    if dead.update(stopped_at=Now()) == 0:
+        return False
+    TrainingRun.objects.filter(worker=worker).update(worker=None)
+    return True
