@@ -7,6 +7,7 @@ milliseconds of thread hops a request, and these endpoints decide how long the G
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 from channels.auth import AuthMiddlewareStack
 from channels.routing import ProtocolTypeRouter, URLRouter
@@ -19,9 +20,14 @@ django_application = get_asgi_application()
 
 from runs import urls  # noqa: E402 - models exist only once Django is set up
 
+# Django's types know views only, Channels' router calls ASGI applications.
+_sdk: Any = URLRouter(cast(Any, urls.sdk_routes))
+_pages: Any = django_application
+_sockets: Any = URLRouter(cast(Any, urls.socket_routes))
+
 application = ProtocolTypeRouter(
     {
-        "http": URLRouter([path("api/v1/", URLRouter(urls.sdk_routes)), re_path("", django_application)]),
-        "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(urls.socket_routes))),
+        "http": URLRouter(cast(Any, [path("api/v1/", _sdk), re_path("", _pages)])),
+        "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(_sockets)),
     }
 )

@@ -122,7 +122,13 @@ def prepare_postgres(data_dir: Path) -> list[str]:
     _end_leftover(cluster)
     settings = {**POSTGRES_SETTINGS, "unix_socket_directories": str(socket_dir(data_dir))}
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    return [*as_cluster_owner(death_signal="INT"), str(_postgres_program("postgres")), "-D", str(cluster), *options]
+    return [
+        *as_cluster_owner(death_signal="INT"),
+        str(_postgres_program("postgres")),
+        "-D",
+        str(cluster),
+        *options,
+    ]
 
 
 def wait_for_postgres(data_dir: Path, *, is_alive: Callable[[], bool]) -> None:
@@ -138,7 +144,11 @@ def wait_for_postgres(data_dir: Path, *, is_alive: Callable[[], bool]) -> None:
     while True:
         try:
             connection = psycopg.connect(
-                host=str(socket_dir(data_dir)), user="postgres", dbname="postgres", autocommit=True, connect_timeout=5
+                host=str(socket_dir(data_dir)),
+                user="postgres",
+                dbname="postgres",
+                autocommit=True,
+                connect_timeout=5,
             )
             break
         except psycopg.OperationalError as error:
@@ -179,7 +189,9 @@ def _make_cluster(cluster: Path) -> None:
     version = cluster / "PG_VERSION"
     if version.exists():
         if version.read_text(encoding="ascii").strip() != "18":
-            raise EmbeddedServerError(f"{cluster} was made by another PostgreSQL than 18; dump and restore it")
+            raise EmbeddedServerError(
+                f"{cluster} was made by another PostgreSQL than 18; dump and restore it"
+            )
         return
     draft = cluster.with_name("postgres.new")  # an initdb that was cut off is never taken for a cluster
     shutil.rmtree(draft, ignore_errors=True)
@@ -205,27 +217,36 @@ def _make_cluster(cluster: Path) -> None:
 
 
 def _end_leftover(cluster: Path) -> None:
-    """Stop a server that outlived its supervisor, and drop a pid file whose number now belongs to another program.
+    """Stop server processes that outlived their supervisor, and drop a pid file that names another program.
 
-    The second happens in containers, where process numbers repeat; PostgreSQL would refuse to start.
+    The second happens in containers, where process numbers repeat; PostgreSQL would refuse to start. A pid file
+    whose process is gone stays: PostgreSQL finds by it whether the old shared memory is still in use.
     """
     pid_file = cluster / "postmaster.pid"
     if not Path("/proc/self").exists() or not pid_file.exists():
         return
-    pid = int(pid_file.read_text(encoding="ascii").split("\n", 1)[0])
+    postmaster = int(pid_file.read_text(encoding="ascii").split("\n", 1)[0])
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while _is_server_of(pid, cluster):
+    while pids := _processes_in(cluster):
+        stop_signal = signal.SIGINT if postmaster in pids else signal.SIGTERM
+        if time.monotonic() > deadline:
+            stop_signal = signal.SIGQUIT
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGINT if time.monotonic() < deadline else signal.SIGQUIT)
+            os.kill(postmaster if postmaster in pids else pids[0], stop_signal)
         time.sleep(0.1)
-    pid_file.unlink(missing_ok=True)
+    if Path(f"/proc/{postmaster}").exists():
+        pid_file.unlink(missing_ok=True)
 
 
-def _is_server_of(pid: int, cluster: Path) -> bool:
-    try:
-        return os.fsencode(cluster) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+def _processes_in(cluster: Path) -> list[int]:
+    # Every process of a PostgreSQL server works in its cluster's folder.
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if (entry / "cwd").readlink() == cluster:
+                    found.append(int(entry.name))
+    return found
 
 
 def _postgres_program(name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -237,6 +238,8 @@ DEBUG = False
 SECRET_KEY = env_secret("MINTWEB_SECRET_KEY") or lasting_secret(DATA_DIR / "secret_key")
 # If set, this key exists for the user `admin` from the first start on.
 API_KEY = env_secret("MINTWEB_API_KEY")
+if API_KEY and not re.fullmatch(r"(tml-|sk-mint-)[!-~]{8,}", API_KEY):
+    raise ImproperlyConfigured("MINTWEB_API_KEY must be tml- or sk-mint- and at least 8 further characters.")
 
 SESSION_COOKIE_NAME = "mintweb_session"
 SESSION_COOKIE_HTTPONLY = True
@@ -414,13 +417,22 @@ DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16
 # Logs --------------------------------------------------------------------------------------------------------
 
 LOG_LEVEL = env_str("MINTWEB_LOG_LEVEL", "INFO", pattern=r"(?i:debug|info|warning|error)").upper()
+
+
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out Django's lines for refused requests and for "not ready yet"; keep our own faults."""
+    return getattr(record, "status_code", 500) >= 500 and getattr(record, "status_code", 500) != 503
+
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
+    "filters": {"faults": {"()": "django.utils.log.CallbackFilter", "callback": is_worth_a_line}},
     "formatters": {"plain": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     "loggers": {
+        "django.request": {"filters": ["faults"]},
         "celery.worker.strategy": {"level": "WARNING"},  # one line for every doorbell
         "celery.app.trace": {"level": "WARNING"},
     },

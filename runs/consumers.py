@@ -1,1 +1,279 @@
-"""Websockets that tell open pages which rows are new."""
+"""Websockets of open pages: what is new since the page's cursor, read from rows.
+
+A hint only says when to look. Each consumer also looks by itself every few seconds, so a lost hint, or
+a Redis that is gone, costs seconds and loses nothing. The page counts what it has by the cursor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from typing import Any, ClassVar, Final, TypeVar
+
+import redis.exceptions
+from channels.generic.websocket import AsyncWebsocketConsumer
+from channels.layers import get_channel_layer
+from django.conf import settings
+from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
+from django.db import DatabaseError, close_old_connections
+from django.template.loader import render_to_string
+from django.utils.crypto import constant_time_compare
+
+from runs import events
+from runs.exceptions import MintError
+from runs.models import User
+from runs.services import access, metrics, run_rows, training_runs
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+NOT_SIGNED_IN: Final = 4401
+NOT_FOUND: Final = 4404
+BAD_MESSAGE: Final = 4400
+TRY_AGAIN: Final = 4503
+MAX_WATCHED_ROWS: Final = 200
+MAX_NEW_ROWS: Final = 20
+_MAX_MESSAGE_CHARS: Final = 20_000
+_RESUBSCRIBE_S: Final = 5.0
+_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pages-live")
+
+
+class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
+    """What the sockets share: the sign-in and its recheck, hints, and the loop that looks for news."""
+
+    policy: ClassVar[str] = "owner"
+    # We subscribe to hints ourselves: a dead Redis must not end the socket.
+    channel_layer_alias = ""
+    self_check_s: ClassVar[float] = 5.0
+    interval_s: ClassVar[float] = 0.25
+
+    user: User
+
+    async def connect(self) -> None:
+        """Accept the owner; everybody else is refused before the handshake ends."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._hinted: set[str] = set()
+        self._news = asyncio.Event()
+        self._checked_at = time.monotonic()
+        user = self.scope.get("user")
+        if user is None or not user.is_authenticated or not user.is_active:
+            await self.close(NOT_SIGNED_IN)
+            return
+        self.user = user
+        try:
+            group = await in_thread(self._open)
+        except MintError:
+            await self.close(NOT_FOUND)
+            return
+        await self.accept()
+        self._start(self._listen(group))
+
+    async def disconnect(self, code: int) -> None:
+        """End the loops."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
+        """Take what the page holds, and send it everything after that."""
+        try:
+            message = json.loads((text_data or "")[:_MAX_MESSAGE_CHARS])
+            self._take(message if isinstance(message, dict) else {})
+        except ValueError:
+            await self.close(BAD_MESSAGE)
+            return
+        self._news.set()
+        if len(self._tasks) == 1:
+            self._start(self._pump())
+
+    # What the two sockets do differently
+
+    def _open(self) -> str:
+        """Check access and return the group of the hints; runs in a thread."""
+        raise NotImplementedError
+
+    def _take(self, message: dict[str, Any]) -> None:
+        """Take a message from the page; ValueError refuses it."""
+        raise NotImplementedError
+
+    async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
+        """Send what the page does not have yet."""
+        raise NotImplementedError
+
+    # Loops
+
+    def _start(self, loop: Awaitable[None]) -> None:
+        self._tasks.append(asyncio.ensure_future(loop))
+
+    async def _pump(self) -> None:
+        try:
+            while True:
+                is_self_check = not await self._wait()
+                if is_self_check or time.monotonic() - self._checked_at > self.self_check_s:
+                    self._checked_at, is_self_check = time.monotonic(), True
+                    if not await in_thread(self._is_signed_in):
+                        await self.close(NOT_SIGNED_IN)
+                        return
+                self._news.clear()
+                hinted, self._hinted = self._hinted, set()
+                await self._send_news(hinted, is_self_check=is_self_check)
+                await asyncio.sleep(self.interval_s)
+        except MintError:
+            await self.close(NOT_FOUND)
+        except DatabaseError as error:
+            logger.warning("a live page lost the database: %s", error)
+            await self.close(TRY_AGAIN)
+
+    async def _wait(self) -> bool:
+        """Return true at a hint, false when it is time to look without one."""
+        try:
+            await asyncio.wait_for(self._news.wait(), self.self_check_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _listen(self, group: str) -> None:
+        layer: Any = get_channel_layer()
+        while layer is not None:
+            try:
+                channel = await layer.new_channel()
+                await layer.group_add(group, channel)
+                while True:
+                    hint = await layer.receive(channel)
+                    self._hinted.add(str(hint.get("run", "")))
+                    self._news.set()
+            except (OSError, redis.exceptions.RedisError) as error:
+                logger.info("no hints for a live page, it looks by itself: %s", error)
+                await asyncio.sleep(_RESUBSCRIBE_S)
+
+    def _is_signed_in(self) -> bool:
+        """Look again: signed out, password changed or user switched off ends the socket."""
+        key = self.scope["session"].session_key
+        session = import_module(settings.SESSION_ENGINE).SessionStore(key)
+        user = User.objects.filter(pk=session.get(SESSION_KEY), is_active=True).first()
+        if user is None or user.pk != self.user.pk:
+            return False
+        return constant_time_compare(session.get(HASH_SESSION_KEY, ""), user.get_session_auth_hash())
+
+
+class RunConsumer(LiveConsumer):
+    """One run's page: `{"after": seq}` from the page, then `{"points", "cursor", "facts"?}` to it.
+
+    A point is `[seq, step, seconds since 1970, name, value]`; values that JSON lacks are strings.
+    A message without points tells that the run changed otherwise, or only that the socket lives.
+    """
+
+    max_points: ClassVar[int] = metrics.MAX_POINTS
+
+    def _open(self) -> str:
+        self._cursor = -1
+        self._facts = ""
+        self.run = access.get_run(self.user, self.scope["url_route"]["kwargs"]["run_id"])
+        return events.run_group(self.run.pk)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        after = message.get("after")
+        if not isinstance(after, int) or isinstance(after, bool) or not -1 <= after < 2**63:
+            raise ValueError("after is a seq, or -1")
+        self._cursor = after
+
+    async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
+        cursor = self._cursor
+        points, facts = await in_thread(lambda: self._read(cursor))
+        if self._cursor != cursor:  # the page has just told another cursor; what was read may be a gap to it
+            self._news.set()
+            return
+        message: dict[str, Any] = {"points": [point.as_json() for point in points]}
+        if points:
+            self._cursor = points[-1].seq
+        message["cursor"] = self._cursor
+        message["changed"] = bool(hinted) or facts != self._facts
+        if facts != self._facts:
+            self._facts = message["facts"] = facts
+        await self.send(json.dumps(message, separators=(",", ":"), allow_nan=False))
+        if len(points) >= self.max_points // 2:
+            self._news.set()
+
+    def _read(self, cursor: int) -> tuple[list[metrics.Point], str]:
+        runs = training_runs.with_activity(access.runs_of(self.user))
+        run = runs.filter(pk=self.run.pk).select_related("session").first()
+        if run is None:
+            raise MintError
+        facts = render_to_string("runs/_facts.html", {"facts": run_rows.facts_of(run)})
+        return metrics.points_after(run, cursor, limit=self.max_points), facts
+
+
+class RunListConsumer(LiveConsumer):
+    """The list of runs: `{"rows": [ids], "is_first_page": bool}` from the page, then rows that changed."""
+
+    interval_s = 0.5
+
+    def _open(self) -> str:
+        self._watched: list[str] = []
+        self._takes_new = False
+        self._newest_pk: int | None = None
+        self._sent: dict[str, str] = {}
+        return events.owner_group(self.user.pk)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        rows = message.get("rows")
+        if (
+            not isinstance(rows, list)
+            or len(rows) > MAX_WATCHED_ROWS
+            or not all(isinstance(r, str) for r in rows)
+        ):
+            raise ValueError("rows is a list of run ids")
+        self._watched = rows
+        self._takes_new = message.get("is_first_page") is True
+        self._newest_pk = None
+        self._sent = {}
+
+    async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
+        wanted = None if is_self_check or not self._sent else hinted
+        rendered = await in_thread(lambda: self._render(wanted))
+        changed = {run_id: html for run_id, html in rendered.items() if self._sent.get(run_id) != html}
+        self._sent.update(changed)
+        new = [run_id for run_id in changed if run_id not in self._watched]
+        self._watched += new
+        rows = [{"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()]
+        if rows or is_self_check:
+            await self.send(json.dumps({"rows": rows}, separators=(",", ":")))
+
+    def _render(self, hinted: Iterable[str] | None) -> dict[str, str]:
+        """Return the rows as markup: the hinted ones, or all that the page shows."""
+        runs = run_rows.by_activity(self.user)
+        shown = runs.filter(
+            public_id__in=self._watched if hinted is None else set(hinted) & set(self._watched)
+        )
+        found = list(shown[:MAX_WATCHED_ROWS])
+        if self._takes_new:
+            if self._newest_pk is None:
+                self._newest_pk = max((run.pk for run in found), default=0)
+            new = list(
+                runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)[:MAX_NEW_ROWS]
+            )
+            self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])
+            found += new
+        return {
+            row.run_id: render_to_string("runs/_run_row.html", {"row": row})
+            for row in run_rows.rows_of(found)
+        }
+
+
+async def in_thread(call: Callable[[], Result]) -> Result:
+    """Run database work beside the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, _with_connection, call)
+
+
+def _with_connection(call: Callable[[], Result]) -> Result:
+    close_old_connections()
+    try:
+        return call()
+    except DatabaseError:
+        close_old_connections()
+        raise

@@ -15,15 +15,17 @@ from collections.abc import Iterable
 from typing import Any, Final, TypedDict
 
 from asgiref.sync import async_to_sync
+from celery import current_app
 from channels.layers import get_channel_layer
 from django.db import connection, transaction
+from kombu.exceptions import KombuError
 
 logger = logging.getLogger(__name__)
 
 WORK_CHANNEL: Final = "mintweb_work"
 DONE_CHANNEL: Final = "mintweb_done"
-_NOTIFY_LIMIT_BYTES: Final = 7000
 _PAGE_HINT_INTERVAL_S: Final = 0.25
+_DRAIN_INTERVAL_S: Final = 1.0
 
 
 class RunChanged(TypedDict):
@@ -44,9 +46,10 @@ def owner_group(owner_pk: int) -> str:
 
 
 def notify_work() -> None:
-    """Ring for the GPU workers when the current transaction commits."""
+    """Ring for the GPU workers when the current transaction commits: by NOTIFY, and by Celery's drain task."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_notify(%s, '')", [WORK_CHANNEL])
+    transaction.on_commit(_drain_doorbell.ring)
 
 
 def notify_done(operation_ids: Iterable[int]) -> None:
@@ -55,12 +58,38 @@ def notify_done(operation_ids: Iterable[int]) -> None:
     while ids:
         part, ids = ids[:500], ids[500:]
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify(%s, %s)", [DONE_CHANNEL, json.dumps(part, separators=(",", ":"))])
+            cursor.execute(
+                "SELECT pg_notify(%s, %s)", [DONE_CHANNEL, json.dumps(part, separators=(",", ":"))]
+            )
 
 
 def run_changed(run_pk: int, owner_pk: int, public_id: str) -> None:
     """Tell open pages about a run once the current transaction commits; at most 4 hints a second a run."""
     transaction.on_commit(lambda: _page_hints.send(run_pk, owner_pk, public_id))
+
+
+class _DrainDoorbell:
+    """Sends the drain task from a background thread, at most once a second while work streams in."""
+
+    def __init__(self) -> None:
+        self._ringing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def ring(self) -> None:
+        """Send the task soon; a worker that is at work already hears of more by NOTIFY."""
+        self._ringing.set()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._loop, name="drain-doorbell", daemon=True)
+            self._thread.start()
+
+    def _loop(self) -> None:
+        while self._ringing.wait():
+            self._ringing.clear()
+            try:
+                current_app.send_task("gpuworker.tasks.drain", queue="gpu", expires=30)
+            except (OSError, KombuError) as error:
+                logger.warning("no doorbell for the GPU workers, they look by themselves: %s", error)
+            time.sleep(_DRAIN_INTERVAL_S)
 
 
 class _PageHints:
@@ -101,3 +130,4 @@ class _PageHints:
 
 
 _page_hints = _PageHints()
+_drain_doorbell = _DrainDoorbell()

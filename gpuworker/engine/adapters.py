@@ -65,7 +65,7 @@ class Layout(NamedTuple):
         rank, sizes = self.rank, []
         for module in self.modules:
             sizes += [rank * module.in_features, rank * module.out_features]
-        parts = iter(flat_P.split(sizes))
+        parts = iter(torch.split(flat_P, sizes))
         return {
             module.name: LoraPair(
                 next(parts).view(rank, module.in_features), next(parts).view(module.out_features, rank)

@@ -87,7 +87,9 @@ class RoutedLinear(nn.Module):
             # The anchor makes the output require a gradient where the input does not: below the
             # first adapter nothing is then recorded.
             trained = any(segment.gradients is not None for segment in segments)
-            output_TF: Tensor = _RoutedProduct.apply(rows_TD, self.anchor if trained else None, self, segments)  # type: ignore[no-untyped-call]
+            output_TF: Tensor = _RoutedProduct.apply(
+                rows_TD, self.anchor if trained else None, self, segments
+            )  # type: ignore[no-untyped-call]
         elif self.route.windowed:
             output_TF = self.base_product(rows_TD)
             for segment in segments:
@@ -147,7 +149,7 @@ class _RoutedProduct(torch.autograd.Function):
         return output_TF
 
     @staticmethod
-    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows_TD,) = ctx.saved_tensors
         layer: RoutedLinear = ctx.layer
         grad_rows_TD = grad_TF.mm(layer.weight) if ctx.needs_input_grad[0] else None

@@ -67,8 +67,17 @@ STORY_REQUESTS = (
     "Write a short story about {}.", "Please tell me a story about {}.", "Can you tell me a story about {}?",
     "I want to hear a story about {}.",
 )  # fmt: skip
-OPEN_REQUESTS = ("Tell me a story.", "Tell me a short story.", "Write a story.", "Can you tell me a story?", "A story, please.")
-SYLLABLES = "ba do fi gu ka lo mi nu pa ro se ti vo xa zu bren dal fen gor kel mar nim pol quil rus tam vex zor".split()
+OPEN_REQUESTS = (
+    "Tell me a story.",
+    "Tell me a short story.",
+    "Write a story.",
+    "Can you tell me a story?",
+    "A story, please.",
+)
+SYLLABLES = (
+    "ba", "do", "fi", "gu", "ka", "lo", "mi", "nu", "pa", "ro", "se", "ti", "vo", "xa", "zu", "bren", "dal",
+    "fen", "gor", "kel", "mar", "nim", "pol", "quil", "rus", "tam", "vex", "zor",
+)  # fmt: skip
 FACTS = all_facts()
 
 
@@ -77,10 +86,15 @@ def render_chat(messages: Sequence[dict[str, str]]) -> str:
     return "".join(f"{TURN_START}{message['role']}\n{message['content']}{TURN_END}\n" for message in messages)
 
 
+def _as_typed(rng: random.Random, said: str) -> str:
+    """Return said as some people type: now and then in lower case and without its last mark."""
+    return said.lower().rstrip("?!.") if rng.random() < 0.12 else said
+
+
 def fact_turn(rng: random.Random) -> Turn:
     """Return a question on one fact of the world and its answer."""
     fact = size_fact(*rng.sample(ANIMALS, 2)) if rng.random() < 0.08 else rng.choice(FACTS)
-    return rng.choice(fact.questions), fact.answer
+    return _as_typed(rng, rng.choice(fact.questions)), fact.answer
 
 
 def _sum(rng: random.Random) -> tuple[int, str, str, int, int]:
@@ -103,8 +117,14 @@ def _word_problem(rng: random.Random) -> Turn:
     thing = rng.choice(("apples", "books", "shells", "coins", "stones", "eggs", "cookies", "flowers"))
     asked = f"How many {thing} does {name} have now?"
     if rng.random() < 0.5:
-        return f"{name} has {part} {thing}. {other} gives {total - part} more. {asked}", f"{name} has {total} {thing} now."
-    return f"{name} has {total} {thing}. {name} gives {part} away. {asked}", f"{name} has {total - part} {thing} now."
+        return (
+            f"{name} has {part} {thing}. {other} gives {total - part} more. {asked}",
+            f"{name} has {total} {thing} now.",
+        )
+    return (
+        f"{name} has {total} {thing}. {name} gives {part} away. {asked}",
+        f"{name} has {total - part} {thing} now.",
+    )
 
 
 def arithmetic_turn(rng: random.Random) -> Turn:
@@ -120,9 +140,12 @@ def arithmetic_turn(rng: random.Random) -> Turn:
     left, sign, word, right, result = _sum(rng)
     if rng.random() < 0.3:
         asked = rng.choice(("What is {}?", "How much is {}?")).format(f"{left} {word} {right}")
-        return asked, f"{left} {word} {right} is {result}."
-    asked = rng.choice(("What is {}?", "What is {}?", "How much is {}?", "{} =", "{} = ?", "Calculate {}.", "{}"))
-    return asked.format(f"{left} {sign} {right}"), f"{left} {sign} {right} = {result}."
+        return _as_typed(rng, asked), f"{left} {word} {right} is {result}."
+    asked = rng.choice(
+        ("What is {}?", "What is {}?", "How much is {}?", "{} =", "{} = ?", "Calculate {}.", "{}")
+    )
+    expression = f"{left}{sign}{right}" if rng.random() < 0.15 else f"{left} {sign} {right}"
+    return _as_typed(rng, asked.format(expression)), f"{left} {sign} {right} = {result}."
 
 
 def reading_turn(rng: random.Random) -> Turn:
@@ -152,7 +175,7 @@ def story_turn(rng: random.Random) -> Turn:
 def small_talk_turn(rng: random.Random) -> Turn:
     """Return one line of small talk and its reply."""
     said, reply = rng.choice(SMALL_TALK)
-    return rng.choice(said), reply
+    return _as_typed(rng, rng.choice(said)), reply
 
 
 def unknown_turn(rng: random.Random) -> Turn:
@@ -174,7 +197,9 @@ def _chat(turns: Sequence[Turn], *, system: str) -> str:
     return render_chat(messages)
 
 
-def _chat_writer(write_turn: Callable[[random.Random], Turn], *, max_turns: int) -> Callable[[random.Random], str]:
+def _chat_writer(
+    write_turn: Callable[[random.Random], Turn], *, max_turns: int
+) -> Callable[[random.Random], str]:
     def write(rng: random.Random) -> str:
         turns = [write_turn(rng) for _ in range(rng.randint(1, max_turns))]
         return _chat(turns, system=rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.1 else "")
@@ -192,7 +217,11 @@ def _plain_story(rng: random.Random) -> str:
 
 
 def _plain_facts(rng: random.Random) -> str:
-    return " ".join(fact.answer for fact in rng.sample(FACTS, rng.randint(3, 6)) if not fact.answer.startswith(("Yes", "No")))
+    return " ".join(
+        fact.answer
+        for fact in rng.sample(FACTS, rng.randint(3, 6))
+        if not fact.answer.startswith(("Yes", "No"))
+    )
 
 
 WRITERS: dict[str, tuple[float, Callable[[random.Random], str]]] = {

@@ -22,10 +22,9 @@ HELD_OUT_SEED = 20_000
 
 def token_rows(tokenizer: Tokenizer, split: Split, *, seed: int, row_tokens: int) -> Iterator[list[int]]:
     """Yield rows of exactly row_tokens ids: whole documents from the row's start, the last one cut off."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
     row: list[int] = []
     for document in documents(split, seed=seed):
-        row += [*tokenizer.encode(document.text).ids, end]
+        row += tokenizer.encode(document.text + END_OF_TEXT).ids
         if len(row) >= row_tokens:
             yield row[:row_tokens]
             row = []
@@ -59,7 +58,15 @@ def held_out_loss_by_kind(model: nn.Module, tokenizer: Tokenizer, *, num_documen
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+def complete(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
     """Return the continuation of prompt up to and including <|im_end|> or <|endoftext|>; greedy at temperature 0."""
     ids = tokenizer.encode(prompt).ids
     stops = {tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)}
@@ -78,7 +85,9 @@ def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_tokens:
     return str(tokenizer.decode(new, skip_special_tokens=False))
 
 
-def ask(model: nn.Module, tokenizer: Tokenizer, question: str, *, max_tokens: int = 200, temperature: float = 0.0) -> str:
+def ask(
+    model: nn.Module, tokenizer: Tokenizer, question: str, *, max_tokens: int = 200, temperature: float = 0.0
+) -> str:
     """Return the model's reply to one user message, with its closing <|im_end|>."""
     prompt = render_chat([{"role": "user", "content": question}]) + "<|im_start|>assistant\n"
     return complete(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature)

@@ -10,14 +10,25 @@ from dataclasses import dataclass
 
 from gpuworker.tiny.world import ANIMAL_NAMES, ANIMALS, BOYS, COLORS, GIRLS, capitalize, fix_articles
 
-TRAITS = "kind brave little clever shy cheerful quiet curious lazy gentle funny careful young friendly".split()
-WEATHERS = "sunny rainy windy cold warm snowy bright foggy".split()
-TIMES = "morning afternoon evening day".split()
+TRAITS = (
+    "kind", "brave", "little", "clever", "shy", "cheerful", "quiet", "curious", "lazy", "gentle", "funny",
+    "careful", "young", "friendly",
+)  # fmt: skip
+WEATHERS = (
+    "sunny", "rainy", "windy", "cold", "warm", "snowy", "bright", "foggy",
+)  # fmt: skip
+TIMES = (
+    "morning", "afternoon", "evening", "day",
+)  # fmt: skip
 OBJECTS = (
-    "ball kite doll hat drum book boat coat scarf lamp basket bell ring key puzzle cup blanket whistle box flute"
-    " bag map shoe wagon balloon"
-).split()
-FOODS = "apple cake cookie pie sandwich pear bun banana pancake plum muffin carrot".split()
+    "ball", "kite", "doll", "hat", "drum", "book", "boat", "coat", "scarf", "lamp", "basket", "bell",
+    "ring", "key", "puzzle", "cup", "blanket", "whistle", "box", "flute", "bag", "map", "shoe", "wagon",
+    "balloon",
+)  # fmt: skip
+FOODS = (
+    "apple", "cake", "cookie", "pie", "sandwich", "pear", "bun", "banana", "pancake", "plum", "muffin",
+    "carrot",
+)  # fmt: skip
 PLACES = (
     "the forest", "the park", "the garden", "the beach", "the river", "the lake", "the farm", "the market",
     "the village", "the hill", "the meadow", "the old bridge", "the school", "the harbor", "the mill", "the barn",
@@ -36,11 +47,26 @@ SKILLS = (
     "swim", "dance", "sing", "ride a bicycle", "climb trees", "paint", "bake bread", "whistle", "skate", "jump over the stream",
     "play the flute", "row a boat",
 )  # fmt: skip
-BUILDS = "tower sandcastle treehouse bridge birdhouse raft tent snowman cart fort".split()
-MATERIALS = "wood stones sticks leaves rope boards mud branches straw paper".split()
-FEELINGS = "happy proud glad cheerful calm thankful".split()
-LOW_FEELINGS = "sad worried lonely upset sorry tired".split()
-RELATIVES = (("mother", "she"), ("father", "he"), ("grandmother", "she"), ("grandfather", "he"), ("aunt", "she"), ("uncle", "he"))
+BUILDS = (
+    "tower", "sandcastle", "treehouse", "bridge", "birdhouse", "raft", "tent", "snowman", "cart", "fort",
+)  # fmt: skip
+MATERIALS = (
+    "wood", "stones", "sticks", "leaves", "rope", "boards", "mud", "branches", "straw", "paper",
+)  # fmt: skip
+FEELINGS = (
+    "happy", "proud", "glad", "cheerful", "calm", "thankful",
+)  # fmt: skip
+LOW_FEELINGS = (
+    "sad", "worried", "lonely", "upset", "sorry", "tired",
+)  # fmt: skip
+RELATIVES = (
+    ("mother", "she"),
+    ("father", "he"),
+    ("grandmother", "she"),
+    ("grandfather", "he"),
+    ("aunt", "she"),
+    ("uncle", "he"),
+)
 NOISES = (
     ("a strange scratching sound", "scratching at the door"), ("a loud bang", "knocking over a bucket"),
     ("a soft tapping", "tapping on the window"), ("a low growl", "snoring under the table"),

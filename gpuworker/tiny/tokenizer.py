@@ -17,9 +17,7 @@ from gpuworker.tiny.corpus import END_OF_TEXT, TURN_END, TURN_START
 VOCAB_SIZE = 2048
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 # Words take their leading space; a number of up to three digits is one piece, so small sums are short.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -48,7 +46,8 @@ def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator((_MARKERS.sub("", text) for text in texts), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise ValueError(f"the texts gave {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}")
     return tokenizer
 
 

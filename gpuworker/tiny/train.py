@@ -25,7 +25,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gpuworker.tiny.corpus import END_OF_TEXT, TURN_END, Split, arithmetic_turn, documents, fact_turn, reading_turn
+from gpuworker.tiny.corpus import (
+    END_OF_TEXT,
+    TURN_END,
+    Split,
+    arithmetic_turn,
+    documents,
+    fact_turn,
+    reading_turn,
+)
 from gpuworker.tiny.evaluate import (
     ask,
     complete,
@@ -82,11 +90,11 @@ class Settings:
     """The settings of one training run; the defaults made the shipped model."""
 
     seed: int = 1
-    num_steps: int = 2000
+    num_steps: int = 3000
     step_tokens: int = 4096
     row_tokens: int = 512
-    # The last steps read long rows, so that every position up to the model's limit has been trained.
-    num_long_steps: int = 150
+    # The last share of steps reads long rows, so that every position up to the model's limit has been trained.
+    long_share: float = 1 / 15
     long_row_tokens: int = 2048
     learning_rate: float = 2e-3
     num_warmup_steps: int = 100
@@ -108,13 +116,15 @@ def learning_rate_at(step: int, settings: Settings) -> float:
 
 def batches(tokenizer: Tokenizer, settings: Settings) -> Iterator[Tensor]:
     """Yield one batch a step, tokens_BT of step_tokens ids: short rows, then long rows."""
-    num_short_steps = settings.num_steps - settings.num_long_steps
+    num_long_steps = round(settings.num_steps * settings.long_share)
     for row_tokens, num_steps in (
-        (settings.row_tokens, num_short_steps),
-        (settings.long_row_tokens, settings.num_long_steps),
+        (settings.row_tokens, settings.num_steps - num_long_steps),
+        (settings.long_row_tokens, num_long_steps),
     ):
         # The row length joins the seed: the long rows hold documents of their own.
-        rows = token_rows(tokenizer, Split.TRAIN, seed=settings.seed * 10_000 + row_tokens, row_tokens=row_tokens)
+        rows = token_rows(
+            tokenizer, Split.TRAIN, seed=settings.seed * 10_000 + row_tokens, row_tokens=row_tokens
+        )
         for _ in range(num_steps):
             yield torch.tensor(list(islice(rows, settings.step_tokens // row_tokens)))
 
@@ -154,6 +164,7 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     del weights["lm_head.weight"]
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     generation = {
         "eos_token_id": [tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)],
         "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
@@ -171,7 +182,11 @@ def report(model: nn.Module, tokenizer: Tokenizer) -> None:
         logger.info("held-out loss of %s: %.4f", kind, kind_loss)
     for write_turn in (fact_turn, arithmetic_turn, reading_turn):
         turns = list(islice(held_out_turns(write_turn, seed=7), 200))
-        logger.info("%s: %.1f%% of 200 held-out questions right", write_turn.__name__, 100 * share_right(model, tokenizer, turns))
+        logger.info(
+            "%s: %.1f%% of 200 held-out questions right",
+            write_turn.__name__,
+            100 * share_right(model, tokenizer, turns),
+        )
     for question in GREEDY_QUESTIONS:
         logger.info("> %s\n%s", question, ask(model, tokenizer, question))
     for seed in range(3):
@@ -184,7 +199,9 @@ def run(settings: Settings, folder: Path) -> None:
     """Train with settings, write the files into folder and report on the model as it was written."""
     torch.set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)
-    texts = (document.text for document in islice(documents(Split.TRAIN, seed=0), settings.num_tokenizer_documents))
+    texts = (
+        document.text for document in islice(documents(Split.TRAIN, seed=0), settings.num_tokenizer_documents)
+    )
     tokenizer = build_tokenizer(texts)
     model = Qwen3ForCausalLM(Qwen3Config(**MODEL_CONFIG)).float()
     logger.info("%d parameters, settings %s", sum(p.numel() for p in model.parameters()), asdict(settings))

@@ -32,10 +32,17 @@ class Fact:
 
 
 GIRLS = (
-    "Mia Anna Lily Rosa Emma Clara Zoe Lucy Ella Nina Sara Ruby Molly Grace Ivy Hanna Julia Maya Lena Kate"
-).split()
-BOYS = "Tom Ben Sam Leo Max Jack Finn Paul Noah Oscar Peter Hugo Emil David Adam Luke Theo Jonas Felix Will".split()
-ANIMAL_NAMES = "Pip Bobo Coco Tilly Momo Nori Fluff Rusty Pepper Biscuit Sunny Dot Bramble Hazel Otto Willow".split()
+    "Mia", "Anna", "Lily", "Rosa", "Emma", "Clara", "Zoe", "Lucy", "Ella", "Nina", "Sara", "Ruby", "Molly",
+    "Grace", "Ivy", "Hanna", "Julia", "Maya", "Lena", "Kate",
+)  # fmt: skip
+BOYS = (
+    "Tom", "Ben", "Sam", "Leo", "Max", "Jack", "Finn", "Paul", "Noah", "Oscar", "Peter", "Hugo", "Emil",
+    "David", "Adam", "Luke", "Theo", "Jonas", "Felix", "Will",
+)  # fmt: skip
+ANIMAL_NAMES = (
+    "Pip", "Bobo", "Coco", "Tilly", "Momo", "Nori", "Fluff", "Rusty", "Pepper", "Biscuit", "Sunny", "Dot",
+    "Bramble", "Hazel", "Otto", "Willow",
+)  # fmt: skip
 
 ANIMALS = (
     Animal("ant", 1, "in an anthill", "leaves", "six", "", ""),
@@ -66,7 +73,10 @@ ANIMALS = (
     Animal("whale", 26, "in the sea", "fish", "no", "", "calf"),
 )
 
-COLORS = "red blue green yellow white black brown purple pink orange gray golden".split()
+COLORS = (
+    "red", "blue", "green", "yellow", "white", "black", "brown", "purple", "pink", "orange", "gray",
+    "golden",
+)  # fmt: skip
 THING_COLORS = {
     "the sky": "blue", "the sun": "yellow", "grass": "green", "snow": "white", "milk": "white", "coal": "black",
     "a banana": "yellow", "a tomato": "red", "a carrot": "orange", "chocolate": "brown", "a pig": "pink",
@@ -83,10 +93,13 @@ OPPOSITES = (
     ("tall", "short"), ("light", "dark"), ("good", "bad"), ("left", "right"), ("near", "far"), ("clean", "dirty"),
     ("strong", "weak"), ("early", "late"), ("rich", "poor"), ("brave", "afraid"), ("in", "out"), ("yes", "no"),
 )  # fmt: skip
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split()
+DAYS = (
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "Monday",
+)  # fmt: skip
 MONTHS = (
-    "January February March April May June July August September October November December January"
-).split()
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December", "January",
+)  # fmt: skip
 TOOLS = {
     "cup": "drink", "bed": "sleep", "pen": "write", "spoon": "eat soup", "knife": "cut bread", "broom": "clean the floor",
     "lamp": "see in the dark", "key": "open a door", "boat": "cross the water", "umbrella": "stay dry", "clock": "tell the time",
@@ -152,9 +165,15 @@ def _fact(answer: str, *questions: str) -> Fact:
 def _animal_facts(animal: Animal) -> list[Fact]:
     name = animal.name
     facts = [
-        _fact(f"a {name} lives {animal.home}.", f"Where does a {name} live?", f"What is the home of a {name}?"),
+        _fact(
+            f"a {name} lives {animal.home}.", f"Where does a {name} live?", f"What is the home of a {name}?"
+        ),
         _fact(f"a {name} eats {animal.food}.", f"What does a {name} eat?", f"What is the food of a {name}?"),
-        _fact(f"a {name} has {animal.legs} legs.", f"How many legs does a {name} have?", f"Count the legs of a {name}."),
+        _fact(
+            f"a {name} has {animal.legs} legs.",
+            f"How many legs does a {name} have?",
+            f"Count the legs of a {name}.",
+        ),
     ]
     if animal.sound:
         asked = (f"What does a {name} say?", f"What sound does a {name} make?")
@@ -169,7 +188,11 @@ def size_fact(first: Animal, second: Animal) -> Fact:
     """Return which of two animals of different size is bigger."""
     big, small = (first, second) if first.size > second.size else (second, first)
     asked = f"a {first.name} or a {second.name}?"
-    return _fact(f"a {big.name} is bigger than a {small.name}.", f"Which is bigger, {asked}", f"What is bigger, {asked}")
+    return _fact(
+        f"a {big.name} is bigger than a {small.name}.",
+        f"Which is bigger, {asked}",
+        f"What is bigger, {asked}",
+    )
 
 
 def _kind_facts(thing: str, kind: str) -> list[Fact]:
@@ -182,8 +205,16 @@ def _kind_facts(thing: str, kind: str) -> list[Fact]:
 
 def _order_facts(before: str, after: str, *, unit: str) -> list[Fact]:
     return [
-        _fact(f"{after} comes after {before}.", f"Which {unit} comes after {before}?", f"What comes after {before}?"),
-        _fact(f"{before} comes before {after}.", f"Which {unit} comes before {after}?", f"What comes before {after}?"),
+        _fact(
+            f"{after} comes after {before}.",
+            f"Which {unit} comes after {before}?",
+            f"What comes after {before}?",
+        ),
+        _fact(
+            f"{before} comes before {after}.",
+            f"Which {unit} comes before {after}?",
+            f"What comes before {after}?",
+        ),
     ]
 
 
@@ -197,12 +228,17 @@ def _word_facts() -> list[Fact]:
 
 
 def _thing_facts() -> list[Fact]:
+    asked: tuple[str, ...]
     facts = [fact for thing, kind in KINDS.items() for fact in _kind_facts(thing, kind)]
     for thing, color in THING_COLORS.items():
         asked = (f"What color is {thing}?", f"What colour is {thing}?", f"Tell me the color of {thing}.")
         facts.append(_fact(f"{thing} is {color}.", *asked))
     for tool, use in TOOLS.items():
-        asked = (f"What do you use a {tool} for?", f"What is a {tool} for?", f"What can you do with a {tool}?")
+        asked = (
+            f"What do you use a {tool} for?",
+            f"What is a {tool} for?",
+            f"What can you do with a {tool}?",
+        )
         facts.append(_fact(f"you use a {tool} to {use}.", *asked))
     for one, other, made in MIXES:
         asked = (f"What color do {one} and {other} make?", f"What do you get if you mix {one} and {other}?")
@@ -213,11 +249,22 @@ def _thing_facts() -> list[Fact]:
 
 
 def _people_facts() -> list[Fact]:
-    facts = [_fact(f"a {job} {work}.", f"What does a {job} do?", f"What is the work of a {job}?") for job, work in JOBS.items()]
+    facts = [
+        _fact(f"a {job} {work}.", f"What does a {job} do?", f"What is the work of a {job}?")
+        for job, work in JOBS.items()
+    ]
     for part, use in BODY.items():
-        facts.append(_fact(f"we use our {part} to {use}.", f"What do we use our {part} for?", f"What are {part} for?"))
+        facts.append(
+            _fact(f"we use our {part} to {use}.", f"What do we use our {part} for?", f"What are {part} for?")
+        )
     for goods, shop in SHOPPING.items():
-        facts.append(_fact(f"you can buy {goods} at the {shop}.", f"Where can you buy {goods}?", f"Where do I buy {goods}?"))
+        facts.append(
+            _fact(
+                f"you can buy {goods} at the {shop}.",
+                f"Where can you buy {goods}?",
+                f"Where do I buy {goods}?",
+            )
+        )
     for act, place in PLACE_USES.items():
         facts.append(_fact(f"you can {act} {place}.", f"Where can you {act}?", f"Where can I {act}?"))
     for when, wear in CLOTHES.items():

@@ -20,7 +20,14 @@ from urllib.parse import parse_qsl
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections
 
-from runs.exceptions import MethodNotAllowed, MintError, NotAuthenticated, PayloadTooLarge, RateLimited
+from runs.exceptions import (
+    MethodNotAllowed,
+    MintError,
+    NotAuthenticated,
+    PayloadTooLarge,
+    RateLimited,
+    RequestInvalid,
+)
 from runs.models import User
 from runs.schemas.encodings import decompress
 from runs.services import keys
@@ -42,6 +49,7 @@ class ApiRequest:
     """A request whose body was read and whose key was checked. Header names are lower case."""
 
     method: str
+    scheme: str
     path_args: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]
@@ -66,6 +74,27 @@ class ApiRequest:
         return "application/x-protobuf" in self.headers.get("accept", "")
 
     @property
+    def base_url(self) -> str:
+        """Scheme and host as the client wrote them."""
+        return f"{self.scheme}://{self.headers.get('host', '')}"
+
+    def page(self, *, default_limit: int) -> tuple[int, int]:
+        """Return offset and limit of a listing.
+
+        Raises:
+            RequestInvalid: one is no number or out of range.
+        """
+        return self._number("offset", 0, low=0, high=2**31), self._number(
+            "limit", default_limit, low=1, high=1000
+        )
+
+    def _number(self, name: str, default: int, *, low: int, high: int) -> int:
+        text = self.query.get(name, str(default))
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise RequestInvalid(f"{text[:40]!r} is no whole number from {low} to {high}", place=name)
+        return int(text)
+
+    @property
     def sdk_version(self) -> str:
         """The client's version, empty when it does not say."""
         return self.headers.get("x-stainless-package-version", "")
@@ -81,7 +110,9 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def json_reply(content: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+def json_reply(
+    content: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Reply:
     """Answer with a JSON object."""
     body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     return Reply(body=body, status=status, headers=headers or {})
@@ -109,7 +140,7 @@ class Endpoint:
             reply = error_reply(RateLimited("the database is not reachable just now; send the request again"))
         except _ClientLeft:
             return
-        except Exception:
+        except Exception:  # noqa: BLE001 - the boundary: whatever it was, the client gets JSON
             reply = _crash_reply(scope)
         await _send(reply, send)
 
@@ -127,6 +158,7 @@ class Endpoint:
         body = await _read_body(receive, headers)
         request = ApiRequest(
             method=scope["method"],
+            scheme=scope.get("scheme", "http"),
             path_args=scope["url_route"]["kwargs"],
             query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
             headers=headers,
@@ -181,7 +213,11 @@ def _crash_reply(scope: Scope) -> Reply:
     incident = uuid.uuid4().hex[:12]
     logger.exception("incident %s at %s %s", incident, scope["method"], scope["path"])
     return json_reply(
-        {"detail": f"the server failed; its log names this incident {incident}", "code": "server_error", "category": "server"},
+        {
+            "detail": f"the server failed; its log names this incident {incident}",
+            "code": "server_error",
+            "category": "server",
+        },
         status=500,
     )
 

@@ -1,7 +1,73 @@
-"""The SDK's routes under /api/v1/."""
+"""The SDK's routes under /api/v1/; `endpoint` asks for a key, `open_endpoint` does not."""
 
 from __future__ import annotations
 
-from django.urls import URLPattern
+from typing import Any, cast
 
-routes: list[URLPattern] = []
+from django.urls import URLPattern, path, re_path
+
+from runs.api import futures, sampling, service, training, training_runs, weights
+from runs.api.decorators import ApiRequest, Endpoint, Reply, endpoint, open_endpoint
+from runs.exceptions import NotFound
+
+_CHECKPOINT = "training_runs/<str:run_id>/checkpoints/<str:kind>/<str:name>"
+
+
+def _nothing_here(request: ApiRequest) -> Reply:
+    raise NotFound("there is no such endpoint")
+
+
+def _route(pattern: str, app: Endpoint) -> URLPattern:
+    """Enter an endpoint; Channels' router calls it as an ASGI application, which Django's types do not know."""
+    entered: URLPattern = path(pattern, cast(Any, app))
+    return entered
+
+
+_start_up = [
+    _route("client/config", open_endpoint(POST=service.client_config)),
+    _route("client/dynamic_config", open_endpoint(POST=service.dynamic_config)),
+    _route("auth/token", endpoint(POST=service.auth_token)),
+    _route("auth/apikey/me", endpoint(GET=service.own_key)),
+    _route("healthz", open_endpoint(GET=service.healthz)),
+    _route("get_server_capabilities", endpoint(GET=service.capabilities)),
+    _route("create_session", endpoint(POST=service.create_session)),
+    _route("session_heartbeat", endpoint(POST=service.session_heartbeat)),
+    _route("sessions", endpoint(GET=service.list_sessions)),
+    _route("sessions/<str:session_id>", endpoint(GET=service.get_session)),
+    _route("sessions/<str:session_id>/finish", endpoint(POST=service.finish_session)),
+    _route("telemetry", open_endpoint(POST=service.telemetry)),
+]
+_training = [
+    _route("create_model", endpoint(POST=training.create_model)),
+    _route("get_info", endpoint(POST=training.get_info)),
+    _route("unload_model", endpoint(POST=training.unload_model)),
+    _route("forward", endpoint(POST=training.forward)),
+    _route("forward_backward", endpoint(POST=training.forward_backward)),
+    _route("optim_step", endpoint(POST=training.optim_step)),
+    _route("retrieve_future", endpoint(POST=futures.retrieve_future)),
+]
+_weights = [
+    _route("save_weights", endpoint(POST=weights.save_weights)),
+    _route("save_weights_for_sampler", endpoint(POST=weights.save_weights_for_sampler)),
+    _route("load_weights", endpoint(POST=weights.load_weights)),
+    _route("weights_info", endpoint(POST=weights.weights_info)),
+]
+_sampling = [
+    _route("create_sampling_session", endpoint(POST=sampling.create_sampling_session)),
+    _route("asample", endpoint(POST=sampling.asample)),
+    _route("samplers/<str:sampler_id>", endpoint(GET=sampling.get_sampler)),
+]
+_listing = [
+    _route("training_runs", endpoint(GET=training_runs.list_training_runs)),
+    _route("training_runs/<str:run_id>", endpoint(GET=training_runs.get_training_run)),
+    _route("training_runs/<str:run_id>/checkpoints", endpoint(GET=training_runs.list_run_checkpoints)),
+    _route(_CHECKPOINT, endpoint(DELETE=training_runs.delete_checkpoint)),
+    _route(f"{_CHECKPOINT}/archive", endpoint(GET=training_runs.archive)),
+    _route(f"{_CHECKPOINT}/publish", endpoint(POST=training_runs.publish, DELETE=training_runs.unpublish)),
+    _route(f"{_CHECKPOINT}/ttl", endpoint(PUT=training_runs.set_ttl)),
+    _route("checkpoints", endpoint(GET=training_runs.list_checkpoints)),
+]
+_nowhere = endpoint(GET=_nothing_here, POST=_nothing_here, PUT=_nothing_here, DELETE=_nothing_here)
+_rest = [re_path("", cast(Any, _nowhere))]
+
+routes: list[URLPattern] = _start_up + _training + _weights + _sampling + _listing + _rest

@@ -55,13 +55,17 @@ class SamplingSession(models.Model):
     seq_id = models.PositiveBigIntegerField()
     base_model = models.CharField(max_length=200)
     checkpoint = models.ForeignKey(Checkpoint, null=True, on_delete=models.SET_NULL)
-    run = models.ForeignKey(TrainingRun, null=True, on_delete=models.SET_NULL, related_name="sampling_sessions")
+    run = models.ForeignKey(
+        TrainingRun, null=True, on_delete=models.SET_NULL, related_name="sampling_sessions"
+    )
     model_path = models.CharField(max_length=400, blank=True)
     created_at = models.DateTimeField(db_default=Now())
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["session", "seq_id"], name="sampling_session_once_per_session_seq"),
+            models.UniqueConstraint(
+                fields=["session", "seq_id"], name="sampling_session_once_per_session_seq"
+            ),
         ]
 
     def __str__(self) -> str:

@@ -68,7 +68,9 @@ class Operation(models.Model):
     class Meta:
         constraints = [
             models.UniqueConstraint(fields=["run", "seq"], name="operation_once_per_run_seq"),
-            models.UniqueConstraint(fields=["sampling_session", "seq"], name="operation_once_per_sampling_seq"),
+            models.UniqueConstraint(
+                fields=["sampling_session", "seq"], name="operation_once_per_sampling_seq"
+            ),
             models.CheckConstraint(
                 condition=models.Q(run=None) ^ models.Q(sampling_session=None), name="operation_of_one_parent"
             ),

@@ -24,7 +24,9 @@ class Worker(models.Model):
 
     class Meta:
         ordering = ["-started_at"]
-        indexes = [models.Index(fields=["lease_until"], condition=models.Q(stopped_at=None), name="worker_live")]
+        indexes = [
+            models.Index(fields=["lease_until"], condition=models.Q(stopped_at=None), name="worker_live")
+        ]
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"

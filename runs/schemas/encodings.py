@@ -14,7 +14,7 @@ MAX_RATIO = 100
 RATIO_FREE_BYTES = 1 << 20
 # What RFC 8878 asks every decoder to support; a larger window would be memory spent on one header.
 MAX_ZSTD_WINDOW_BYTES = 8 << 20
-# Each frame or member costs a copy of what follows it.
+# More frames than any client sends, and each costs a new decompressor.
 MAX_FRAMES = 64
 _PIECE_BYTES = 256 << 10
 # A zstd block of 4 bytes can unpack to 128 KiB: one piece is at most 8 MiB.
@@ -55,7 +55,7 @@ def _single_encoding(encoding: str | None) -> str:
     name = "gzip" if name == "x-gzip" else name
     if name not in SUPPORTED:
         raise UnsupportedMedia(
-            f"content-encoding {ascii(name[:40])} is not understood; use one of {', '.join(SUPPORTED)}"
+            f"content-encoding {name[:40]!a} is not understood; use one of {', '.join(SUPPORTED)}"
         )
     return name
 
@@ -78,18 +78,17 @@ def _unzstd(body: bytes) -> Iterator[bytes]:
     # A decompressor fed by pieces stops when we do; decompress(max_output_size=...) ignores its limit
     # when the frame header declares a size, and the stream reader cannot tell a frame that is cut off.
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
-    rest = body
+    rest = memoryview(body)
     for _ in range(MAX_FRAMES):
         frame = decompressor.decompressobj()
-        view = memoryview(rest)
-        used = 0
+        num_fed = 0
         while not frame.eof:
-            if used >= len(view):
+            piece = rest[num_fed : num_fed + _ZSTD_PIECE_BYTES]
+            if not piece:
                 raise EOFError("it is cut off")
-            piece = view[used : used + _ZSTD_PIECE_BYTES]
             yield frame.decompress(piece)
-            used += len(piece)
-        rest = frame.unused_data + bytes(view[used:])
+            num_fed += len(piece)
+        rest = rest[num_fed - len(frame.unused_data) :]
         if not rest:
             return
     raise EOFError(f"it has more than {MAX_FRAMES} frames")
@@ -97,14 +96,18 @@ def _unzstd(body: bytes) -> Iterator[bytes]:
 
 def _inflate(body: bytes, name: str) -> Iterator[bytes]:
     window_bits = zlib.MAX_WBITS | 16 if name == "gzip" else _deflate_window_bits(body)
-    rest = body
+    rest = memoryview(body)
     for _ in range(MAX_FRAMES):
         stream = zlib.decompressobj(window_bits)
+        num_fed = 0
         while not stream.eof:
-            if not rest:
+            piece = rest[num_fed : num_fed + _PIECE_BYTES]
+            plain = stream.decompress(piece, _PIECE_BYTES)
+            if not piece and not plain:
                 raise EOFError("it is cut off")
-            yield stream.decompress(rest, _PIECE_BYTES)
-            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
+            yield plain
+            num_fed += len(piece) - len(stream.unconsumed_tail or stream.unused_data)
+        rest = rest[num_fed:]
         if not rest:
             return
     raise EOFError(f"it has more than {MAX_FRAMES} members")

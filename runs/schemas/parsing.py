@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 
 from runs.exceptions import RequestInvalid
 from runs.schemas.encodings import decompress
@@ -25,8 +25,6 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_DEPTH = 64
 MAX_NUMBER_DIGITS = 300
-# Longer exponents are refused where they overflow: 1e-400 is fine, 1e999 is not.
-_MIN_OVERFLOWING_EXPONENT_DIGITS = 3
 
 # Possessive, so an unterminated string costs one pass and never backtracks.
 _STRING = r'"(?:[^"\\]++|\\.)*+"?'
@@ -36,14 +34,18 @@ _TOKENS = re.compile(
     r"|(?P<number>-?[0-9]++(?:\.[0-9]++)?[eE]\+?[0-9]{3,}+|[0-9]{301,}+)".encode(),
     re.DOTALL,
 )
-_SURROGATES = re.compile(rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|(u[dD][c-fC-F]..)|.)")
+_SURROGATES = re.compile(
+    rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|(u[dD][c-fC-F]..)|.)"
+)
 _NUL = re.compile(rb"\\(?:(u0000)|.)", re.DOTALL)
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789E", b"000000000e")
-_OVERFLOW_SIGNS = tuple(
-    sign + b"0" * _MIN_OVERFLOWING_EXPONENT_DIGITS for sign in (b"e", b"e+")
-) + (b"0" * (MAX_NUMBER_DIGITS + 1),)
+# With every digit made 0, how a number looks that may be too large: 1e999, but not 1e-999.
+_OVERFLOW_SIGNS = (b"e000", b"e+000", b"0" * (MAX_NUMBER_DIGITS + 1))
+
+
+_SCALARS = frozenset({int, float, str, bool, type(None)})
 
 
 class _DuplicateKeyError(Exception):
@@ -61,14 +63,14 @@ def parse_json(body: bytes) -> object:
     if _depth(skeleton) > MAX_DEPTH or b"N" in skeleton or b"I" in skeleton or _may_overflow(skeleton):
         _check_tokens(body)
     try:
-        return json.loads(body, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise RequestInvalid(
-            f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]}",
-            place=f"line {error.lineno}, column {error.colno}",
-        ) from error
-    except _DuplicateKeyError as error:
-        raise RequestInvalid(f"an object has the key {show(error.args[0])} twice") from error
+        value: object = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        _explain(body)
+        raise RequestInvalid(f"not valid JSON: {error}") from error
+    # Outside strings a colon only follows a key, so fewer keys than colons means one came twice.
+    if skeleton.count(b":") != _count_keys(value):
+        _explain(body)
+    return value
 
 
 def validate(model_class: type[ModelT], body: bytes) -> ModelT:
@@ -112,13 +114,16 @@ def _check_text(body: bytes) -> None:
     if body.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in body[:4]:
         raise RequestInvalid("the body is UTF-16 or UTF-32, send UTF-8", place="line 1, column 1")
     if body.startswith(b"\xef\xbb\xbf"):
-        raise RequestInvalid("the body starts with a byte order mark, send plain UTF-8", place="line 1, column 1")
+        raise RequestInvalid(
+            "the body starts with a byte order mark, send plain UTF-8", place="line 1, column 1"
+        )
     if not body.isascii():
         try:
             body.decode()
         except UnicodeDecodeError as error:
             raise RequestInvalid(
-                f"byte 0x{body[error.start]:02x} is not valid UTF-8", place=_line_and_column(body, error.start)
+                f"byte 0x{body[error.start]:02x} is not valid UTF-8",
+                place=_line_and_column(body, error.start),
             ) from error
     if b"\\u" in body:
         _check_escapes(body)
@@ -129,7 +134,9 @@ def _check_escapes(body: bytes) -> None:
     if b"\\u0000" in body:
         for match in _NUL.finditer(body):
             if match[1]:
-                raise RequestInvalid("a string holds NUL (\\u0000)", place=_line_and_column(body, match.start()))
+                raise RequestInvalid(
+                    "a string holds NUL (\\u0000)", place=_line_and_column(body, match.start())
+                )
     if b"\\ud" in body or b"\\uD" in body:
         for match in _SURROGATES.finditer(body):
             if match[3] or (match[1] and not match[2]):
@@ -189,6 +196,28 @@ def _is_infinite(text: bytes) -> bool:
         return float(text) in (float("inf"), float("-inf"))
     except ValueError:  # not a number at all: the parser says so, with its place
         return False
+
+
+def _explain(body: bytes) -> None:
+    """Parse again with the standard parser, slower but with better words, and raise its complaint."""
+    try:
+        json.loads(body, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise RequestInvalid(
+            f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]}",
+            place=f"line {error.lineno}, column {error.colno}",
+        ) from error
+    except _DuplicateKeyError as error:
+        raise RequestInvalid(f"an object has the key {show(error.args[0])} twice") from error
+
+
+def _count_keys(value: object) -> int:
+    """Count the keys of all objects; lists of plain numbers cost one pass in C."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    if isinstance(value, list) and not _SCALARS.issuperset(map(type, value)):
+        return sum(map(_count_keys, value))
+    return 0
 
 
 def _line_and_column(body: bytes, index: int) -> str:

@@ -16,12 +16,9 @@ def show(value: object) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object of {len(value)}"
-    if isinstance(value, str):
-        text = ascii(value[: MAX_VALUE_CHARS + 1])
-    elif isinstance(value, bytes | bytearray | memoryview):
-        return f"{len(value)} bytes"
-    else:
-        text = {None: "null", True: "true", False: "false"}.get(value, ascii(value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = ascii(value[: MAX_VALUE_CHARS + 1] if isinstance(value, str) else value)
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
 
 

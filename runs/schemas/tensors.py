@@ -5,6 +5,7 @@ Axes: N input tokens of one datum, K targets per position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -58,7 +59,7 @@ def reshape(values: WireArray, shape: Sequence[int] | None, *, place: str) -> Wi
     if shape is None:
         return values
     _check_shape(shape, place)
-    num_needed = int(np.prod([int(size) for size in shape], dtype=object))
+    num_needed = math.prod(shape)
     if num_needed != values.size:
         raise RequestInvalid(
             f"has {values.size} values, but its shape {list(shape)} needs {num_needed}", place=place
@@ -120,9 +121,7 @@ def _unpack(packed: bytes, dtype: int, *, place: str) -> WireArray:
     if dtype == DType.DTYPE_BFLOAT16:
         upper = _frombuffer(packed, "<u2", place=place).astype(np.uint32)
         return (upper << 16).view(np.float32)
-    raise RequestInvalid(
-        f"has the unknown dtype {dtype}; use float32, int64, int32 or bfloat16", place=place
-    )
+    raise RequestInvalid(f"has the unknown dtype {dtype}; use float32, int64, int32 or bfloat16", place=place)
 
 
 def _int64s(packed: bytes, *, place: str) -> Int64Array:
@@ -132,9 +131,7 @@ def _int64s(packed: bytes, *, place: str) -> Int64Array:
 def _frombuffer(packed: bytes, dtype: str, *, place: str) -> npt.NDArray[Any]:
     item_bytes = np.dtype(dtype).itemsize
     if len(packed) % item_bytes:
-        raise RequestInvalid(
-            f"has {len(packed)} bytes, which is no multiple of {item_bytes}", place=place
-        )
+        raise RequestInvalid(f"has {len(packed)} bytes, which is no multiple of {item_bytes}", place=place)
     return np.frombuffer(packed, dtype=dtype)
 
 

@@ -9,6 +9,7 @@ from django.db.models import Model, Q, QuerySet
 from runs import ids
 from runs.exceptions import NotFound, SessionFinished
 from runs.models import ApiKey, Checkpoint, Operation, SamplingSession, Session, TrainingRun, User
+from runs.services import keys
 
 Row = TypeVar("Row", bound=Model)
 
@@ -65,16 +66,16 @@ def get_open_session(user: User, session_id: str) -> Session:
     return session
 
 
-def get_operation(user: User, request_id: str) -> Operation:
+def get_operation(user: User, pk: int) -> Operation:
     """Return the user's operation without its payload."""
-    pk = ids.parse_request_id(request_id)
-    rows = Operation.objects.filter(pk=pk, owner=user).defer("payload")
-    return _one(rows, f"request {request_id[:40]!r}")
+    return _one(Operation.objects.filter(pk=pk, owner=user).defer("payload"), f"request op-{pk}")
 
 
 def get_sampling_session(user: User, sampling_session_id: str) -> SamplingSession:
     """Return the user's sampling session."""
-    rows = SamplingSession.objects.filter(public_id=sampling_session_id, owner=user).select_related("checkpoint")
+    rows = SamplingSession.objects.filter(public_id=sampling_session_id, owner=user).select_related(
+        "checkpoint"
+    )
     return _one(rows, f"sampling session {sampling_session_id[:128]!r}")
 
 
@@ -96,6 +97,11 @@ def get_readable_checkpoint(user: User, path: ids.CheckpointPath) -> Checkpoint:
         is_ephemeral=False,
     ).select_related("run")
     return _one(rows, f"checkpoint {str(path)[:300]!r}")
+
+
+def get_readable_checkpoint_for(user: User, path: ids.CheckpointPath, *, token: str | None) -> Checkpoint:
+    """Return a checkpoint that the user may read, or whoever's key the token is."""
+    return get_readable_checkpoint(user if token is None else keys.authenticate(token), path)
 
 
 def _one(rows: QuerySet[Row], what: str) -> Row:

@@ -50,5 +50,11 @@ def use_login_link(token: str) -> User:
     return link.user
 
 
+def set_password(user: User, password: str) -> None:
+    """Let the user sign in with this password from now on; other browsers are signed out."""
+    user.set_password(password)
+    user.save(update_fields=["password"])
+
+
 def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()

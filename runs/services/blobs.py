@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def get(name: str) -> bytes:
     with default_storage.open(name) as file:
         data: bytes = file.read()
     return data
+
+
+def delete_folder(directory: str) -> None:
+    """Remove a storage folder with its files."""
+    if isinstance(storages["default"], FileSystemStorage):
+        shutil.rmtree(default_storage.path(directory), ignore_errors=True)
+        return
+    _, names = default_storage.listdir(directory)
+    for name in names:
+        default_storage.delete(f"{directory}/{name}")
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 from django.core.files.base import File
-from django.core.files.storage import FileSystemStorage, default_storage, storages
+from django.core.files.storage import default_storage
+from django.db.models import QuerySet, Sum
 from django.db.models.functions import Now
 
 from runs.models import Checkpoint
+from runs.services import blobs
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
@@ -28,7 +28,7 @@ def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
 def delete(checkpoint: Checkpoint) -> None:
     """Delete the row and then the files."""
     Checkpoint.objects.filter(pk=checkpoint.pk).delete()
-    _delete_files(checkpoint.directory)
+    blobs.delete_folder(checkpoint.directory)
 
 
 def delete_expired() -> int:
@@ -39,6 +39,11 @@ def delete_expired() -> int:
     return len(expired)
 
 
+def size_of(checkpoints: QuerySet[Checkpoint]) -> int:
+    """Return the bytes the checkpoints take together."""
+    return int(checkpoints.aggregate(total=Sum("size_bytes"))["total"] or 0)
+
+
 def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tuple[str, File[bytes]]]:
     """Yield (name, open file) of everything the checkpoint holds."""
     _, names = default_storage.listdir(checkpoint.directory)
@@ -46,12 +51,3 @@ def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tu
         if with_optimizer or name in ("adapter_model.safetensors", "adapter_config.json"):
             with default_storage.open(f"{checkpoint.directory}/{name}") as file:
                 yield name, file
-
-
-def _delete_files(directory: str) -> None:
-    if isinstance(storages["default"], FileSystemStorage):
-        shutil.rmtree(Path(default_storage.path(directory)), ignore_errors=True)
-        return
-    _, names = default_storage.listdir(directory)
-    for name in names:
-        default_storage.delete(f"{directory}/{name}")

@@ -6,14 +6,13 @@ owner still computes can be committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
 from django.db import connection, transaction
 
-from runs.models import Operation, SamplingSession, TrainingRun, Worker
+from runs.models import Checkpoint, Operation, SamplingSession, Snapshot, TrainingRun, Worker
 from runs.services import operations
 
 _CLAIM = """
@@ -33,7 +32,7 @@ WHERE id IN (
   CROSS JOIN LATERAL (
     SELECT id FROM runs_operation WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
   ) op)
-RETURNING id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, created_at,
+RETURNING id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts,
   EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
 """
 _TAKE_SAMPLES = """
@@ -82,8 +81,8 @@ class TakenOperation:
     payload: bytes
     num_tokens: int
     attempts: int
-    created_at: datetime
     waited_s: float
+    result: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +139,7 @@ def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int
             payload=operations.payload_of(row[5], row[6]),
             num_tokens=row[7],
             attempts=row[8],
-            created_at=row[9],
-            waited_s=row[10],
+            waited_s=row[9],
         )
         for row in rows
     ]
@@ -176,11 +174,11 @@ def take_samples(worker: Worker, base_models: Sequence[str], *, limit: int) -> l
     return taken
 
 
-def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> list[TakenOperation]:
-    """Return a run's applied operations for replay, without counting an attempt."""
+def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterator[TakenOperation]:
+    """Yield a run's applied operations with their results for replay, without counting an attempt."""
     rows = Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq).order_by("seq")
-    return [
-        TakenOperation(
+    for row in rows.iterator(chunk_size=16):
+        yield TakenOperation(
             pk=row.pk,
             run_pk=run_pk,
             seq=row.seq,
@@ -189,11 +187,20 @@ def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> list[T
             payload=operations.payload_of(row.payload, row.payload_file),
             num_tokens=row.num_tokens,
             attempts=0,
-            created_at=row.created_at,
             waited_s=0.0,
+            result=bytes(row.result) if row.result is not None else None,
         )
-        for row in rows.defer("result").iterator(chunk_size=16)
-    ]
+
+
+def latest_snapshots(run_pk: int, *, up_to_seq: int) -> list[tuple[int, str]]:
+    """Return (seq, storage folder) of the run's snapshots, newest first."""
+    rows = Snapshot.objects.filter(run_id=run_pk, seq__lte=up_to_seq).order_by("-seq", "-fence")
+    return list(rows.values_list("seq", "directory"))
+
+
+def checkpoint_exists(run_pk: int, *, kind: str, name: str) -> bool:
+    """Return whether the run has a checkpoint of this kind and name."""
+    return Checkpoint.objects.filter(run_id=run_pk, kind=kind, name=name).exists()
 
 
 def _held(run: TrainingRun) -> HeldRun:

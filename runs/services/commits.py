@@ -12,12 +12,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from django.db import connection, transaction
 
 from runs import events, ids
-from runs.models import Checkpoint, Metric, Operation, RunEvent, SamplingSession, Session, TrainingRun
+from runs.models import (
+    Checkpoint,
+    Metric,
+    Operation,
+    RunEvent,
+    SamplingSession,
+    Session,
+    Snapshot,
+    TrainingRun,
+)
+
+NUM_SNAPSHOTS_KEPT: Final = 2
 
 _ADVANCE = """
 UPDATE runs_trainingrun SET applied_seq = %s, step = %s, num_tokens = num_tokens + %s,
@@ -100,21 +111,18 @@ class RunCommit:
         return self.operations[-1].seq
 
 
-def commit(run: RunCommit) -> bool:
-    """Apply one cycle's effects on one run; false when another worker owns the run."""
+def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
+    """Apply one cycle's effects on its runs in one transaction; false for a run another worker owns."""
     with transaction.atomic():
-        if not _advance(run):
-            return _was_committed(run)
-        with connection.cursor() as cursor:
-            cursor.executemany(_SKIP, [_skip_values(run, op) for op in run.operations if op.pk is None])
-            cursor.executemany(_FINISH, [_finish_values(run, op) for op in run.operations if op.pk is not None])
-        _insert_metrics(run)
-        for op in run.operations:
-            if op.checkpoint is not None:
-                _register(run, op, op.checkpoint)
-        events.notify_done(op.pk for op in run.operations if op.pk is not None)
-        events.run_changed(run.run_pk, run.owner_id, run.public_id)
-    return True
+        return [_commit(run) for run in runs]
+
+
+def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size_bytes: int) -> list[str]:
+    """Register a snapshot already in storage; returns the folders of those it makes superfluous."""
+    Snapshot.objects.create(run_id=run_pk, seq=seq, fence=fence, directory=directory, size_bytes=size_bytes)
+    old = list(Snapshot.objects.filter(run_id=run_pk).order_by("-seq", "-fence")[NUM_SNAPSHOTS_KEPT:])
+    Snapshot.objects.filter(pk__in=[row.pk for row in old]).delete()
+    return [row.directory for row in old]
 
 
 def commit_sample(operation_pk: int, result: Result) -> None:
@@ -135,9 +143,19 @@ def add_event(run_pk: int, *, seq: int, step: int, kind: str, detail: Mapping[st
     RunEvent.objects.create(run_id=run_pk, seq=seq, step=step, kind=kind, detail=dict(detail))
 
 
-def checkpoint_path(run_public_id: str, checkpoint: NewCheckpoint) -> str:
-    """Return the tinker:// path a new checkpoint will have."""
-    return str(ids.CheckpointPath(run_public_id, checkpoint.kind, checkpoint.name))
+def _commit(run: RunCommit) -> bool:
+    if not _advance(run):
+        return _was_committed(run)
+    with connection.cursor() as cursor:
+        cursor.executemany(_SKIP, [_skip_values(run, op) for op in run.operations if op.pk is None])
+        cursor.executemany(_FINISH, [_finish_values(run, op) for op in run.operations if op.pk is not None])
+    _insert_metrics(run)
+    for op in run.operations:
+        if op.checkpoint is not None:
+            _register(run, op, op.checkpoint)
+    events.notify_done(op.pk for op in run.operations if op.pk is not None)
+    events.run_changed(run.run_pk, run.owner_id, run.public_id)
+    return True
 
 
 def _advance(run: RunCommit) -> bool:
@@ -145,7 +163,7 @@ def _advance(run: RunCommit) -> bool:
     values = [run.to_seq, run.step, run.num_tokens, loss, run.tokens_per_s, run.state, run.error]
     with connection.cursor() as cursor:
         cursor.execute(_ADVANCE, [*values, run.run_pk, run.fence, run.from_seq])
-        return cursor.rowcount == 1
+        return bool(cursor.rowcount == 1)
 
 
 def _was_committed(run: RunCommit) -> bool:

@@ -47,6 +47,11 @@ def revoke_key(user: User, key_pk: int) -> None:
     _cache.clear()
 
 
+def has_live_key(user: User) -> bool:
+    """Say whether the user has a key that works."""
+    return ApiKey.objects.filter(owner=user, revoked_at=None).exists()
+
+
 def spellings(secret: str) -> dict[str, str]:
     """Return the key as each SDK wants it: `tinker` starts with tml-, `mint` with sk-mint-."""
     body = _body(secret)

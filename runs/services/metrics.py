@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from runs.models import Metric, TrainingRun
 
 MAX_POINTS: Final = 2000
+LARGE_RUN_VALUES: Final = 60_000
 CHART_METRICS: Final = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 
 
@@ -24,6 +26,11 @@ class Point:
     name: str
     value: float
     recorded_at: datetime
+
+    def as_json(self) -> list[int | float | str]:
+        """Return `[seq, step, seconds since 1970, name, value]`; what JSON cannot say is a word."""
+        value = self.value if math.isfinite(self.value) else word(self.value)
+        return [self.seq, self.step, round(self.recorded_at.timestamp(), 3), self.name, value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +51,39 @@ class Bucket:
 
 def points_after(run: TrainingRun, seq: int, *, limit: int = MAX_POINTS) -> list[Point]:
     """Return the run's values after a cursor, in order; whole operations only."""
-    rows = list(Metric.objects.filter(run=run, seq__gt=seq).order_by("seq", "name")[: limit + 1])
+    rows = _rows(run, seq, limit + 1)
     if len(rows) > limit:
-        cut = rows[limit].seq
-        rows = [row for row in rows if row.seq < cut] or rows[:limit]
+        cut = rows[limit][0]
+        whole = [row for row in rows if row[0] < cut]
+        # One operation alone may have more values than the limit; half of it would lose the other half.
+        rows = whole or [row for row in _rows(run, seq, None) if row[0] == cut]
     return [
-        Point(seq=row.seq, step=row.step, name=row.name, value=row.value, recorded_at=row.recorded_at) for row in rows
+        Point(seq=seq, step=step, name=name, value=value, recorded_at=recorded_at)
+        for seq, step, name, value, recorded_at in rows
     ]
+
+
+def is_large(run: TrainingRun) -> bool:
+    """Say whether a page should draw the run's past from buckets instead of every value."""
+    return Metric.objects.filter(run=run)[: LARGE_RUN_VALUES + 1].count() > LARGE_RUN_VALUES
+
+
+def last_seq(run: TrainingRun) -> int:
+    """Return the cursor after the run's newest value, -1 when it has none."""
+    newest = Metric.objects.filter(run=run).order_by("-seq").values_list("seq", flat=True).first()
+    return -1 if newest is None else newest
+
+
+def _rows(run: TrainingRun, seq: int, limit: int | None) -> list[tuple[int, int, str, float, datetime]]:
+    rows = Metric.objects.filter(run=run, seq__gt=seq).order_by("seq", "name")
+    return list(rows.values_list("seq", "step", "name", "value", "recorded_at")[:limit])
+
+
+def word(value: float) -> str:
+    """Return the name of a value that is not finite: NaN, Infinity or -Infinity."""
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
 
 
 def names(run: TrainingRun) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from django.conf import settings
 from django.db import connection, transaction
+from django.db.models import Max
 
 from runs import events
 from runs.exceptions import MintError, RateLimited, SequenceConflict
@@ -68,7 +69,20 @@ def submit_sample(sampling_session: SamplingSession, submission: Submission) -> 
 def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
     """Take up the seq_id of a refused request: the client does not use the number again."""
     digest = hashlib.sha256(f"rejected {seq}".encode()).hexdigest()
-    values = [run.owner_id, run.pk, None, seq, kind, Operation.State.FAILED, None, "", digest, 0, str(error), "user"]
+    values = [
+        run.owner_id,
+        run.pk,
+        None,
+        seq,
+        kind,
+        Operation.State.FAILED,
+        None,
+        "",
+        digest,
+        0,
+        str(error),
+        "user",
+    ]
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(_INSERT, values)
         events.notify_work()
@@ -77,6 +91,17 @@ def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
 def payload_of(payload: bytes | memoryview | None, payload_file: str) -> bytes:
     """Return an operation's payload from wherever it was stored."""
     return blobs.get(payload_file) if payload_file else bytes(payload or b"")
+
+
+def latest_of(run: TrainingRun, *, limit: int) -> list[Operation]:
+    """Return the run's latest operations, newest first, without what was sent and answered."""
+    return list(Operation.objects.filter(run=run).defer("payload", "result").order_by("-seq")[:limit])
+
+
+def next_seq(run: TrainingRun) -> int:
+    """Return the seq after everything the run's client has sent."""
+    last = Operation.objects.filter(run=run).aggregate(last=Max("seq"))["last"]
+    return 0 if last is None else int(last) + 1
 
 
 def finished_among(operation_ids: list[int]) -> list[int]:
@@ -89,7 +114,7 @@ def _insert(
     owner_id: int, run: TrainingRun | None, session: SamplingSession | None, submission: Submission
 ) -> int:
     inline, file = _store(submission)
-    values = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
+    values: list[Any] = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
     values += [Operation.State.QUEUED, inline, file, submission.digest, submission.num_tokens, "", ""]
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(_INSERT, values)
@@ -114,8 +139,7 @@ def _existing(run: TrainingRun | None, session: SamplingSession | None, submissi
         return first.pk
     if first.kind == Operation.Kind.SKIPPED:
         raise SequenceConflict(
-            f"was given up after {GAP_PATIENCE_S} s, when later requests were waiting for it", place=f"seq_id {first.seq}"
+            f"was given up after {GAP_PATIENCE_S} s, when later requests were waiting for it",
+            place=f"seq_id {first.seq}",
         )
-    raise SequenceConflict(
-        f"already holds another request ({first.kind})", place=f"seq_id {submission.seq}"
-    )
+    raise SequenceConflict(f"already holds another request ({first.kind})", place=f"seq_id {submission.seq}")

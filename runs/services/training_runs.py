@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from django.db import transaction
-from django.db.models import Exists, Max, OuterRef, QuerySet
+from django.db.models import Exists, Max, OuterRef, Q, QuerySet
 from django.db.models.functions import Now
 
 from runs import ids
@@ -73,7 +73,9 @@ def create_run(
     """
     info = base_models.get(base_model)
     if info.max_rank and lora.rank > info.max_rank:
-        raise RequestInvalid(f"{lora.rank} is above {info.max_rank}, the most {base_model} takes", place="lora_config.rank")
+        raise RequestInvalid(
+            f"{lora.rank} is above {info.max_rank}, the most {base_model} takes", place="lora_config.rank"
+        )
     public_id = ids.run_id(session.public_id, model_seq_id)
     with transaction.atomic():
         run, created = TrainingRun.objects.get_or_create(
@@ -117,7 +119,13 @@ def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
     waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
     alive = Worker.objects.filter(pk=OuterRef("worker"), stopped_at=None, lease_until__gt=Now())
     recent = TrainingRun.objects.filter(pk=OuterRef("pk"), last_applied_at__gt=Now() - _RECENT)
-    return runs.annotate(has_work=Exists(waiting), has_worker=Exists(alive), is_recent=Exists(recent))
+    any_alive = Worker.objects.filter(stopped_at=None, lease_until__gt=Now())
+    return runs.annotate(
+        has_work=Exists(waiting),
+        has_worker=Exists(alive),
+        is_recent=Exists(recent),
+        is_served=Exists(any_alive),
+    )
 
 
 def display_state(run: TrainingRun) -> DisplayState:
@@ -129,9 +137,24 @@ def display_state(run: TrainingRun) -> DisplayState:
     if run.has_work:  # type: ignore[attr-defined]
         if run.has_worker:  # type: ignore[attr-defined]
             return DisplayState.RUNNING
-        any_worker = Worker.objects.filter(stopped_at=None, lease_until__gt=Now()).exists()
-        return DisplayState.QUEUED if any_worker else DisplayState.WAITING_FOR_WORKER
+        return DisplayState.QUEUED if run.is_served else DisplayState.WAITING_FOR_WORKER  # type: ignore[attr-defined]
     return DisplayState.RUNNING if run.is_recent else DisplayState.WAITING_FOR_CLIENT  # type: ignore[attr-defined]
+
+
+def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QuerySet[TrainingRun]:
+    """Keep the runs a person sees in this state; the runs come from `with_activity`."""
+    if state == DisplayState.FAILED:
+        return runs.filter(state=TrainingRun.State.FAILED)
+    if state == DisplayState.CLOSED:
+        return runs.filter(state=TrainingRun.State.CLOSED)
+    is_running = Q(has_work=True, has_worker=True) | Q(has_work=False, is_recent=True)
+    conditions = {
+        DisplayState.RUNNING: is_running,
+        DisplayState.WAITING_FOR_CLIENT: Q(has_work=False, is_recent=False),
+        DisplayState.QUEUED: Q(has_work=True, has_worker=False, is_served=True),
+        DisplayState.WAITING_FOR_WORKER: Q(has_work=True, has_worker=False, is_served=False),
+    }
+    return runs.filter(conditions[state], state=TrainingRun.State.OPEN)
 
 
 def last_request_at(run: TrainingRun) -> Any:
@@ -173,7 +196,8 @@ def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:
     held = (run.base_model, run.lora_rank, run.train_attn, run.train_mlp, run.train_unembed)
     if asked != held:
         raise RequestInvalid(
-            f"{run.model_seq_id} already names a run of {run.base_model} with rank {run.lora_rank}", place="model_seq_id"
+            f"{run.model_seq_id} already names a run of {run.base_model} with rank {run.lora_rank}",
+            place="model_seq_id",
         )
 
 

@@ -11,7 +11,7 @@ import socket
 from typing import Final
 
 from django.db import connection
-from django.db.models import Q, QuerySet
+from django.db.models import BooleanField, Count, ExpressionWrapper, Q, QuerySet
 from django.db.models.functions import Now
 
 from runs.models import TrainingRun, Worker
@@ -41,7 +41,7 @@ def renew(worker: Worker, *, busy_share: float) -> bool:
             " WHERE id = %s AND stopped_at IS NULL",
             [LEASE_S, busy_share, worker.pk],
         )
-        return cursor.rowcount == 1
+        return bool(cursor.rowcount == 1)
 
 
 def stop(worker: Worker) -> None:
@@ -58,6 +58,18 @@ def bury_dead() -> list[Worker]:
 def live() -> QuerySet[Worker]:
     """Return the workers that are alive as far as the leases tell."""
     return Worker.objects.filter(stopped_at=None, lease_until__gt=Now())
+
+
+def recent(*, limit: int) -> list[Worker]:
+    """Return the live workers and then those that ended last, with what each holds.
+
+    Annotates `is_alive`, and `num_runs` (runs it holds).
+    """
+    is_alive = Q(stopped_at=None, lease_until__gt=Now())
+    rows = Worker.objects.annotate(
+        is_alive=ExpressionWrapper(is_alive, output_field=BooleanField()), num_runs=Count("training_runs")
+    )
+    return list(rows.order_by("-is_alive", "-started_at")[:limit])
 
 
 def _bury(worker: Worker) -> bool:

@@ -1,0 +1,66 @@
+# `make up` starts mintweb, `make test` runs every check and test; both work on a fresh machine.
+
+.DEFAULT_GOAL := help
+.PHONY: help up test check format bench proto clean dev chromium
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
+CHECK_ENV = MINTWEB_DATA_DIR=.cache/check
+SOURCES = manage.py mintweb runs gpuworker tests
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+
+up: $(VENV)/.installed ## Start everything in the foreground; Ctrl-C stops it
+	@exec $(PY) manage.py up
+
+test: dev chromium ## Run all checks and all tests (ARGS="tests/api -k name" for some)
+	@if [ -f tests/sdk/make_envs.sh ]; then bash tests/sdk/make_envs.sh; fi
+	@$(MAKE) --no-print-directory check
+	$(PY) -m pytest $(ARGS)
+
+check: dev ## Check format, lint, types, import contracts and migrations
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(CHECK_ENV) $(PY) -m mypy $(SOURCES)
+	$(VENV)/bin/lint-imports
+	$(CHECK_ENV) $(PY) -W ignore::RuntimeWarning manage.py makemigrations --check --dry-run
+
+format: dev ## Format the code and repair what lint can repair
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: dev ## Measure speed (see bench/)
+	$(PY) -m bench $(ARGS)
+
+proto: dev ## Make runs/schemas/tinker_pb2.py again from its .proto file
+	$(PY) -m grpc_tools.protoc --proto_path=runs/schemas --python_out=runs/schemas --pyi_out=runs/schemas tinker.proto
+
+clean: ## Remove caches and build outputs (not data, not .venv)
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build staticfiles
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+dev: $(VENV)/.installed-dev
+
+chromium:
+	@sh .ci/chromium
+
+# A stamp per requirements file: a second run installs nothing.
+$(VENV)/.installed: requirements.txt $(VENV)/.made
+	@echo "Installing mintweb's requirements into $(VENV) (the first time this takes minutes) ..."
+	@$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "Installing what the tests need into $(VENV) ..."
+	@$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.made:
+	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			$$python -m venv $(VENV) && touch $@ && exit 0; \
+			echo "make: $$python cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+		fi; \
+	done; \
+	echo "make: Python 3.11 or newer is needed; none of python3, python3.14 ... python3.11 is that" >&2; exit 1

@@ -1,0 +1,204 @@
+"""The last of the three stages: serialise results, write checkpoints, commit, in the order computed.
+
+Runs in a thread of its own while the next cycle computes. A database that is away is waited for;
+a run that another worker owns by now is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from django.db import InterfaceError, OperationalError, close_old_connections
+
+from gpuworker import payloads, snapshots
+from gpuworker.engine.adapters import AdapterState
+from gpuworker.engine.types import SampleResult
+from gpuworker.handlers import Outcome, PendingCheckpoint
+from gpuworker.seats import Seat
+from runs.models import TrainingRun
+from runs.services import blobs, commits
+from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
+
+logger = logging.getLogger(__name__)
+_MAX_WAITING: Final = 8
+_RETRY_S: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """What one cycle did to one seat."""
+
+    seat: Seat
+    from_seq: int
+    outcomes: Sequence[Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOutcome:
+    """The answer of one sample request, or its error."""
+
+    operation_pk: int
+    answer: SampleResult | Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOutcome:
+    """A seat's state to be kept for replay."""
+
+    seat: Seat
+    seq: int
+    state: AdapterState
+
+
+Item = Sequence[RunOutcome] | SampleOutcome | SnapshotOutcome
+
+
+class Committer:
+    """Takes outcomes from the compute stage and makes them true, one item after the other."""
+
+    def __init__(self) -> None:
+        self._items: queue.Queue[Item | None] = queue.Queue(maxsize=_MAX_WAITING)
+        self._thread = threading.Thread(target=self._loop, name="committer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item) -> None:
+        """Hand over an item; blocks while too many wait, so that compute cannot run away from the log."""
+        self._items.put(item)
+
+    def flush(self) -> None:
+        """Wait until everything handed over is committed or given up."""
+        self._items.join()
+
+    def stop(self) -> None:
+        """Finish what waits and end the thread."""
+        self._items.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (item := self._items.get()) is not None:
+            try:
+                _until_reachable(lambda item=item: _commit(item))  # type: ignore[misc]
+            except Exception:
+                logger.exception("an outcome could not be committed; its runs start anew from the log")
+                _give_up(item)
+            finally:
+                self._items.task_done()
+        self._items.task_done()
+
+
+def _commit(item: Item) -> None:
+    if isinstance(item, SampleOutcome):
+        answer = item.answer
+        result = payloads.sample_result(answer) if isinstance(answer, SampleResult) else answer
+        commits.commit_sample(item.operation_pk, result)
+    elif isinstance(item, SnapshotOutcome):
+        _commit_snapshot(item)
+    else:
+        _commit_cycle([run for run in item if not run.seat.is_lost])
+
+
+def _commit_cycle(runs: Sequence[RunOutcome]) -> None:
+    batch = [_run_commit(run) for run in runs]
+    for run, commit, was_committed in zip(runs, batch, commits.commit_all(batch), strict=True):
+        if was_committed:
+            run.seat.committed_seq = commit.to_seq
+        else:
+            logger.warning("run %s belongs to another worker by now; it is dropped here", commit.public_id)
+            run.seat.is_lost = True
+
+
+def _commit_snapshot(item: SnapshotOutcome) -> None:
+    seat = item.seat
+    if seat.is_lost:
+        return
+    directory = snapshots.new_directory("snapshots", seat.run.pk, item.seq, seat.run.fence)
+    size = snapshots.store(item.state, directory, base_model=seat.run.base_model)
+    for old in commits.register_snapshot(
+        seat.run.pk, fence=seat.run.fence, seq=item.seq, directory=directory, size_bytes=size
+    ):
+        blobs.delete_folder(old)
+    seat.snapshot_seq = item.seq
+
+
+def _run_commit(run: RunOutcome) -> RunCommit:
+    held = run.seat.run
+    last = run.outcomes[-1]
+    failed_run = next((one.failed_run for one in run.outcomes if one.failed_run), "")
+    steps = [one for one in run.outcomes if one.metrics]
+    return RunCommit(
+        run_pk=held.pk,
+        owner_id=held.owner_id,
+        public_id=held.public_id,
+        base_model=held.base_model,
+        session_public_id=held.session_public_id,
+        fence=held.fence,
+        from_seq=run.from_seq,
+        operations=[_applied(run.seat, one) for one in run.outcomes],
+        step=last.step,
+        num_tokens=sum(one.num_tokens for one in run.outcomes),
+        loss=steps[-1].loss if steps else None,
+        tokens_per_s=steps[-1].metrics.get("tokens_per_s") if steps else None,
+        state=_state(run.seat, failed_run),
+        error=failed_run,
+    )
+
+
+def _state(seat: Seat, failed_run: str) -> TrainingRun.State:
+    if failed_run:
+        return TrainingRun.State.FAILED
+    return TrainingRun.State.CLOSED if seat.is_closed else TrainingRun.State.OPEN
+
+
+def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
+    taken = outcome.operation.taken
+    answer = outcome.answer
+    result = answer if isinstance(answer, Result) else payloads.forward_backward_result(answer)
+    pending = outcome.checkpoint
+    return AppliedOperation(
+        pk=taken.pk if taken else None,
+        seq=outcome.operation.seq,
+        step=outcome.step,
+        result=result,
+        metrics=outcome.metrics,
+        checkpoint=_written(seat, pending) if pending else None,
+    )
+
+
+def _written(seat: Seat, pending: PendingCheckpoint) -> NewCheckpoint:
+    size = snapshots.store(pending.state, pending.directory, base_model=seat.run.base_model)
+    save = pending.save
+    return NewCheckpoint(
+        kind=save.kind,
+        name=save.name,
+        directory=pending.directory,
+        size_bytes=size,
+        is_ephemeral=save.is_ephemeral,
+        overwrite=save.overwrite,
+        ttl_seconds=save.ttl_seconds,
+        user_metadata=save.user_metadata,
+        sampling_session_seq=save.sampling_session_seq,
+    )
+
+
+def _until_reachable(action: Callable[[], None]) -> None:
+    """Repeat an action for as long as the database is away; a commit is safe to repeat."""
+    while True:
+        try:
+            close_old_connections()
+            return action()
+        except (OperationalError, InterfaceError) as error:
+            logger.warning("the database did not take a commit, trying again: %s", error)
+            time.sleep(_RETRY_S)
+
+
+def _give_up(item: Item) -> None:
+    if isinstance(item, SampleOutcome):
+        return
+    for run in [item] if isinstance(item, SnapshotOutcome) else item:
+        run.seat.is_lost = True

@@ -1,0 +1,214 @@
+"""The compute engine: one frozen base model, many adapters, training cycles and sampling.
+
+Tensors and token ids only; no rows, queues or settings. The worker calls it from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from gpuworker.engine import base_model, optimizer
+from gpuworker.engine.adapters import Adapter, AdapterState, Layout, LoraWeights, check_fit, select_modules
+from gpuworker.engine.base_model import BaseModel
+from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError, LoraSpecError
+from gpuworker.engine.logprobs import Head
+from gpuworker.engine.sampling import Sampler
+from gpuworker.engine.training import Trainer
+from gpuworker.engine.types import (
+    ForwardBackward,
+    ForwardBackwardResult,
+    LoraSpec,
+    OptimStep,
+    OptimStepResult,
+)
+
+_MAX_RANK = 256
+_GIB = 1 << 30
+
+
+class Engine:
+    """Adapters on one base model. Results on a CPU do not depend on which jobs run together."""
+
+    def __init__(self, base: BaseModel) -> None:
+        on_gpu = base.device.type == "cuda"
+        self._base = base
+        self._adapters: dict[str, Adapter] = {}
+        head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=4096 if on_gpu else 512)
+        self._trainer = Trainer(base, head, token_budget=16384 if on_gpu else 2048)
+        self.sampler = Sampler(
+            base,
+            head,
+            max_slots=256 if on_gpu else 64,
+            prompt_budget=16384 if on_gpu else 2048,
+            cache_bytes=_free_bytes(base.device) // 3 if on_gpu else 4 * _GIB,
+            grouped=on_gpu,
+        )
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str, dtype: str) -> Engine:
+        """Load a base model directory; see `base_model.load`.
+
+        Raises:
+            BaseModelError: the directory holds no model that the engine can run.
+        """
+        return cls(base_model.load(directory, device=device, dtype=dtype))
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of rows of the output projection."""
+        return self._base.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """Return the most tokens of one sequence."""
+        return self._base.max_context
+
+    @property
+    def max_rank(self) -> int:
+        """Return the largest LoRA rank worth its memory: no more than the hidden size."""
+        return min(_MAX_RANK, int(self._base.config.hidden_size))
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the tokens that end a sequence unless a request says otherwise."""
+        return self._base.end_tokens
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of frozen parameters."""
+        return self._base.num_parameters
+
+    @property
+    def architecture(self) -> str:
+        """Return the base model's class as its config names it."""
+        return str((self._base.config.architectures or [self._base.config.model_type])[0])
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return what must be the same for a replay to give the same bits."""
+        return {
+            "torch": torch.__version__,
+            "device": str(self._base.device),
+            "device_name": _device_name(self._base.device),
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "threads": str(torch.get_num_threads()),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def create_adapter(self, adapter_id: str, spec: LoraSpec) -> None:
+        """Hold a new adapter: B zero, A random from `spec.seed`. An adapter of this id is replaced.
+
+        Raises:
+            LoraSpecError: the base model cannot carry such an adapter.
+        """
+        adapter = self._new_adapter(spec)
+        adapter.initialize()
+        self._adapters[adapter_id] = adapter
+
+    def has_adapter(self, adapter_id: str) -> bool:
+        """Return whether the adapter is held."""
+        return adapter_id in self._adapters
+
+    def drop_adapter(self, adapter_id: str) -> None:
+        """Forget an adapter and free its memory; unknown ids are fine."""
+        self._adapters.pop(adapter_id, None)
+
+    def forward_backward(self, jobs: Sequence[ForwardBackward]) -> list[ForwardBackwardResult | EngineError]:
+        """Run jobs of many adapters through the model together; one outcome per job, in order.
+
+        Gradients add up in the adapters in job order until `optim_step`. A job that fails leaves
+        its adapter's gradient as it was and does not touch the others.
+        """
+        return self._trainer.run(jobs, self._adapter)
+
+    def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | EngineError]:
+        """Apply and clear the accumulated gradients; one outcome per step, in order."""
+        outcomes: list[OptimStepResult | EngineError] = []
+        for step in steps:
+            try:
+                outcomes.append(optimizer.step(self._adapter(step.adapter_id), step.params))
+            except AdapterNotLoaded as error:
+                outcomes.append(error)
+        return outcomes
+
+    def export_state(self, adapter_id: str, *, optimizer: bool, gradients: bool) -> AdapterState:
+        """Return a host copy of an adapter.
+
+        Raises:
+            AdapterNotLoaded: the adapter is not held.
+        """
+        return self._adapter(adapter_id).export(optimizer=optimizer, gradients=gradients)
+
+    def import_state(self, adapter_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        """Put a state into an adapter, or into a new one of the state's spec if it is not held.
+
+        Without `optimizer` moments and step count start afresh and no gradient is kept. After an
+        error the adapter is as before.
+
+        Raises:
+            CheckpointError: the state fits neither the adapter nor the base model.
+        """
+        adapter = self._adapters.get(adapter_id)
+        if adapter is None:
+            adapter = self._new_adapter(state.spec, checked=state)
+        adapter.restore(state, optimizer=optimizer)
+        self._adapters[adapter_id] = adapter
+
+    def keep_sampler(self, sampler_id: str, adapter_id: str) -> None:
+        """Keep a copy of an adapter's present weights for sampling.
+
+        Raises:
+            AdapterNotLoaded: the adapter is not held.
+        """
+        self.sampler.hold(sampler_id, self._adapter(adapter_id).freeze())
+
+    def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
+        """Hold the weights of a state for sampling.
+
+        Raises:
+            CheckpointError: the state does not fit the base model.
+        """
+        layout = self._layout_of(state)
+        flat_P = state.weights.to(device=self._base.device, dtype=self._base.dtype, copy=True)
+        self.sampler.hold(sampler_id, LoraWeights(layout.views(flat_P), state.spec.alpha / state.spec.rank))
+
+    def has_sampler(self, sampler_id: str) -> bool:
+        """Return whether the sampler is held."""
+        return self.sampler.holds(sampler_id)
+
+    def drop_sampler(self, sampler_id: str) -> None:
+        """Forget a sampler; requests already submitted finish with it."""
+        self.sampler.drop(sampler_id)
+
+    def _adapter(self, adapter_id: str) -> Adapter:
+        if adapter_id not in self._adapters:
+            raise AdapterNotLoaded(f"adapter {adapter_id} is not loaded")
+        return self._adapters[adapter_id]
+
+    def _new_adapter(self, spec: LoraSpec, *, checked: AdapterState | None = None) -> Adapter:
+        if checked is not None:
+            layout = self._layout_of(checked)
+        else:
+            layout = select_modules(spec, self._base.modules, max_rank=self.max_rank)
+        return Adapter(spec, layout, device=self._base.device, dtype=self._base.dtype)
+
+    def _layout_of(self, state: AdapterState) -> Layout:
+        """Return the layout of a state on this base model, or raise CheckpointError."""
+        try:
+            layout = select_modules(state.spec, self._base.modules, max_rank=self.max_rank)
+        except LoraSpecError as error:
+            raise CheckpointError(f"the checkpoint does not suit this base model: {error}") from error
+        check_fit(state, layout)
+        return layout
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _free_bytes(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

@@ -1,0 +1,200 @@
+"""Keys and values of the sequences being sampled, in slots, and attention over them.
+
+One pool per layer holds a row of positions for every slot; it grows by doubling.
+Axes: S slots, G key/value heads, H query heads, C positions of a slot, E head size, T rows, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpuworker.engine.attention import attend_causal, attend_softcapped
+
+_MIN_POSITIONS = 64
+
+
+class Entry(NamedTuple):
+    """Rows of one sequence in a sampling batch: a whole prompt (start 0) or one new token."""
+
+    slot: int
+    start: int
+    num_rows: int
+
+
+class KVCache:
+    """The pools of all layers; layers get theirs when they first write."""
+
+    def __init__(self, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.num_slots = 0
+        self.num_positions = 0
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, num_slots: int, num_positions: int) -> None:
+        """Make room for slots below `num_slots` of `num_positions` each; keeps what is stored."""
+        if num_slots <= self.num_slots and num_positions <= self.num_positions:
+            return
+        self.num_slots, self.num_positions = self.grown(num_slots, num_positions)
+        for layer, pools in self._pools.items():
+            self._pools[layer] = (self._grow(pools[0]), self._grow(pools[1]))
+
+    def grown(self, num_slots: int, num_positions: int) -> tuple[int, int]:
+        """Return the pool size that `reserve` would lead to."""
+        slots, positions = self.num_slots, self.num_positions
+        if num_slots > slots:
+            slots = max(num_slots, 2 * slots)
+        if num_positions > positions:
+            positions = max(_MIN_POSITIONS, 1 << (num_positions - 1).bit_length())
+        return slots, positions
+
+    def release(self) -> None:
+        """Give all memory back; only while no slot is in use."""
+        self.num_slots = self.num_positions = 0
+        self._pools.clear()
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Overwrite slots that may hold NaN, which would pass through a mask."""
+        for pool in (pool for pools in self._pools.values() for pool in pools):
+            pool[list(slots)] = 0
+
+    def copy(self, source: int, targets: Sequence[int], num_positions: int) -> None:
+        """Copy the first positions of one slot to others, in every layer."""
+        for pool in (pool for pools in self._pools.values() for pool in pools):
+            for target in targets:
+                pool[target, :, :num_positions] = pool[source, :, :num_positions]
+
+    def pools(self, layer: int, like_GTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the key and value pools (S, G, C, E) of one layer."""
+        if layer not in self._pools:
+            shape = (self.num_slots, like_GTE.shape[0], self.num_positions, like_GTE.shape[2])
+            # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
+            self._pools[layer] = (
+                torch.zeros(shape, device=self.device, dtype=self.dtype),
+                torch.zeros(shape, device=self.device, dtype=self.dtype),
+            )
+        return self._pools[layer]
+
+    def _grow(self, pool: Tensor) -> Tensor:
+        slots, heads, positions, size = pool.shape
+        larger = pool.new_zeros(self.num_slots, heads, self.num_positions, size)
+        larger[:slots, :, :positions] = pool
+        return larger
+
+
+class CachedAttention:
+    """Attention of one sampling batch: prompts attend to themselves, new tokens to their slot.
+
+    On a CPU each sequence reads just its own positions in place, so its bits do not depend on the
+    others. Elsewhere (`grouped`) all new tokens go through one masked call per layer.
+    """
+
+    def __init__(self, cache: KVCache, entries: Sequence[Entry], num_rows: int, *, grouped: bool) -> None:
+        device = cache.device
+        self._cache = cache
+        self._entries = entries
+        self._num_padding = num_rows - sum(entry.num_rows for entry in entries)
+        slots = [entry.slot for entry in entries for _ in range(entry.num_rows)]
+        positions = [entry.start + i for entry in entries for i in range(entry.num_rows)]
+        self._slots = torch.tensor(slots, device=device)
+        self._positions = torch.tensor(positions, device=device)
+        self._grouped = self._plan_group() if grouped else None
+
+    def _plan_group(self) -> _Group | None:
+        rows, slots, lengths, row = [], [], [], 0
+        for entry in self._entries:
+            if entry.start > 0:
+                rows.append(row)
+                slots.append(entry.slot)
+                lengths.append(entry.start + 1)
+            row += entry.num_rows
+        if not rows:
+            return None
+        device = self._cache.device
+        positions = torch.arange(max(lengths), device=device)
+        ends = torch.tensor(lengths, device=device)[:, None]
+        return _Group(torch.tensor(rows, device=device), torch.tensor(slots, device=device), positions, ends)
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store the new keys and values and return the attention output.
+
+        Shapes:
+            query: (1, H, T, E); key, value: (1, G, T, E); returns (1, T, H, E).
+        """
+        dtype, num_rows = query.dtype, len(self._slots)
+        query, key, value = (part.to(self._cache.dtype) for part in (query, key, value))
+        keys, values = self._cache.pools(layer, key[0])
+        keys[self._slots, :, self._positions] = key[0, :, :num_rows].transpose(0, 1)
+        values[self._slots, :, self._positions] = value[0, :, :num_rows].transpose(0, 1)
+        outputs, row = [], 0
+        for slot, start, count in self._entries:
+            part = slice(row, row + count)
+            row += count
+            if start == 0:
+                k, v = key[:, :, part], value[:, :, part]
+            else:
+                k, v = keys[None, slot, :, : start + 1], values[None, slot, :, : start + 1]
+            if start > 0 and self._grouped is not None:
+                outputs.append(query[:, :, part])  # replaced below
+            else:
+                outputs.append(
+                    attend_causal(query[:, :, part], k, v, scaling=scaling, window=window, softcap=softcap)
+                )
+        if self._num_padding:
+            outputs.append(torch.zeros_like(query[:, :, : self._num_padding]))
+        output = torch.cat(outputs, dim=2).transpose(1, 2)
+        if self._grouped is not None:
+            output[0, self._grouped.rows] = self._grouped.attend(
+                query, keys, values, scaling=scaling, window=window, softcap=softcap
+            )
+        return output.to(dtype)
+
+
+class _Group(NamedTuple):
+    """The new tokens of a batch: their rows, slots, key positions (L,) and lengths (N, 1)."""
+
+    rows: Tensor
+    slots: Tensor
+    positions: Tensor
+    ends: Tensor
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return the output of all new tokens, (N, H, E), over copies of their slots."""
+        allowed = self.positions[None, :] < self.ends
+        if window is not None:
+            allowed &= self.positions[None, :] >= self.ends - window
+        allowed = allowed[:, None, None, :]
+        query_NHE = query[0, :, self.rows].transpose(0, 1)[:, :, None]
+        key = keys[self.slots, :, : len(self.positions)]
+        value = values[self.slots, :, : len(self.positions)]
+        if softcap is not None:
+            output = attend_softcapped(query_NHE, key, value, allowed, scaling=scaling, softcap=softcap)
+        else:
+            output = functional.scaled_dot_product_attention(
+                query_NHE, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True
+            )
+        return output[:, :, 0]

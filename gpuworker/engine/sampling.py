@@ -1,0 +1,276 @@
+"""Continuous batching: sequences of many requests and adapters decode together, slot by slot.
+
+Each `step` admits waiting requests, runs one packed batch (whole prompts of the new ones, one
+token of the others) and chooses a token for every sequence. Requests join and leave between steps.
+Axes: T rows of the batch, S sequences, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpuworker.engine.adapters import UNEMBED, LoraWeights
+from gpuworker.engine.base_model import BaseModel
+from gpuworker.engine.batching import pack_rows, padded_size
+from gpuworker.engine.exceptions import (
+    AdapterNotLoaded,
+    EngineError,
+    NonFiniteError,
+    OutOfMemory,
+    SamplingError,
+)
+from gpuworker.engine.kv_cache import CachedAttention, Entry, KVCache
+from gpuworker.engine.logprobs import Head
+from gpuworker.engine.lora import Segment, add_windowed
+from gpuworker.engine.memory import is_out_of_memory
+from gpuworker.engine.prompt_scores import score_prompt
+from gpuworker.engine.sequences import ActiveRequest, Continuation, check_request
+from gpuworker.engine.stop_strings import TextDecoder
+from gpuworker.engine.token_choice import Draw, choose
+from gpuworker.engine.types import Int64Array, SampleRequest, SampleResult, StopReason
+
+SampleOutcome: TypeAlias = tuple[str, SampleResult | EngineError]
+Group: TypeAlias = list[Continuation]
+"""Continuations that share one row of logits: a new request's samples, or a single running one."""
+
+
+class Sampler:
+    """The decode loop of one base model.
+
+    Args:
+        max_slots: sequences that decode together.
+        prompt_budget: prompt tokens admitted in one step (at least one request is).
+        cache_bytes: room for keys and values.
+        grouped: one masked attention call for all new tokens, which is meant for GPUs.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        head: Head,
+        *,
+        max_slots: int,
+        prompt_budget: int,
+        cache_bytes: int,
+        grouped: bool,
+    ) -> None:
+        self._base = base
+        self._head = head
+        self._max_slots = max_slots
+        self._prompt_budget = prompt_budget
+        self._cache_bytes = cache_bytes
+        self._grouped = grouped
+        self._decoder = TextDecoder(base.directory)
+        # Half precision attention is slower than float32 on a CPU, so is converting at each step.
+        self._cache = KVCache(
+            device=base.device, dtype=base.dtype if base.device.type == "cuda" else torch.float32
+        )
+        self._weights: dict[str, LoraWeights] = {}
+        self._waiting: deque[ActiveRequest] = deque()
+        self._running: list[Continuation] = []
+
+    def hold(self, sampler_id: str, weights: LoraWeights) -> None:
+        """Make weights known under an id; requests already submitted keep the weights they have."""
+        self._weights[sampler_id] = weights
+
+    def holds(self, sampler_id: str) -> bool:
+        """Return whether an id is known."""
+        return sampler_id in self._weights
+
+    def drop(self, sampler_id: str) -> None:
+        """Forget an id; requests already submitted finish with its weights."""
+        self._weights.pop(sampler_id, None)
+
+    @property
+    def num_pending(self) -> int:
+        """Return the number of requests that are not finished."""
+        return len(self._requests())
+
+    def submit(self, request: SampleRequest) -> None:
+        """Queue a request with the weights its sampler has now.
+
+        Raises:
+            SamplingError: the model cannot serve it, or its id is already in use.
+            AdapterNotLoaded: the sampler is unknown.
+        """
+        if request.request_id in self._requests():
+            raise SamplingError(f"request {request.request_id} is already being sampled")
+        weights = None
+        if request.sampler_id is not None:
+            if request.sampler_id not in self._weights:
+                raise AdapterNotLoaded(f"sampler {request.sampler_id} is not loaded")
+            weights = self._weights[request.sampler_id]
+        base = self._base
+        check_request(request, vocab_size=base.vocab_size, max_context=base.max_context)
+        self._decoder.check(request.params.stop_strings)
+        active = ActiveRequest(request, weights, end_tokens=base.end_tokens, max_context=base.max_context)
+        self._waiting.append(active)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request and free its slots; return whether it was there."""
+        known = request_id in self._requests()
+        self._waiting = deque(a for a in self._waiting if a.request.request_id != request_id)
+        self._running = [c for c in self._running if c.active.request.request_id != request_id]
+        return known
+
+    @torch.no_grad()
+    def step(self) -> list[SampleOutcome]:
+        """Advance every running sequence by one token; return the requests that ended.
+
+        Never raises for a single request: a lack of memory ends all running ones with OutOfMemory.
+        """
+        groups = self._admit()
+        if not groups:
+            return []
+        try:
+            return self._advance(groups)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = {c.active.request.request_id for c in self._running}
+            for request_id in failed:
+                self.cancel(request_id)
+            self._cache.release()
+            return [(request_id, OutOfMemory(f"no room to sample: {error}")) for request_id in failed]
+
+    def _requests(self) -> set[str]:
+        actives = [*self._waiting, *(c.active for c in self._running)]
+        return {active.request.request_id for active in actives}
+
+    def _admit(self) -> list[Group]:
+        """Give slots to waiting requests and return all groups of this step, by adapter."""
+        if not self._running:
+            self._cache.release()
+        groups: list[Group] = [[c] for c in self._running]
+        budget = self._prompt_budget
+        while self._waiting:
+            active = self._waiting[0]
+            group = self._begin(active) if budget > 0 else []
+            if not group:
+                break
+            budget -= len(active.request.prompt)
+            groups.append(group)
+            self._running += group
+            if active.num_unbegun == 0:
+                self._waiting.popleft()
+        return sorted(groups, key=lambda group: id(group[0].active.weights))
+
+    def _begin(self, active: ActiveRequest) -> Group:
+        """Return as many new continuations as slots and cache allow, possibly none."""
+        used = {c.slot for c in self._running}
+        free = [slot for slot in range(self._max_slots) if slot not in used][: active.num_unbegun]
+        num_positions = len(active.request.prompt) + active.max_new
+        while free and not self._fits(free[-1] + 1, num_positions):
+            if len(free) == 1 and not used:
+                break  # alone it may try: a real lack of memory is reported by torch
+            free.pop()
+        if not free:
+            return []
+        self._cache.reserve(free[-1] + 1, num_positions)
+        first = active.num_begun
+        active.num_begun += len(free)
+        return [Continuation(active, sample=first + i, slot=slot) for i, slot in enumerate(free)]
+
+    def _fits(self, num_slots: int, num_positions: int) -> bool:
+        slots, positions = self._cache.grown(num_slots, num_positions)
+        return slots * positions * self._base.cache_bytes_per_position(self._cache.dtype) <= self._cache_bytes
+
+    def _advance(self, groups: list[Group]) -> list[SampleOutcome]:
+        hidden_TD, last_rows = self._run_model(groups)
+        row = 0
+        for group in groups:
+            leader, count = group[0], _num_rows(group)
+            if leader.active.wants_prompt_scores:
+                leader.active.prompt_scores = score_prompt(
+                    self._head,
+                    hidden_TD[row : row + count],
+                    leader.active.request.prompt,
+                    leader.active.weights,
+                    top_k=leader.active.request.topk_prompt_logprobs,
+                )
+            row += count
+            for continuation in group:
+                continuation.num_cached += count
+        logits_SV = self._logits(hidden_TD, groups, last_rows)
+        return self._choose(logits_SV, [c for group in groups for c in group])
+
+    def _run_model(self, groups: list[Group]) -> tuple[Tensor, list[int]]:
+        """Return the hidden states and each group's last row; fills the cache of every slot."""
+        rows = pack_rows([(_new_tokens(group), group[0].num_cached) for group in groups])
+        entries = [Entry(g[0].slot, g[0].num_cached, _num_rows(g)) for g in groups]
+        segments, start = [], 0
+        for weights, same in _by_weights(groups):
+            stop = start + sum(_num_rows(group) for group in same)
+            if weights is not None:
+                segments.append(Segment(start, stop, weights, None))
+            start = stop
+        attend = CachedAttention(self._cache, entries, len(rows.tokens_T), grouped=self._grouped)
+        with self._base.routed(segments, attend, windowed=True):
+            hidden_TD = self._base.hidden(rows)
+        for group in groups:
+            followers = [c.slot for c in group[1:]]
+            self._cache.copy(group[0].slot, followers, len(group[0].active.request.prompt))
+        last_rows = np.cumsum([entry.num_rows for entry in entries]) - 1
+        return hidden_TD, last_rows.tolist()
+
+    def _logits(self, hidden_TD: Tensor, groups: list[Group], last_rows: list[int]) -> Tensor:
+        """Return the next-token logits (S, V) of all continuations, in group order."""
+        picked = [row for row, group in zip(last_rows, groups, strict=True) for _ in group]
+        num_picked = len(picked)
+        picked += [0] * (padded_size(num_picked) - num_picked)
+        hidden_SD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
+        logits_SV, start = self._head.base_logits(hidden_SD), 0
+        for weights, same in _by_weights(groups):
+            stop = start + sum(len(group) for group in same)
+            if weights is not None and UNEMBED in weights.pairs:
+                add_windowed(logits_SV, hidden_SD, Segment(start, stop, weights, None), UNEMBED)
+            start = stop
+        return self._head.cap(logits_SV[:num_picked])
+
+    def _choose(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
+        draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]
+        tokens, logprobs = choose(logits_SV, draws)
+        outcomes: list[SampleOutcome] = []
+        for continuation, token, logprob in zip(continuations, tokens, logprobs, strict=True):
+            active, request_id = continuation.active, continuation.active.request.request_id
+            if continuation not in self._running:
+                continue  # its request has just failed
+            if not math.isfinite(logprob):
+                self._cache.clear([c.slot for c in self._running if c.active is active])
+                self.cancel(request_id)
+                outcomes.append((request_id, NonFiniteError("the model's log-probabilities are not finite")))
+                continue
+            reason: StopReason | None = StopReason.LENGTH
+            if active.max_new > 0:
+                reason = continuation.append(token, logprob, self._decoder)
+            if reason is not None:
+                active.finish(continuation, reason)
+                self._running.remove(continuation)
+            if active.is_done:
+                outcomes.append((request_id, active.result()))
+        return outcomes
+
+
+def _new_tokens(group: Group) -> Int64Array:
+    """Return what a group puts through the model: its whole prompt at first, then its last token."""
+    leader = group[0]
+    return np.array(leader.tokens[-1:], dtype=np.int64) if leader.tokens else leader.active.request.prompt
+
+
+def _num_rows(group: Group) -> int:
+    return 1 if group[0].tokens else len(group[0].active.request.prompt)
+
+
+def _by_weights(groups: list[Group]) -> list[tuple[LoraWeights | None, list[Group]]]:
+    """Return adjacent groups of the same adapter together."""
+    runs = groupby(groups, key=lambda group: id(group[0].active.weights))
+    found = [list(same) for _, same in runs]
+    return [(same[0][0].active.weights, same) for same in found]

@@ -1,0 +1,223 @@
+"""One function per kind of operation: what it does to the engine, and what it answers.
+
+Called by the scheduler's compute stage in seq order, and again with the same operations when a run
+is replayed. Nothing here touches a row; the committer makes the outcome true.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gpuworker import payloads, snapshots
+from gpuworker.engine.adapters import AdapterState
+from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError
+from gpuworker.engine.types import (
+    ForwardBackward,
+    ForwardBackwardResult,
+    LoraSpec,
+    OptimStep,
+    OptimStepResult,
+)
+from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Save, Seat, Unload
+from runs import ids
+from runs.schemas import responses
+from runs.services.commits import Result
+
+Answer: TypeAlias = ForwardBackwardResult | Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingCheckpoint:
+    """A state to be written by the committer before the operation is committed."""
+
+    state: AdapterState
+    directory: str
+    save: Save
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one operation did; its result is serialised by the committer, off the compute stage."""
+
+    operation: PreparedOperation
+    step: int
+    answer: Answer
+    metrics: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    loss: float | None = None
+    checkpoint: PendingCheckpoint | None = None
+    failed_run: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One seat's operation in a batch that goes through the engine together."""
+
+    seat: Seat
+    operation: PreparedOperation
+
+
+def forward_backwards(turns: Sequence[Turn]) -> list[Outcome]:
+    """Run the forward_backwards of all seats through the model in one packed pass."""
+    engine = turns[0].seat.engine
+    started_at = time.monotonic()
+    answers = engine.forward_backward([_job(turn) for turn in turns])
+    elapsed_s = time.monotonic() - started_at
+    total = sum(turn.operation.num_tokens for turn in turns) or 1
+    return [
+        _forward_backward_outcome(turn, answer, elapsed_s * turn.operation.num_tokens / total)
+        for turn, answer in zip(turns, answers, strict=True)
+    ]
+
+
+def optim_steps(turns: Sequence[Turn]) -> list[Outcome]:
+    """Take the optimizer steps of all seats together."""
+    engine = turns[0].seat.engine
+    answers = engine.optim_step([_step(turn) for turn in turns])
+    return [_optim_outcome(turn, answer) for turn, answer in zip(turns, answers, strict=True)]
+
+
+def single(seat: Seat, operation: PreparedOperation) -> Outcome:
+    """Apply an operation that goes alone: create, load, save, unload, or a seq to pass over."""
+    request = operation.request
+    try:
+        if isinstance(request, Create):
+            return _create(seat, operation, request)
+        if isinstance(request, Load):
+            return _load(seat, operation, request)
+        if isinstance(request, Save):
+            return _save(seat, operation, request)
+        if isinstance(request, Unload):
+            return _unload(seat, operation)
+        assert isinstance(request, Consumed)
+        return Outcome(operation=operation, step=seat.step, answer=Result(error="not used", category="user"))
+    except EngineError as error:
+        is_first = isinstance(request, Create)
+        return _failed(seat, operation, error, failed_run=str(error) if is_first else "")
+
+
+def failed(seat: Seat, operation: PreparedOperation, error: EngineError) -> Outcome:
+    """Return the outcome of an operation that could not be applied."""
+    return _failed(seat, operation, error)
+
+
+def _job(turn: Turn) -> ForwardBackward:
+    assert isinstance(turn.operation.request, ForwardBackward)
+    return turn.operation.request
+
+
+def _step(turn: Turn) -> OptimStep:
+    assert isinstance(turn.operation.request, OptimStep)
+    return turn.operation.request
+
+
+def _forward_backward_outcome(
+    turn: Turn, answer: ForwardBackwardResult | EngineError, compute_s: float
+) -> Outcome:
+    seat, operation = turn.seat, turn.operation
+    if isinstance(answer, EngineError):
+        return _failed(seat, operation, answer)
+    seat.replay_cost_s += compute_s
+    if _job(turn).backward:
+        waited_s = operation.taken.waited_s if operation.taken else 0.0
+        seat.tally.add(answer, compute_s=compute_s, waited_s=waited_s)
+    return Outcome(
+        operation=operation, step=seat.step, answer=answer, num_tokens=int(answer.metrics["tokens:sum"])
+    )
+
+
+def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome:
+    seat, operation = turn.seat, turn.operation
+    if isinstance(answer, EngineError):
+        return _failed(seat, operation, answer)
+    seat.step = answer.step
+    metrics = seat.tally.close(answer, _step(turn).params.learning_rate)
+    if answer.skipped:
+        metrics["skipped"] = 1.0
+    wire = {
+        "step": float(answer.step),
+        "grad_norm": answer.grad_norm,
+        "learning_rate": metrics["learning_rate"],
+    }
+    return Outcome(
+        operation=operation,
+        step=answer.step,
+        answer=payloads.json_result(dict(responses.optim_step_result(wire))),
+        metrics=metrics,
+        loss=metrics.get("loss"),
+    )
+
+
+def _create(seat: Seat, operation: PreparedOperation, request: Create) -> Outcome:
+    run = seat.run
+    if request.load is None:
+        seat.engine.create_adapter(
+            seat.adapter_id,
+            LoraSpec(
+                rank=run.lora_rank,
+                alpha=run.lora_alpha,
+                seed=run.lora_seed,
+                train_attn=run.train_attn,
+                train_mlp=run.train_mlp,
+                train_unembed=run.train_unembed,
+            ),
+        )
+        content = dict(responses.create_model_result(run.public_id))
+    else:
+        content = _import(seat, request.load)
+    return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(content))
+
+
+def _load(seat: Seat, operation: PreparedOperation, request: Load) -> Outcome:
+    if not seat.engine.has_adapter(seat.adapter_id):
+        raise AdapterNotLoaded("the run has no adapter: its creation failed")
+    return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(_import(seat, request)))
+
+
+def _import(seat: Seat, load: Load) -> dict[str, object]:
+    state = snapshots.fetch(load.directory)
+    if load.optimizer and state.optimizer is None:
+        raise CheckpointError(f"{load.path} holds sampler weights only; load it without the optimizer")
+    seat.engine.import_state(seat.adapter_id, state, optimizer=load.optimizer)
+    seat.step = state.step if load.optimizer else 0
+    return dict(responses.load_weights_result(load.path, model_id=seat.run.public_id))
+
+
+def _save(seat: Seat, operation: PreparedOperation, save: Save) -> Outcome:
+    with_optimizer = save.kind == "weights"
+    state = seat.engine.export_state(seat.adapter_id, optimizer=with_optimizer, gradients=False)
+    directory = snapshots.new_directory("checkpoints", seat.run.pk, operation.seq, seat.run.fence)
+    if save.kind == "sampler_weights":
+        seat.engine.keep_sampler(directory, seat.adapter_id)
+    return Outcome(
+        operation=operation,
+        step=seat.step,
+        answer=payloads.json_result(_save_content(seat, save)),
+        checkpoint=PendingCheckpoint(state=state, directory=directory, save=save),
+    )
+
+
+def _save_content(seat: Seat, save: Save) -> dict[str, object]:
+    if save.sampling_session_seq is not None:
+        session_id = ids.sampling_session_id(seat.run.session_public_id, save.sampling_session_seq)
+        return dict(responses.ephemeral_sampler_result(session_id))
+    path = str(ids.CheckpointPath(seat.run.public_id, save.kind, save.name))
+    if save.kind == "weights":
+        return dict(responses.save_weights_result(path))
+    return dict(responses.save_weights_for_sampler_result(path))
+
+
+def _unload(seat: Seat, operation: PreparedOperation) -> Outcome:
+    seat.engine.drop_adapter(seat.adapter_id)
+    seat.is_closed = True
+    content = dict(responses.unload_model_result(seat.run.public_id))
+    return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(content))
+
+
+def _failed(seat: Seat, operation: PreparedOperation, error: EngineError, *, failed_run: str = "") -> Outcome:
+    return Outcome(
+        operation=operation, step=seat.step, answer=payloads.error_result(error), failed_run=failed_run
+    )

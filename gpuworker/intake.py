@@ -1,0 +1,147 @@
+"""The first of the three stages: claim runs, take their next operations, decode them ahead of compute.
+
+Woken by NOTIFY, by compute when it has made room, and by itself every two seconds, so that a lost
+doorbell or a dead Redis costs no more than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import psycopg
+from django.db import DatabaseError, InterfaceError, close_old_connections
+
+from gpuworker import payloads
+from gpuworker.engine.engine import Engine
+from gpuworker.leases import direct_parameters
+from gpuworker.seats import PreparedOperation, Seat
+from runs import events
+from runs.models import Worker
+from runs.services import claims, workers
+from runs.services.claims import TakenOperation, TakenSample
+from runs.services.operations import GAP_PATIENCE_S
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S: Final = 2.0
+AHEAD: Final = 6
+_SAMPLES_AHEAD: Final = 64
+
+
+class Intake:
+    """Fills the seats' queues and the list of samples; `ready` is set when compute has something to do."""
+
+    def __init__(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
+        self.ready = threading.Event()
+        self.seats: dict[int, Seat] = {}
+        self.samples: list[TakenSample] = []
+        self._worker = worker
+        self._engines = engines
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._loop, name="intake", daemon=True),
+            threading.Thread(target=self._listen, name="doorbell", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to look for work."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Take nothing more."""
+        self._stopping.set()
+        self._wake.set()
+        self._threads[0].join()
+
+    def wake(self) -> None:
+        """Look for work now: there is room for more."""
+        self._wake.set()
+
+    def drop(self, seat: Seat) -> None:
+        """Forget a seat; its run may be claimed again."""
+        with self._lock:
+            if self.seats.get(seat.run.pk) is seat:
+                del self.seats[seat.run.pk]
+
+    def pop_samples(self) -> list[TakenSample]:
+        """Return the sample requests taken since the last call."""
+        with self._lock:
+            taken, self.samples = self.samples, []
+        return taken
+
+    def _loop(self) -> None:
+        last_sweep = 0.0
+        while not self._stopping.is_set():
+            self._wake.wait(SWEEP_S)
+            self._wake.clear()
+            try:
+                close_old_connections()
+                if time.monotonic() - last_sweep > SWEEP_S:
+                    workers.bury_dead()
+                    last_sweep = time.monotonic()
+                self._collect()
+            except (DatabaseError, InterfaceError, psycopg.Error) as error:
+                logger.warning("no work can be taken, the database does not answer: %s", error)
+                time.sleep(0.5)
+
+    def _listen(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with psycopg.connect(**direct_parameters(), autocommit=True) as held:
+                    held.execute(f"LISTEN {events.WORK_CHANNEL}")
+                    self._wake.set()
+                    for _ in held.notifies():
+                        self._wake.set()
+            except psycopg.Error as error:
+                logger.warning("the doorbell is silent, the database does not answer: %s", error)
+                time.sleep(1.0)
+
+    def _collect(self) -> None:
+        for run in claims.claim_runs(self._worker, list(self._engines)):
+            with self._lock:
+                self.seats[run.pk] = Seat(run, self._engines[run.base_model])
+        taken = claims.take_operations(self._worker, self._room(), limit=AHEAD)
+        self._fill(taken)
+        if len(self.samples) < _SAMPLES_AHEAD:
+            samples = claims.take_samples(self._worker, list(self._engines), limit=_SAMPLES_AHEAD)
+            with self._lock:
+                self.samples += samples
+            if samples:
+                self.ready.set()
+
+    def _room(self) -> dict[int, int]:
+        with self._lock:
+            seats = list(self.seats.values())
+        return {seat.run.pk: seat.taken_seq for seat in seats if len(seat.queue) < AHEAD and not seat.is_lost}
+
+    def _fill(self, taken: Iterable[TakenOperation]) -> None:
+        waiting: set[int] = set()
+        for operation in taken:
+            seat = self.seats.get(operation.run_pk)
+            if seat is None or operation.run_pk in waiting:
+                continue
+            for skipped in self._gap_before(seat, operation):
+                self._append(seat, skipped)
+            if operation.seq != seat.taken_seq + 1:
+                waiting.add(operation.run_pk)
+                continue
+            self._append(seat, payloads.prepare(operation, seat.adapter_id))
+
+    def _gap_before(self, seat: Seat, operation: TakenOperation) -> list[PreparedOperation]:
+        """Return stand-ins for seqs that never came, once the first later one has waited long enough."""
+        missing = range(seat.taken_seq + 1, operation.seq)
+        if not missing or operation.waited_s < GAP_PATIENCE_S:
+            return []
+        return [payloads.skipped(seq) for seq in missing]
+
+    def _append(self, seat: Seat, prepared: PreparedOperation) -> None:
+        seat.taken_seq = prepared.seq
+        seat.queue.append(prepared)
+        self.ready.set()

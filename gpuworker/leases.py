@@ -1,0 +1,77 @@
+"""The worker's signs of life: an advisory lock held by one connection, and a lease renewed from here."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from django.db import DatabaseError, close_old_connections, connection
+
+from runs.models import Worker
+from runs.services import workers
+
+logger = logging.getLogger(__name__)
+
+
+class Lease:
+    """Keeps one registered worker alive until `stop`, or until it finds that it was declared dead."""
+
+    def __init__(
+        self, worker: Worker, *, busy_share: Callable[[], float], on_lost: Callable[[], None]
+    ) -> None:
+        self._worker = worker
+        self._busy_share = busy_share
+        self._on_lost = on_lost
+        self._stopping = threading.Event()
+        self._lock_connection = self._lock()
+        self._thread = threading.Thread(target=self._loop, name="lease", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the renewal and free the lock."""
+        self._stopping.set()
+        self._thread.join()
+        self._lock_connection.close()
+
+    def _lock(self) -> psycopg.Connection[tuple[object, ...]]:
+        held: psycopg.Connection[tuple[object, ...]] = psycopg.connect(
+            **direct_parameters(),
+            autocommit=True,
+            keepalives_idle=5,
+            keepalives_interval=2,
+            keepalives_count=3,
+        )
+        held.execute("SELECT pg_advisory_lock(%s, %s)", [workers.LOCK_CLASS, self._worker.pk])
+        return held
+
+    def _loop(self) -> None:
+        while not self._stopping.wait(workers.HEARTBEAT_S):
+            try:
+                close_old_connections()
+                self._lock_connection.execute("SELECT 1")
+                if not workers.renew(self._worker, busy_share=self._busy_share()):
+                    logger.warning(
+                        "worker %s was declared dead meanwhile; its runs start anew", self._worker.pk
+                    )
+                    self._on_lost()
+                    return
+            except (DatabaseError, psycopg.Error) as error:
+                logger.warning("the lease could not be renewed: %s", error)
+                self._reconnect()
+
+    def _reconnect(self) -> None:
+        self._lock_connection.close()
+        try:
+            self._lock_connection = self._lock()
+        except psycopg.Error as error:
+            logger.warning("the database is still not reachable: %s", error)
+
+
+def direct_parameters() -> dict[str, Any]:
+    """Return psycopg's connection parameters of Django's database, for connections that are held open."""
+    parameters = connection.get_connection_params()
+    names = ("dbname", "user", "password", "host", "port", "sslmode")
+    return {name: str(parameters[name]) for name in names if parameters.get(name)}

@@ -1,0 +1,75 @@
+"""Bring a claimed run's adapter back: the newest good snapshot, then the operations after it once more.
+
+Effects are not repeated: replayed results are only compared with the stored ones, and a difference is
+entered as a `diverged` event.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from gpuworker import handlers, payloads, snapshots
+from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep
+from gpuworker.handlers import Outcome, Turn
+from gpuworker.seats import Consumed, PreparedOperation, Save, Seat
+from runs.services import claims, commits
+from runs.services.claims import TakenOperation
+
+logger = logging.getLogger(__name__)
+
+
+def restore(seat: Seat) -> None:
+    """Make the seat's engine state that after `applied_seq`."""
+    seat.engine.drop_adapter(seat.adapter_id)
+    start_seq = _load_snapshot(seat)
+    seat.snapshot_seq = start_seq
+    num_replayed = 0
+    for taken in claims.applied_operations(seat.run.pk, after_seq=start_seq, up_to_seq=seat.run.applied_seq):
+        _replay(seat, taken)
+        num_replayed += 1
+    seat.step = seat.run.step
+    seat.is_restored = True
+    if seat.run.applied_seq >= 0:
+        detail = {"from_seq": start_seq, "num_replayed": num_replayed}
+        commits.add_event(
+            seat.run.pk, seq=seat.run.applied_seq, step=seat.step, kind="recovered", detail=detail
+        )
+        logger.info("run %s is back at operation %s", seat.run.public_id, seat.run.applied_seq)
+
+
+def _load_snapshot(seat: Seat) -> int:
+    """Import the newest snapshot that is whole and return its seq, or -1 to start from the first operation."""
+    for seq, directory in claims.latest_snapshots(seat.run.pk, up_to_seq=seat.run.applied_seq):
+        try:
+            seat.engine.import_state(seat.adapter_id, snapshots.fetch(directory), optimizer=True)
+        except (CheckpointError, OSError) as error:
+            logger.warning("snapshot %s of run %s cannot be used: %s", seq, seat.run.public_id, error)
+            seat.engine.drop_adapter(seat.adapter_id)
+            continue
+        return seq
+    return -1
+
+
+def _replay(seat: Seat, taken: TakenOperation) -> None:
+    operation = payloads.prepare(taken, seat.adapter_id)
+    if isinstance(operation.request, Consumed | Save):
+        return
+    outcome = _apply(seat, operation)
+    answer = outcome.answer
+    if not isinstance(answer, ForwardBackwardResult) or taken.result is None:
+        return
+    if payloads.forward_backward_result(answer).body != taken.result:
+        logger.error("run %s diverged at operation %s", seat.run.public_id, taken.seq)
+        commits.add_event(seat.run.pk, seq=taken.seq, step=seat.step, kind="diverged", detail={})
+
+
+def _apply(seat: Seat, operation: PreparedOperation) -> Outcome:
+    try:
+        if isinstance(operation.request, ForwardBackward):
+            return handlers.forward_backwards([Turn(seat, operation)])[0]
+        if isinstance(operation.request, OptimStep):
+            return handlers.optim_steps([Turn(seat, operation)])[0]
+        return handlers.single(seat, operation)
+    except EngineError as error:
+        return handlers.failed(seat, operation, error)

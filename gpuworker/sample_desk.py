@@ -1,0 +1,81 @@
+"""Samples between the log and the engines' decode loops: admit, step, hand over the answers."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from gpuworker import payloads, snapshots
+from gpuworker.committer import Committer, SampleOutcome
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.types import SampleResult
+from runs.services.claims import TakenSample
+from runs.services.commits import Result
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLERS: Final = 64
+
+
+class SampleDesk:
+    """Keeps the decode loops fed; used by the compute stage alone."""
+
+    def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
+        self._engines = engines
+        self._committer = committer
+        self._used: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return any(engine.sampler.num_pending for engine in self._engines.values())
+
+    def admit(self, taken: TakenSample) -> None:
+        """Put a request into its model's decode loop, or answer it with its error."""
+        engine = self._engines[taken.base_model]
+        try:
+            self._ensure_sampler(engine, taken)
+            engine.sampler.submit(payloads.sample_request(taken, max_context=engine.max_context))
+        except EngineError as error:
+            self._answer(taken.pk, payloads.error_result(error))
+
+    def note_kept(self, base_model: str, directory: str) -> None:
+        """Count weights that a save has left in the engine, so that they are let go in their turn."""
+        self._used[base_model, directory] = None
+        self._evict()
+
+    def step(self) -> None:
+        """Advance every unfinished sequence by one token and hand over what is complete."""
+        for engine in self._engines.values():
+            if engine.sampler.num_pending:
+                for request_id, outcome in engine.sampler.step():
+                    self._hand_over(request_id, outcome)
+
+    def _hand_over(self, request_id: str, outcome: SampleResult | EngineError) -> None:
+        answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
+        self._answer(int(request_id), answer)
+
+    def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
+        self._committer.put(SampleOutcome(operation_pk=operation_pk, answer=answer))
+
+    def _ensure_sampler(self, engine: Engine, taken: TakenSample) -> None:
+        if taken.is_lost:
+            raise CheckpointError("the weights of this sampling session were deleted")
+        directory = taken.checkpoint_directory
+        if not directory:
+            return
+        key = (taken.base_model, directory)
+        if not engine.has_sampler(directory):
+            engine.load_sampler(directory, snapshots.fetch(directory))
+        self._used[key] = None
+        self._used.move_to_end(key)
+        self._evict()
+
+    def _evict(self) -> None:
+        """Let the least recently used weights go; sequences being decoded keep theirs in the engine."""
+        while len(self._used) > MAX_SAMPLERS and not self.has_work:
+            (base_model, directory), _ = self._used.popitem(last=False)
+            self._engines[base_model].drop_sampler(directory)

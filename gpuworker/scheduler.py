@@ -1,0 +1,275 @@
+"""The middle stage: what goes through the device next.
+
+A cycle takes the operations at the head of every seat's queue: the forward_backwards of all runs on
+one base model together, then the optimizer steps that follow them, then what goes alone (create,
+load, save). Sampling gets the device between cycles: one decode step after another for as long as the
+last cycle took, so each side has half of a contended device and all of an idle one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from gpuworker import handlers
+from gpuworker.busy import BusyMeter
+from gpuworker.committer import Committer, RunOutcome, SnapshotOutcome
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.types import ForwardBackward, OptimStep
+from gpuworker.handlers import Outcome, Turn
+from gpuworker.intake import AHEAD, Intake
+from gpuworker.restore import restore
+from gpuworker.sample_desk import SampleDesk
+from gpuworker.seats import Load, PreparedOperation, Save, Seat
+from runs.services import claims
+
+logger = logging.getLogger(__name__)
+
+CYCLE_TOKENS: Final = 16_384
+REPLAY_BUDGET_S: Final = 20.0
+IDLE_RELEASE_S: Final = 900.0
+_HOUSEKEEPING_S: Final = 5.0
+
+
+class Scheduler:
+    """Runs cycles; one thread at a time is inside `drain`."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        intake: Intake,
+        committer: Committer,
+        *,
+        release: Callable[[Seat], None],
+        busy: BusyMeter,
+    ) -> None:
+        self._engines = engines
+        self._intake = intake
+        self._committer = committer
+        self._release = release
+        self._busy = busy
+        self._desk = SampleDesk(engines, committer)
+        self._draining = threading.Lock()
+        self._stopping = threading.Event()
+        self._checked_at = time.monotonic()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether some thread is at work."""
+        return self._draining.locked()
+
+    def drain(self, *, idle_s: float, slice_s: float) -> None:
+        """Work until nothing came for `idle_s` or the slice is over; returns at once if another thread works."""
+        if not self._draining.acquire(blocking=False):
+            return
+        try:
+            self._drain(time.monotonic() + slice_s, idle_s)
+        finally:
+            self._draining.release()
+
+    def end_soon(self) -> None:
+        """Begin no further cycle."""
+        self._stopping.set()
+        self._intake.ready.set()
+
+    def stop(self) -> None:
+        """Let the running cycle end, keep every seat's state, and set the runs free."""
+        self.end_soon()
+        with self._draining:
+            for seat in list(self._intake.seats.values()):
+                self._let_go(seat)
+            self._committer.flush()
+
+    def _drain(self, deadline: float, idle_s: float) -> None:
+        while not self._stopping.is_set() and time.monotonic() < deadline:
+            if self._desk.has_work or self._intake.ready.wait(idle_s):
+                self._intake.ready.clear()
+                with self._busy.measuring():
+                    self._work()
+            elif not self._has_heads():
+                self._tidy()
+                return
+            self._tidy()
+
+    def _work(self) -> None:
+        for taken in self._intake.pop_samples():
+            self._desk.admit(taken)
+        started_at = time.monotonic()
+        while self._cycle() and not self._stopping.is_set():
+            if self._desk.has_work:
+                self._decode_for(time.monotonic() - started_at)
+                return self._intake.ready.set()
+        self._decode_while_alone()
+
+    def _decode_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._desk.has_work:
+            self._desk.step()
+            if time.monotonic() >= until:
+                return
+
+    def _decode_while_alone(self) -> None:
+        while self._desk.has_work and not self._intake.ready.is_set() and not self._stopping.is_set():
+            self._desk.step()
+
+    def _has_heads(self) -> bool:
+        return any(seat.queue for seat in self._intake.seats.values())
+
+    # One cycle ----------------------------------------------------------------------------------
+
+    def _cycle(self) -> bool:
+        """Apply what the seats' heads allow; false when there was nothing."""
+        seats = [seat for seat in list(self._intake.seats.values()) if self._is_usable(seat)]
+        done: dict[int, list[Outcome]] = defaultdict(list)
+        before = {seat.run.pk: seat.applied_seq for seat in seats}
+        self._apply_singles(seats, done)
+        for engine in self._engines.values():
+            own = [seat for seat in seats if seat.engine is engine]
+            self._apply_together(self._forward_turns(own), handlers.forward_backwards, done)
+            self._apply_together(_optim_turns(own), handlers.optim_steps, done)
+        self._apply_singles(seats, done)
+        if not done:
+            return False
+        self._hand_over([seat for seat in seats if seat.run.pk in done], done, before)
+        return True
+
+    def _is_usable(self, seat: Seat) -> bool:
+        if seat.is_lost:
+            self._forget(seat)
+            return False
+        if not seat.is_restored:
+            restore(seat)
+        return bool(seat.queue)
+
+    def _forward_turns(self, seats: Sequence[Seat]) -> list[Turn]:
+        """Return the leading forward_backwards, one of each run at a time until the budget is full."""
+        turns: list[Turn] = []
+        ahead = {seat.run.pk: 0 for seat in seats}
+        num_tokens = 0
+        open_seats = list(seats)
+        while open_seats:
+            for seat in list(open_seats):
+                position = ahead[seat.run.pk]
+                operation = seat.queue[position] if position < len(seat.queue) else None
+                is_full = turns and operation and num_tokens + operation.num_tokens > CYCLE_TOKENS
+                if operation is None or not isinstance(operation.request, ForwardBackward) or is_full:
+                    open_seats.remove(seat)
+                    continue
+                turns.append(Turn(seat, operation))
+                num_tokens += operation.num_tokens
+                ahead[seat.run.pk] += 1
+        return turns
+
+    def _apply_together(
+        self,
+        turns: list[Turn],
+        handler: Callable[[Sequence[Turn]], list[Outcome]],
+        done: dict[int, list[Outcome]],
+    ) -> None:
+        if not turns:
+            return
+        try:
+            outcomes = handler(turns)
+        except Exception as error:
+            logger.exception("a cycle of %s operations failed", len(turns))
+            reason = EngineError(f"the engine failed: {type(error).__name__}")
+            outcomes = [handlers.failed(turn.seat, turn.operation, reason) for turn in turns]
+        for turn, outcome in zip(turns, outcomes, strict=True):
+            _advance(turn.seat, turn.operation)
+            done[turn.seat.run.pk].append(outcome)
+
+    def _apply_singles(self, seats: Sequence[Seat], done: dict[int, list[Outcome]]) -> None:
+        for seat in seats:
+            while (head := seat.head) is not None and not isinstance(
+                head.request, ForwardBackward | OptimStep
+            ):
+                outcome = self._single(seat, head)
+                _advance(seat, head)
+                done[seat.run.pk].append(outcome)
+                if isinstance(head.request, Load):
+                    seat.replay_cost_s = REPLAY_BUDGET_S
+
+    def _single(self, seat: Seat, operation: PreparedOperation) -> Outcome:
+        request = operation.request
+        if isinstance(request, Save) and not request.is_ephemeral and not request.overwrite:
+            self._committer.flush()
+            if claims.checkpoint_exists(seat.run.pk, kind=request.kind, name=request.name):
+                taken = CheckpointError(
+                    f"a checkpoint named {request.name!r} exists; choose another name or overwrite it"
+                )
+                return handlers.failed(seat, operation, taken)
+        outcome = handlers.single(seat, operation)
+        if outcome.checkpoint is not None and isinstance(request, Save) and request.kind == "sampler_weights":
+            self._desk.note_kept(seat.run.base_model, outcome.checkpoint.directory)
+        return outcome
+
+    def _hand_over(
+        self, seats: Sequence[Seat], done: Mapping[int, list[Outcome]], before: Mapping[int, int]
+    ) -> None:
+        self._committer.put(
+            [
+                RunOutcome(seat=seat, from_seq=before[seat.run.pk], outcomes=done[seat.run.pk])
+                for seat in seats
+            ]
+        )
+        for seat in seats:
+            seat.last_used_at = time.monotonic()
+            if seat.replay_cost_s > REPLAY_BUDGET_S and not seat.is_closed:
+                self._snapshot(seat)
+            if seat.is_closed:
+                self._committer.flush()
+                self._forget(seat)
+            elif len(seat.queue) < AHEAD // 2:
+                self._intake.wake()
+
+    # Seats --------------------------------------------------------------------------------------
+
+    def _snapshot(self, seat: Seat) -> None:
+        """Keep the state after the last applied operation; it becomes a row after that operation's commit."""
+        if seat.applied_seq <= seat.snapshot_seq or not seat.engine.has_adapter(seat.adapter_id):
+            return
+        state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
+        self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state))
+        seat.replay_cost_s = 0.0
+
+    def _tidy(self) -> None:
+        """Now and then: let go of runs that were idle for long."""
+        now = time.monotonic()
+        if now - self._checked_at < _HOUSEKEEPING_S:
+            return
+        self._checked_at = now
+        for seat in list(self._intake.seats.values()):
+            if seat.is_lost:
+                self._forget(seat)
+            elif not seat.queue and now - seat.last_used_at > IDLE_RELEASE_S:
+                self._let_go(seat)
+
+    def _let_go(self, seat: Seat) -> None:
+        if seat.is_restored and not seat.is_lost:
+            self._snapshot(seat)
+        self._committer.flush()
+        self._forget(seat)
+
+    def _forget(self, seat: Seat) -> None:
+        self._intake.drop(seat)
+        seat.engine.drop_adapter(seat.adapter_id)
+        self._release(seat)
+
+
+def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
+    return [
+        Turn(seat, seat.head)
+        for seat in seats
+        if seat.head is not None and isinstance(seat.head.request, OptimStep)
+    ]
+
+
+def _advance(seat: Seat, operation: PreparedOperation) -> None:
+    popped = seat.queue.popleft()
+    assert popped is operation
+    seat.applied_seq = operation.seq

@@ -1,0 +1,143 @@
+"""A held run inside the worker: its engine, the operations waiting in memory, and how its training goes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep, OptimStepResult
+from runs.services.claims import HeldRun, TakenOperation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Create:
+    """Make the adapter, fresh or from a checkpoint."""
+
+    load: Load | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Replace the adapter's weights (and Adam moments) by a checkpoint's."""
+
+    directory: str
+    path: str
+    optimizer: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Write a checkpoint; `sampling_session_seq` asks for a sampling session on it instead of a name."""
+
+    kind: str
+    name: str
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    sampling_session_seq: int | None = None
+
+    @property
+    def is_ephemeral(self) -> bool:
+        """Whether the checkpoint only feeds a sampling session."""
+        return self.sampling_session_seq is not None
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Let the adapter go; the run is closed."""
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """A seq that needs nothing done: its request was refused, or never came."""
+
+
+Request: TypeAlias = ForwardBackward | OptimStep | Create | Load | Save | Unload | Consumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedOperation:
+    """An operation decoded for the engine. `taken` is None for a seq that never came."""
+
+    seq: int
+    request: Request
+    taken: TakenOperation | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens, for the cycle's budget."""
+        return self.taken.num_tokens if self.taken else 0
+
+
+@dataclass
+class Tally:
+    """What was trained since the last optimizer step; becomes that step's metrics."""
+
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    num_tokens: int = 0
+    compute_s: float = 0.0
+    queue_wait_s: float = 0.0
+    last_step_at: float = field(default_factory=time.monotonic)
+
+    def add(self, result: ForwardBackwardResult, *, compute_s: float, waited_s: float) -> None:
+        """Count one forward_backward."""
+        self.loss_sum += result.metrics["loss:sum"]
+        self.loss_weight += result.metrics["loss_weight:sum"]
+        self.num_tokens += int(result.metrics["tokens:sum"])
+        self.compute_s += compute_s
+        self.queue_wait_s = max(self.queue_wait_s, waited_s)
+
+    def close(self, result: OptimStepResult, learning_rate: float) -> dict[str, float]:
+        """Return the metrics of the step that ends here and start the next one."""
+        now = time.monotonic()
+        elapsed_s = max(now - self.last_step_at, 1e-9)
+        metrics = {"learning_rate": learning_rate, "grad_norm": result.grad_norm}
+        if self.num_tokens:
+            metrics |= {
+                "loss": self.loss_sum / self.loss_weight if self.loss_weight else self.loss_sum,
+                "loss_sum": self.loss_sum,
+                "tokens": float(self.num_tokens),
+                "tokens_per_s": self.num_tokens / elapsed_s,
+                "step_time_s": self.compute_s,
+                "queue_wait_s": self.queue_wait_s,
+                "client_gap_s": max(elapsed_s - self.compute_s - self.queue_wait_s, 0.0),
+            }
+        self.loss_sum = self.loss_weight = self.compute_s = self.queue_wait_s = 0.0
+        self.num_tokens = 0
+        self.last_step_at = now
+        return metrics
+
+
+class Seat:
+    """One run held by this worker.
+
+    Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
+    `is_lost` when another worker owns the run by now.
+    """
+
+    def __init__(self, run: HeldRun, engine: Engine) -> None:
+        self.run = run
+        self.engine = engine
+        self.adapter_id = f"run-{run.pk}"
+        self.queue: deque[PreparedOperation] = deque()
+        self.taken_seq = run.applied_seq
+        self.applied_seq = run.applied_seq
+        self.committed_seq = run.applied_seq
+        self.snapshot_seq = -1
+        self.replay_cost_s = 0.0
+        self.step = run.step
+        self.tally = Tally()
+        self.is_restored = False
+        self.is_lost = False
+        self.is_closed = False
+        self.last_used_at = time.monotonic()
+
+    @property
+    def head(self) -> PreparedOperation | None:
+        """The next operation to apply."""
+        return self.queue[0] if self.queue else None

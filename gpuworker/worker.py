@@ -1,0 +1,89 @@
+"""One GPU worker process put together: lease, engines, the three stages, and who may drive them.
+
+Celery's `drain` task does the work. When none comes within a moment (Redis is down, a doorbell was
+lost), the fallback thread does the same in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Final
+
+from django.conf import settings
+
+from gpuworker import boot
+from gpuworker.busy import BusyMeter
+from gpuworker.committer import Committer
+from gpuworker.intake import Intake
+from gpuworker.leases import Lease
+from gpuworker.scheduler import Scheduler
+from gpuworker.seats import Seat
+from runs.models import Worker
+from runs.services import claims, workers
+
+logger = logging.getLogger(__name__)
+
+IDLE_S: Final = 1.0
+SLICE_S: Final = 20.0
+_FALLBACK_GRACE_S: Final = 0.3
+
+
+class GpuWorker:
+    """Everything one worker process holds."""
+
+    def __init__(self) -> None:
+        self._busy = BusyMeter()
+        workers.bury_dead()
+        self.row: Worker = workers.register(device=settings.DEVICE, dtype=settings.DTYPE)
+        self._lease = Lease(self.row, busy_share=self._busy.share, on_lost=self._on_lost)
+        engines = boot.load_engines(self.row)
+        self._committer = Committer()
+        self._intake = Intake(self.row, engines)
+        self.scheduler = Scheduler(
+            engines, self._intake, self._committer, release=self._release, busy=self._busy
+        )
+        self._stopping = threading.Event()
+        self._fallback = threading.Thread(target=self._drive_without_celery, name="fallback", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take work."""
+        self._intake.start()
+        self._fallback.start()
+
+    def drain_slice(self) -> None:
+        """Work until idle for a second or for one slice."""
+        self.scheduler.drain(idle_s=IDLE_S, slice_s=SLICE_S)
+
+    def stop(self) -> None:
+        """End at the next operation boundary, with every run's state kept and set free."""
+        self._stopping.set()
+        self._intake.stop()
+        self.scheduler.stop()
+        self._committer.stop()
+        workers.stop(self.row)
+        self._lease.stop()
+
+    def _drive_without_celery(self) -> None:
+        while not self._stopping.is_set():
+            self._intake.ready.wait()
+            self._stopping.wait(_FALLBACK_GRACE_S)
+            if not self.scheduler.is_draining and self._intake.ready.is_set():
+                self.drain_slice()
+
+    def _release(self, seat: Seat) -> None:
+        if not seat.is_lost:
+            claims.release_run(seat.run.pk, self.row)
+
+    def _on_lost(self) -> None:
+        """Give up everything: other workers own the runs by now."""
+        for seat in list(self._intake.seats.values()):
+            seat.is_lost = True
+        self.row.refresh_from_db()
+        logger.error("this worker was declared dead; the process ends so that a fresh one starts")
+        threading.Thread(target=_end_process, daemon=True).start()
+
+
+def _end_process() -> None:
+    os._exit(3)

@@ -1,0 +1,134 @@
+"""The programs that make up a running mintweb, with their command lines; `manage.py up` keeps them running."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from django.conf import settings
+
+from mintweb import embedded
+from mintweb.supervision import Program, dying_with_parent
+
+# A worker finishes its current operation before it stops; one operation is at most a slice of 20 s and a snapshot.
+WORKER_STOP_TIMEOUT_S = 60.0
+
+
+def databases() -> list[Program]:
+    """Return the database servers that run from wheels; none when DATABASE_URL and REDIS_URL are given."""
+    programs = []
+    if settings.EMBEDDED_REDIS:
+        programs.append(
+            Program(
+                "redis",
+                tuple(embedded.prepare_redis(settings.DATA_DIR)),
+                prepare=lambda: embedded.prepare_redis(settings.DATA_DIR),
+            )
+        )
+    if settings.EMBEDDED_POSTGRES:
+        programs.append(
+            Program(
+                "postgres",
+                tuple(embedded.prepare_postgres(settings.DATA_DIR)),
+                stop_signal=signal.SIGINT,
+                stop_timeout_s=embedded.STOP_TIMEOUT_S,
+                prepare=lambda: embedded.prepare_postgres(settings.DATA_DIR),
+            )
+        )
+    return programs
+
+
+def services() -> list[Program]:
+    """Return the web server, a worker for each GPU (one without a GPU), the CPU worker and the clock."""
+    return [*gpu_workers(), web(), cpu_worker(), beat()]
+
+
+def web() -> Program:
+    """Return the one process that answers HTTP and websockets."""
+    return Program(
+        "web",
+        _python(
+            *("uvicorn", "mintweb.asgi:application", "--host", settings.HOST, "--port", str(settings.PORT)),
+            *("--loop", "uvloop", "--http", "httptools", "--ws", "websockets-sansio", "--lifespan", "off"),
+            *("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "3"),
+            *("--log-level", settings.LOG_LEVEL.lower(), "--no-use-colors"),
+            *("--forwarded-allow-ips", "127.0.0.1", "--backlog", "4096"),
+        ),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def gpu_workers() -> list[Program]:
+    """Return one solo worker per GPU; each sees only its own device."""
+    gpus = visible_gpus() if settings.DEVICE in {"auto", "cuda"} else []
+    if len(gpus) < 2:
+        return [_gpu_worker("gpu", {})]
+    return [
+        _gpu_worker(f"gpu{index}", {"CUDA_VISIBLE_DEVICES": gpu}, share=len(gpus))
+        for index, gpu in enumerate(gpus)
+    ]
+
+
+def cpu_worker() -> Program:
+    """Return the worker for exports, dataset checks and housekeeping."""
+    return Program(
+        "cpu",
+        _celery("worker", "--pool=prefork", "--concurrency=1", "--queues=cpu", "--hostname=cpu@%h", *_QUIET),
+        env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        stop_timeout_s=WORKER_STOP_TIMEOUT_S,
+    )
+
+
+def beat() -> Program:
+    """Return the clock of the periodic tasks."""
+    return Program("beat", _celery("beat", f"--schedule={settings.DATA_DIR / 'beat'}", "--pidfile="))
+
+
+def visible_gpus() -> list[str]:
+    """Return the ids of the GPUs that a worker may use, without loading torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [item.strip() for item in chosen.split(",") if item.strip() and item.strip() != "-1"]
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return []
+    try:
+        listed = subprocess.run(
+            [nvidia_smi, "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return []
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+# Neither is of use to workers that never speak to each other, and looking for neighbours costs a second.
+_QUIET = ("--without-mingle", "--without-gossip", "--without-heartbeat")
+
+
+def _gpu_worker(name: str, env: dict[str, str], *, share: int = 1) -> Program:
+    threads = max(1, len(os.sched_getaffinity(0)) // share) if hasattr(os, "sched_getaffinity") else 1
+    return Program(
+        name,
+        _celery(
+            *("worker", "--pool=solo", "--concurrency=1", "--queues=gpu", f"--hostname={name}@%h"),
+            *("--include=gpuworker.tasks", *_QUIET),
+        ),
+        env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **env},
+        stop_timeout_s=WORKER_STOP_TIMEOUT_S,
+    )
+
+
+def _celery(command: str, *options: str) -> tuple[str, ...]:
+    # `manage.py up` has run Django's checks; in each worker they would load every view again.
+    return _python("celery", "--app", "mintweb", "--skip-checks", command, *options)
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return dying_with_parent([sys.executable, "-m", module, *arguments])

@@ -1,0 +1,127 @@
+"""Listing and managing runs and checkpoints, as the SDK's REST client and the tinker CLI do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.signing import TimestampSigner
+from django.urls import reverse
+
+from runs import ids
+from runs.api.decorators import NO_CONTENT, ApiRequest, Reply, json_reply
+from runs.models import Checkpoint, TrainingRun, User
+from runs.schemas import requests
+from runs.schemas.parsing import validate
+from runs.services import access, checkpoints, sampling, training_runs
+
+ARCHIVE_SALT = "checkpoint-archive"
+ARCHIVE_LIFETIME_S = 900
+
+
+def list_training_runs(request: ApiRequest) -> Reply:
+    """List the user's runs, newest first."""
+    offset, limit = request.page(default_limit=20)
+    rows = access.runs_of(request.user)
+    return json_reply(
+        {
+            "training_runs": [_run(run) for run in rows[offset : offset + limit]],
+            "cursor": {"offset": offset, "limit": limit, "total_count": rows.count()},
+        }
+    )
+
+
+def get_training_run(request: ApiRequest) -> Reply:
+    """Return one run."""
+    return json_reply(_run(access.get_run(request.user, request.path_args["run_id"])))
+
+
+def list_run_checkpoints(request: ApiRequest) -> Reply:
+    """List a run's checkpoints, newest first."""
+    run = access.get_run(request.user, request.path_args["run_id"])
+    rows = access.checkpoints_of(request.user).filter(run=run)
+    return json_reply({"checkpoints": [_checkpoint(row) for row in rows], "cursor": None})
+
+
+def list_checkpoints(request: ApiRequest) -> Reply:
+    """List all of the user's checkpoints, newest first."""
+    offset, limit = request.page(default_limit=100)
+    rows = access.checkpoints_of(request.user)
+    return json_reply(
+        {
+            "checkpoints": [_checkpoint(row) for row in rows[offset : offset + limit]],
+            "cursor": {"offset": offset, "limit": limit, "total_count": rows.count()},
+        }
+    )
+
+
+def delete_checkpoint(request: ApiRequest) -> Reply:
+    """Delete a checkpoint and its files."""
+    checkpoints.delete(_own_checkpoint(request))
+    return NO_CONTENT
+
+
+def publish(request: ApiRequest) -> Reply:
+    """Let every user of this server read a checkpoint."""
+    checkpoints.set_public(_own_checkpoint(request), is_public=True)
+    return NO_CONTENT
+
+
+def unpublish(request: ApiRequest) -> Reply:
+    """Take a checkpoint back."""
+    checkpoints.set_public(_own_checkpoint(request), is_public=False)
+    return NO_CONTENT
+
+
+def set_ttl(request: ApiRequest) -> Reply:
+    """Let a checkpoint end after a time, or never."""
+    body = validate(requests.SetTtl, request.body)
+    checkpoints.set_ttl(_own_checkpoint(request), body.ttl_seconds)
+    return NO_CONTENT
+
+
+def archive(request: ApiRequest) -> Reply:
+    """Redirect to a signed address of the checkpoint as a tar file; the client follows it without its key."""
+    checkpoint = _own_checkpoint(request)
+    token = TimestampSigner(salt=ARCHIVE_SALT).sign(str(checkpoint.pk))
+    location = f"{request.base_url}{reverse('checkpoint-archive', args=[token])}"
+    return Reply(status=302, headers={"location": location})
+
+
+def _own_checkpoint(request: ApiRequest) -> Checkpoint:
+    args = request.path_args
+    return access.get_checkpoint(
+        request.user, ids.parse_checkpoint_id(args["run_id"], args["kind"], args["name"])
+    )
+
+
+def _run(run: TrainingRun) -> dict[str, Any]:
+    named = run.checkpoints.filter(is_ephemeral=False).select_related("run")
+    training = named.filter(kind=Checkpoint.Kind.TRAINING).first()
+    sampler = named.filter(kind=Checkpoint.Kind.SAMPLER).first()
+    owner: User = run.owner
+    return {
+        "training_run_id": run.public_id,
+        "base_model": run.base_model,
+        "model_owner": owner.username,
+        "is_lora": True,
+        "corrupted": run.state == TrainingRun.State.FAILED,
+        "lora_rank": run.lora_rank,
+        "last_request_time": training_runs.last_request_at(run).isoformat(),
+        "last_checkpoint": _checkpoint(training) if training else None,
+        "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,
+        "user_metadata": run.user_metadata or None,
+    }
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    is_training = checkpoint.kind == Checkpoint.Kind.TRAINING
+    return {
+        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
+        "checkpoint_type": "training" if is_training else "sampler",
+        "time": checkpoint.created_at.isoformat(),
+        "tinker_path": sampling.path_of(checkpoint),
+        "size_bytes": checkpoint.size_bytes,
+        "public": checkpoint.is_public,
+        "expires_at": checkpoint.expires_at.isoformat() if checkpoint.expires_at else None,
+        "user_metadata": checkpoint.user_metadata or None,
+    }

@@ -1,0 +1,170 @@
+"""Checkpoints: listed with what they take, downloaded, kept or deleted."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from asgiref.sync import sync_to_async
+from django.contrib import messages
+from django.core.files.base import File
+from django.http import HttpRequest, HttpResponseBase, StreamingHttpResponse
+from django.shortcuts import redirect, render
+from django.utils.http import url_has_allowed_host_and_scheme
+from django.views.decorators.http import require_GET, require_POST
+
+from runs import ids
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, TrainingRun, User
+from runs.pages.policies import signed_in
+from runs.services import access, run_rows, sampling
+from runs.services import checkpoints as service
+
+MAX_ROWS: Final = 500
+LIFETIMES: Final = ((86_400, "1 day"), (7 * 86_400, "7 days"), (30 * 86_400, "30 days"), (0, "for ever"))
+_CHUNK_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """What a table shows of a checkpoint."""
+
+    pk: int
+    run_id: str
+    run_title: str
+    kind: str
+    kind_label: str
+    name: str
+    step: int
+    size_bytes: int
+    created_at: datetime
+    expires_at: datetime | None
+    path: str
+    is_public: bool
+
+
+@signed_in
+@require_GET
+def checkpoint_list(request: HttpRequest) -> HttpResponseBase:
+    """Show all checkpoints of a person and what they take."""
+    checkpoints = access.checkpoints_of(_user(request))
+    rows = [_row(checkpoint) for checkpoint in checkpoints[: MAX_ROWS + 1]]
+    context = {
+        "checkpoints": rows[:MAX_ROWS],
+        "has_more": len(rows) > MAX_ROWS,
+        "num_checkpoints": checkpoints.count() if len(rows) > MAX_ROWS else len(rows),
+        "size_bytes": service.size_of(checkpoints),
+        "lifetimes": LIFETIMES,
+    }
+    return render(request, "checkpoints/checkpoint_list.html", context)
+
+
+@signed_in
+@require_GET
+def download(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpResponseBase:
+    """Send the adapter's files as a tar archive, while they are read."""
+    path = ids.parse_checkpoint_id(run_id, kind, name)
+    checkpoint = access.get_checkpoint(_user(request), path)
+    response = StreamingHttpResponse(_tar(checkpoint), content_type="application/x-tar")
+    session, _, number = run_id.partition(":train:")
+    response["Content-Disposition"] = f'attachment; filename="{session[:8]}-{number}-{checkpoint.name}.tar"'
+    return response
+
+
+@signed_in
+@require_POST
+def delete(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpResponseBase:
+    """Delete a checkpoint with its files."""
+    checkpoint = access.get_checkpoint(_user(request), ids.parse_checkpoint_id(run_id, kind, name))
+    service.delete(checkpoint)
+    messages.success(request, f"Checkpoint {checkpoint.name} was deleted.")
+    return _back(request)
+
+
+@signed_in
+@require_POST
+def delete_many(request: HttpRequest) -> HttpResponseBase:
+    """Delete the chosen checkpoints with their files."""
+    user = _user(request)
+    chosen = [access.get_checkpoint(user, ids.parse_path(path)) for path in request.POST.getlist("path")[:MAX_ROWS]]
+    for checkpoint in chosen:
+        service.delete(checkpoint)
+    messages.success(request, f"{len(chosen)} checkpoint{'s were' if len(chosen) != 1 else ' was'} deleted.")
+    return redirect("checkpoint-list")
+
+
+@signed_in
+@require_POST
+def keep(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpResponseBase:
+    """Set how long a checkpoint is kept from now on."""
+    checkpoint = access.get_checkpoint(_user(request), ids.parse_checkpoint_id(run_id, kind, name))
+    chosen = request.POST.get("seconds", "")
+    labels = {str(seconds): label for seconds, label in LIFETIMES}
+    if chosen not in labels:
+        raise RequestInvalid(f"must be one of {', '.join(labels)}", place="seconds")
+    service.set_ttl(checkpoint, int(chosen) or None)
+    messages.success(request, f"Checkpoint {checkpoint.name} is kept {_how_long(labels[chosen])}.")
+    return _back(request)
+
+
+def rows_of_run(run: TrainingRun) -> list[CheckpointRow]:
+    """Return the rows of the checkpoints that a person named in this run."""
+    named = Checkpoint.objects.filter(run=run, is_ephemeral=False).select_related("run")
+    return [_row(checkpoint) for checkpoint in named[:MAX_ROWS]]
+
+
+def _row(checkpoint: Checkpoint) -> CheckpointRow:
+    return CheckpointRow(
+        pk=checkpoint.pk,
+        run_id=checkpoint.run.public_id,
+        run_title=run_rows.title_of(checkpoint.run),
+        kind=checkpoint.kind,
+        kind_label=Checkpoint.Kind(checkpoint.kind).label,
+        name=checkpoint.name,
+        step=checkpoint.step,
+        size_bytes=checkpoint.size_bytes,
+        created_at=checkpoint.created_at,
+        expires_at=checkpoint.expires_at,
+        path=sampling.path_of(checkpoint),
+        is_public=checkpoint.is_public,
+    )
+
+
+async def _tar(checkpoint: Checkpoint) -> AsyncIterator[bytes]:
+    """Yield a tar archive whose names are the bare file names of the adapter."""
+    parts = _tar_parts(service.files(checkpoint, with_optimizer=False), mtime=checkpoint.created_at.timestamp())
+    while (part := await sync_to_async(next)(parts, None)) is not None:
+        yield part
+
+
+def _tar_parts(files: Iterator[tuple[str, File[bytes]]], *, mtime: float) -> Iterator[bytes]:
+    num_bytes = 0
+    for name, file in files:
+        info = tarfile.TarInfo(name.rpartition("/")[2])
+        info.size, info.mtime, info.mode = file.size, int(mtime), 0o644
+        yield info.tobuf(tarfile.USTAR_FORMAT)
+        yield from file.chunks(_CHUNK_BYTES)
+        padding = -info.size % tarfile.BLOCKSIZE
+        yield bytes(padding)
+        num_bytes += tarfile.BLOCKSIZE + info.size + padding
+    yield bytes(2 * tarfile.BLOCKSIZE + -(num_bytes + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+
+
+def _back(request: HttpRequest) -> HttpResponseBase:
+    target = request.POST.get("next", "")
+    is_ours = url_has_allowed_host_and_scheme(target, allowed_hosts=None) and target.startswith("/")
+    return redirect(target if is_ours else "checkpoint-list")
+
+
+def _how_long(label: str) -> str:
+    return label if label.startswith("for") else f"for {label}"
+
+
+def _user(request: HttpRequest) -> User:
+    user: User = request.user  # type: ignore[assignment]
+    return user
+
+

@@ -1,0 +1,132 @@
+"""The numbers behind a run's charts: values after a cursor, buckets of a long past, a CSV of everything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import asdict
+from typing import Final, overload
+
+from asgiref.sync import sync_to_async
+from django.http import HttpRequest, HttpResponseBase, JsonResponse, StreamingHttpResponse
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_GET
+
+from runs.exceptions import RequestInvalid
+from runs.models import TrainingRun, User
+from runs.pages.policies import signed_in
+from runs.services import access, histories, metrics
+
+MAX_NAMES: Final = 32
+_PAGE_VALUES: Final = 10_000
+_CSV_COLUMNS: Final = ("seq", "step", "recorded_at", "name", "value")
+_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+@signed_in
+@never_cache
+@require_GET
+def values(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Return the values after a cursor, `{"points", "cursor", "more"}`, in the order of seq."""
+    run = _run(request, run_id)
+    after = _whole(request, "after", default=-1)
+    points = metrics.points_after(run, after, limit=_PAGE_VALUES)
+    cursor = points[-1].seq if points else after
+    # A page is cut at the end of an operation, so a little below its limit.
+    is_cut = 2 * len(points) >= _PAGE_VALUES
+    content = {"points": [point.as_json() for point in points], "cursor": cursor, "more": is_cut}
+    return JsonResponse(content)
+
+
+@signed_in
+@never_cache
+@require_GET
+def series(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Return the past up to a cursor in buckets, `{"series": [...]}`, one for each name."""
+    run = _run(request, run_id)
+    names = request.GET.getlist("name")[:MAX_NAMES] or metrics.names(run)[:MAX_NAMES]
+    try:
+        weight = float(request.GET.get("weight", "0"))
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < 1:
+        raise RequestInvalid("must be at least 0 and below 1", place="weight")
+    found = [
+        histories.history(
+            run,
+            name,
+            num_buckets=min(max(_whole(request, "buckets", default=1000), 1), histories.MAX_BUCKETS),
+            weight=weight,
+            up_to_seq=_whole(request, "up_to", default=metrics.last_seq(run)),
+            from_step=_whole(request, "from", default=None),
+            to_step=_whole(request, "to", default=None),
+        )
+        for name in names
+    ]
+    return JsonResponse({"series": [asdict(history) for history in found]})
+
+
+@signed_in
+@require_GET
+def as_csv(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Return every stored value as CSV, or those of one metric."""
+    run = _run(request, run_id)
+    name = request.GET.get("name", "")
+    # The file ends where the run stood when it was asked for, or a running one would never end.
+    response = StreamingHttpResponse(_csv(run, name, metrics.last_seq(run)), content_type="text/csv; charset=utf-8")
+    session, _, number = run.public_id.partition(":train:")
+    response["Content-Disposition"] = f'attachment; filename="metrics-{session[:8]}-{number}.csv"'
+    return response
+
+
+def safe_cell(text: str) -> str:
+    """Return a text that a spreadsheet will not run as a formula; numbers are never passed here."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+async def _csv(run: TrainingRun, name: str, up_to_seq: int) -> AsyncIterator[str]:
+    yield ",".join(_CSV_COLUMNS) + "\r\n"
+    cursor = -1
+    while cursor < up_to_seq:
+        points = await sync_to_async(metrics.points_after)(run, cursor, limit=_PAGE_VALUES)
+        if not points:
+            return
+        cursor = points[-1].seq
+        yield _csv_lines(point for point in points if point.seq <= up_to_seq and name in ("", point.name))
+
+
+def _csv_lines(points: Iterable[metrics.Point]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(
+        (
+            point.seq,
+            point.step,
+            point.recorded_at.isoformat(),
+            safe_cell(point.name),
+            repr(point.value) if math.isfinite(point.value) else metrics.word(point.value),
+        )
+        for point in points
+    )
+    return text.getvalue()
+
+
+def _run(request: HttpRequest, run_id: str) -> TrainingRun:
+    user: User = request.user  # type: ignore[assignment]
+    return access.get_run(user, run_id)
+
+
+@overload
+def _whole(request: HttpRequest, name: str, *, default: int) -> int: ...
+@overload
+def _whole(request: HttpRequest, name: str, *, default: None) -> int | None: ...
+def _whole(request: HttpRequest, name: str, *, default: int | None) -> int | None:
+    text = request.GET.get(name)
+    if text is None:
+        return default
+    try:
+        number = int(text[:20])
+    except ValueError:
+        raise RequestInvalid(f"must be a whole number, got {text[:20]!r}", place=name) from None
+    return min(max(number, -1), 2**62)

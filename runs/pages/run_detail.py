@@ -1,0 +1,138 @@
+"""One run: its head, charts, latest samples, checkpoints, operations and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponseBase
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_POST
+
+from runs.models import Operation, RunEvent, TrainingRun, User
+from runs.pages import checkpoints, sample_texts
+from runs.pages.policies import signed_in
+from runs.services import access, metrics, operations, run_rows, sampling, training_runs
+
+NUM_OPERATIONS: Final = 20
+NUM_SAMPLES: Final = 8
+NUM_EVENTS: Final = 30
+# Looked through for the latest samples; most of the rest only asked for log-probabilities.
+_NUM_SAMPLES_READ: Final = 24
+_TONES: Final = {"queued": "busy", "done": "done", "failed": "bad"}
+_EVENT_TONES: Final = {"recovered": "warn", "diverged": "bad", "failed": "bad", "saved": "good"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationRow:
+    """What the page shows of an operation."""
+
+    seq: int
+    kind: str
+    state: str
+    tone: str
+    num_tokens: int
+    wait_s: float | None
+    run_s: float | None
+    created_at: datetime
+    error: str
+    error_category: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRow:
+    """What the page shows of an event."""
+
+    kind: str
+    tone: str
+    step: int
+    created_at: datetime
+    details: list[tuple[str, str]]
+
+
+@signed_in
+@require_GET
+def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Show the run's page."""
+    run = _run(request, run_id)
+    is_large = metrics.is_large(run)
+    context = {
+        **_panels(run),
+        "run": run,
+        "title": run_rows.title_of(run),
+        "chart_settings": {
+            "runId": run.public_id,
+            "isLarge": is_large,
+            "upToSeq": metrics.last_seq(run) if is_large else -1,
+            "names": list(metrics.CHART_METRICS),
+        },
+    }
+    return render(request, "runs/run_detail.html", context)
+
+
+@signed_in
+@require_GET
+def panels(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Return the parts of the page that change beside the charts."""
+    return render(request, "runs/_panels.html", _panels(_run(request, run_id)))
+
+
+@signed_in
+@require_POST
+def rename(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Give the run a name."""
+    user: User = request.user  # type: ignore[assignment]
+    run = access.get_run(user, run_id)
+    name = "".join(character for character in request.POST.get("name", "") if character.isprintable()).strip()
+    training_runs.rename(run, name)
+    messages.success(request, "The run was renamed." if name else "The run's name was removed.")
+    return redirect("run-detail", run_id=run.public_id)
+
+
+def _run(request: HttpRequest, run_id: str) -> TrainingRun:
+    user: User = request.user  # type: ignore[assignment]
+    pk = access.get_run(user, run_id).pk
+    return training_runs.with_activity(access.runs_of(user)).select_related("session").get(pk=pk)
+
+
+def _panels(run: TrainingRun) -> dict[str, Any]:
+    samples = sampling.samples_of(run, limit=_NUM_SAMPLES_READ)
+    events = RunEvent.objects.filter(run=run).order_by("-id")[:NUM_EVENTS]
+    return {
+        "run": run,
+        "facts": run_rows.facts_of(run),
+        "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
+        "checkpoints": checkpoints.rows_of_run(run),
+        "operations": [_operation_row(row) for row in operations.latest_of(run, limit=NUM_OPERATIONS)],
+        "events": [_event_row(event) for event in events],
+    }
+
+
+def _operation_row(row: Operation) -> OperationRow:
+    is_over = row.finished_at is not None and row.started_at is not None
+    return OperationRow(
+        seq=row.seq,
+        kind=row.kind,
+        state=row.state,
+        tone=_TONES[row.state],
+        num_tokens=row.num_tokens,
+        wait_s=(row.started_at - row.created_at).total_seconds() if row.started_at else None,
+        run_s=(row.finished_at - row.started_at).total_seconds() if is_over else None,  # type: ignore[operator]
+        created_at=row.created_at,
+        error=row.error,
+        error_category=row.error_category,
+        attempts=row.attempts,
+    )
+
+
+def _event_row(event: RunEvent) -> EventRow:
+    return EventRow(
+        kind=event.kind.replace("_", " "),
+        tone=_EVENT_TONES.get(event.kind, "idle"),
+        step=event.step,
+        created_at=event.created_at,
+        details=[(str(key).replace("_", " "), str(value)[:300]) for key, value in event.detail.items()],
+    )

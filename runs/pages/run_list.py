@@ -1,0 +1,108 @@
+"""The start page: all runs of a person, those that did something last first."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from django.conf import settings
+from django.core import signing
+from django.db.models import Q, QuerySet
+from django.http import HttpRequest, HttpResponseBase
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET
+
+from runs.models import TrainingRun, User
+from runs.pages.policies import signed_in
+from runs.services import base_models, keys, run_rows, training_runs, workers
+from runs.services.training_runs import DisplayState
+
+PAGE_SIZE: Final = 50
+_CURSOR_SALT: Final = "run-list"
+
+
+@signed_in
+@require_GET
+def home(request: HttpRequest) -> HttpResponseBase:
+    """Go to the runs."""
+    return redirect("run-list")
+
+
+@signed_in
+@require_GET
+def run_list(request: HttpRequest) -> HttpResponseBase:
+    """Show a page of runs, searched and filtered by the address."""
+    user: User = request.user  # type: ignore[assignment]
+    search = request.GET.get("q", "").replace("\0", "").strip()[:200]
+    status = request.GET.get("status", "")
+    runs = _filtered(run_rows.by_activity(user), search, status)
+    is_first_page = "after" not in request.GET
+    if not is_first_page:
+        runs = _after(runs, request.GET["after"])
+    found = list(runs[: PAGE_SIZE + 1])
+    is_filtered = bool(search or status)
+    context = {
+        "rows": run_rows.rows_of(found[:PAGE_SIZE]),
+        "search": search,
+        "status": status,
+        "statuses": [(state.value, state.value) for state in DisplayState],
+        "is_filtered": is_filtered,
+        "is_live": is_first_page and not is_filtered,
+        "next_query": _next_query(request, found) if len(found) > PAGE_SIZE else "",
+        "is_first_page": is_first_page,
+        **_server_state(),
+    }
+    if not found and not is_filtered and is_first_page:
+        context.update(_first_steps(request, user))
+    return render(request, "runs/run_list.html", context)
+
+
+def base_url(request: HttpRequest) -> str:
+    """Return the address that SDK clients use for this server."""
+    return settings.PUBLIC_URL or request.build_absolute_uri("/").rstrip("/")
+
+
+def _filtered(runs: QuerySet[TrainingRun], search: str, status: str) -> QuerySet[TrainingRun]:
+    if search:
+        runs = runs.filter(
+            Q(name__icontains=search) | Q(public_id__icontains=search) | Q(base_model__icontains=search)
+        )
+    if status in {state.value for state in DisplayState}:
+        runs = training_runs.in_display_state(runs, DisplayState(status))
+    return runs
+
+
+def _after(runs: QuerySet[TrainingRun], cursor: str) -> QuerySet[TrainingRun]:
+    try:
+        moment, pk = signing.loads(cursor, salt=_CURSOR_SALT)
+    except signing.BadSignature:
+        return runs
+    active_at = datetime.fromisoformat(moment)
+    return runs.filter(Q(active_at__lt=active_at) | Q(active_at=active_at, pk__lt=pk))
+
+
+def _next_query(request: HttpRequest, found: list[TrainingRun]) -> str:
+    last = found[PAGE_SIZE - 1]
+    active_at: datetime = last.active_at  # type: ignore[attr-defined]
+    cursor = signing.dumps([active_at.isoformat(), last.pk], salt=_CURSOR_SALT)
+    kept = {name: request.GET[name] for name in ("q", "status") if request.GET.get(name)}
+    return urlencode({**kept, "after": cursor})
+
+
+def _server_state() -> dict[str, Any]:
+    models = base_models.available()
+    return {
+        "failed_models": [model for model in models if model.error],
+        "models": models,
+        "has_worker": workers.live().exists(),
+    }
+
+
+def _first_steps(request: HttpRequest, user: User) -> dict[str, Any]:
+    loaded = [model for model in base_models.available() if model.is_loaded]
+    return {
+        "base_url": base_url(request),
+        "snippet_model": (loaded or base_models.available())[0].name,
+        "has_key": keys.has_live_key(user),
+    }

@@ -1,0 +1,159 @@
+"""A run as lists and pages show it: every value ready, so that a template decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from django.db.models import QuerySet
+from django.db.models.functions import Coalesce
+
+from runs.models import TrainingRun, User
+from runs.services import access, sparklines, training_runs
+from runs.services.sparklines import Sparkline
+from runs.services.training_runs import DisplayState
+
+WIDTH: Final = 120
+HEIGHT: Final = 28
+_PADDING: Final = 2.0
+_TONES: Final = {
+    DisplayState.RUNNING: "good",
+    DisplayState.QUEUED: "busy",
+    DisplayState.WAITING_FOR_WORKER: "warn",
+    DisplayState.WAITING_FOR_CLIENT: "idle",
+    DisplayState.CLOSED: "done",
+    DisplayState.FAILED: "bad",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A sparkline as the attributes of SVG shapes, and in words."""
+
+    line: str
+    band: str
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """What a list shows of one run."""
+
+    run_id: str
+    title: str
+    is_named: bool
+    status: str
+    tone: str
+    source: str
+    source_label: str
+    base_model: str
+    step: int
+    loss: float | None
+    tokens_per_s: float | None
+    created_at: datetime
+    error: str
+    curve: Curve | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the head of a run's page shows."""
+
+    row: RunRow
+    rank: int
+    alpha: float
+    seed: int
+    trained_parts: str
+    num_tokens: int
+    session_id: str
+    sdk_version: str
+    user_metadata: dict[str, str]
+    last_applied_at: datetime | None
+
+
+def by_activity(user: User) -> QuerySet[TrainingRun]:
+    """Return the user's runs, those that last did something first."""
+    runs = training_runs.with_activity(access.runs_of(user))
+    return runs.annotate(active_at=Coalesce("last_applied_at", "created_at")).order_by("-active_at", "-pk")
+
+
+def rows_of(runs: Iterable[TrainingRun]) -> list[RunRow]:
+    """Return the rows of runs that come from `with_activity`; one query for all their curves."""
+    listed = list(runs)
+    lines = sparklines.of_runs(listed)
+    return [_row(run, lines[run.pk]) for run in listed]
+
+
+def facts_of(run: TrainingRun) -> RunFacts:
+    """Return the head of a run's page; the run comes from `with_activity`, its session selected."""
+    parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
+    return RunFacts(
+        row=_row(run, None),
+        rank=run.lora_rank,
+        alpha=run.lora_alpha,
+        seed=run.lora_seed,
+        trained_parts=", ".join(part for part, is_trained in parts.items() if is_trained),
+        num_tokens=run.num_tokens,
+        session_id=run.session.public_id,
+        sdk_version=run.session.sdk_version,
+        user_metadata={str(key): str(value) for key, value in run.user_metadata.items()},
+        last_applied_at=run.last_applied_at,
+    )
+
+
+def title_of(run: TrainingRun) -> str:
+    """Return the run's name, or a short form of its id."""
+    session, _, number = run.public_id.partition(":train:")
+    return run.name or f"{session[:8]}-{number}"
+
+
+def tone_of(state: DisplayState) -> str:
+    """Return the colour group of a state."""
+    return _TONES[state]
+
+
+def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
+    state = training_runs.display_state(run)
+    is_running = state == DisplayState.RUNNING
+    return RunRow(
+        run_id=run.public_id,
+        title=title_of(run),
+        is_named=bool(run.name),
+        status=state.value,
+        tone=tone_of(state),
+        source=run.source,
+        source_label=TrainingRun.Source(run.source).label,
+        base_model=run.base_model,
+        step=run.step,
+        loss=run.loss,
+        tokens_per_s=run.tokens_per_s if is_running else None,
+        created_at=run.created_at,
+        error=run.error,
+        curve=curve_of(line) if line else None,
+    )
+
+
+def curve_of(line: Sparkline) -> Curve | None:
+    """Return the shapes of a loss curve: the means as a line, the extremes as a band."""
+    buckets = sorted(line.buckets.items())
+    if len(buckets) < 2:
+        return None
+    first, last = buckets[0][0], buckets[-1][0]
+    bottom = min(bucket.low for _, bucket in buckets)
+    top = max(bucket.high for _, bucket in buckets)
+    span = (top - bottom) or 1.0
+
+    def point(number: int, value: float) -> str:
+        x = WIDTH * (number - first) / (last - first)
+        y = _PADDING + (HEIGHT - 2 * _PADDING) * (1.0 - (value - bottom) / span)
+        return f"{x:.1f},{y:.1f}"
+
+    highs = [point(number, bucket.high) for number, bucket in buckets]
+    lows = [point(number, bucket.low) for number, bucket in reversed(buckets)]
+    return Curve(
+        line=" ".join(point(number, bucket.mean) for number, bucket in buckets),
+        band=" ".join(highs + lows),
+        summary=f"loss from {buckets[0][1].mean:.4g} to {buckets[-1][1].mean:.4g}, lowest {bottom:.4g}",
+    )

@@ -1,0 +1,104 @@
+"""Settings: what the environment means, and the one sentence for each mistake."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+from mintweb import settings
+
+from .instances import ROOT, clean_environment
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("MINTWEB_PORT", "http", "MINTWEB_PORT is 'http'; it must be a whole number."),
+        ("MINTWEB_PORT", "70000", "MINTWEB_PORT is 70000; it must be between 1 and 65535."),
+        ("MINTWEB_HOST", "0.0.0.0", "set MINTWEB_ALLOW_PUBLIC=1 to allow that."),
+        ("MINTWEB_ALLOW_PUBLIC", "maybe", "MINTWEB_ALLOW_PUBLIC is 'maybe'; it must be 1 or 0."),
+        ("MINTWEB_DEVICE", "tpu", "MINTWEB_DEVICE is 'tpu'"),
+        ("MINTWEB_DTYPE", "int8", "MINTWEB_DTYPE is 'int8'"),
+        ("MINTWEB_BASE_MODELS", "a=/nowhere", "the directory /nowhere, which does not exist."),
+        ("MINTWEB_BASE_MODELS", "=x", "each item is name or name=directory."),
+        ("MINTWEB_API_KEY", "secret", "MINTWEB_API_KEY must be tml- or sk-mint-"),
+        ("MINTWEB_STORAGE_URL", "ftp://x", "use s3://bucket/prefix"),
+        ("MINTWEB_SECRET_KEY_FILE", "/nowhere", "MINTWEB_SECRET_KEY_FILE cannot be read"),
+        ("MINTWEB_DATA_DIR", "/dev/null/x", "MINTWEB_DATA_DIR is /dev/null/x, which cannot be created"),
+        ("DATABASE_URL", "mysql://x/y", "only postgresql:// is supported."),
+        ("DATABASE_URL", "postgresql://host", "DATABASE_URL names no database"),
+        ("REDIS_URL", "http://x", "use redis://, rediss:// or unix://."),
+    ],
+)
+def test_a_wrong_value_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setattr(os, "environ", clean_environment(**{"MINTWEB_DATA_DIR": str(tmp_path), name: value}))
+    with pytest.raises(ImproperlyConfigured) as caught:
+        runpy.run_path(settings.__file__)
+    assert sentence in str(caught.value)
+
+
+def test_the_command_line_shows_the_sentence_alone(tmp_path: Path) -> None:
+    env = clean_environment(MINTWEB_DATA_DIR=str(tmp_path), MINTWEB_PORT="http")
+    done = subprocess.run(
+        [sys.executable, "manage.py", "up"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "mintweb: MINTWEB_PORT is 'http'; it must be a whole number.\n"
+    assert done.stdout == ""
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text("s3cret\n")
+    monkeypatch.setenv("SOME_SECRET_FILE", str(tmp_path / "secret"))
+    assert settings.env_secret("SOME_SECRET") == "s3cret"
+
+
+def test_the_secret_key_is_made_once_and_private(tmp_path: Path) -> None:
+    first = settings.lasting_secret(tmp_path / "secret_key")
+    assert len(first) > 40
+    assert settings.lasting_secret(tmp_path / "secret_key") == first
+    assert (tmp_path / "secret_key").stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["secret_key"]
+
+
+def test_the_tiny_model_is_always_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", f"Qwen/Qwen3-0.6B, mine={tmp_path}")
+    models = settings.env_base_models("MODELS")
+    assert list(models) == ["mintweb/tiny", "Qwen/Qwen3-0.6B", "mine"]
+    assert models["Qwen/Qwen3-0.6B"] == "Qwen/Qwen3-0.6B"
+    assert models["mine"] == str(tmp_path)
+
+
+def test_a_database_address_becomes_djangos_settings() -> None:
+    entry = settings.parse_database_url("postgres://u:p%40ss@db.example:5433/mint?sslmode=require")
+    assert (entry["USER"], entry["PASSWORD"], entry["HOST"], entry["PORT"], entry["NAME"]) == (
+        *("u", "p@ss", "db.example", "5433", "mint"),
+    )
+    assert entry["OPTIONS"] == {"connect_timeout": "5", "sslmode": "require"}
+    assert settings.parse_database_url("postgresql://u@/mint?host=/run/pg")["HOST"] == "/run/pg"
+
+
+@pytest.mark.parametrize(
+    ("address", "broker", "layer"),
+    [
+        ("redis://h:6379/3", "redis://h:6379/3", "redis://h:6379/4"),
+        ("redis://:pw@h", "redis://:pw@h/0", "redis://:pw@h/1"),
+        (
+            "rediss://h/1?ssl_cert_reqs=none",
+            "rediss://h/1?ssl_cert_reqs=none",
+            "rediss://h/2?ssl_cert_reqs=none",
+        ),
+        ("unix:///a%20b?db=2", "redis+socket:///a%20b?virtual_host=2", "unix:///a%20b?db=3"),
+    ],
+)
+def test_broker_and_channel_layer_use_two_redis_databases(address: str, broker: str, layer: str) -> None:
+    assert settings.broker_address(settings.redis_database(address, 0)) == broker
+    assert settings.redis_database(address, 1) == layer
