@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.types import SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
 from gpuworker.seats import Seat
+from gpuworker.threads import database_thread
 from runs.models import TrainingRun
 from runs.services import blobs, commits
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
@@ -64,7 +64,7 @@ class Committer:
 
     def __init__(self) -> None:
         self._items: queue.Queue[Item | None] = queue.Queue(maxsize=_MAX_WAITING)
-        self._thread = threading.Thread(target=self._loop, name="committer", daemon=True)
+        self._thread = database_thread("committer", self._loop)
         self._thread.start()
 
     def put(self, item: Item) -> None:

@@ -19,6 +19,7 @@ from gpuworker import payloads
 from gpuworker.engine.engine import Engine
 from gpuworker.leases import direct_parameters
 from gpuworker.seats import PreparedOperation, Seat
+from gpuworker.threads import database_thread
 from runs import events
 from runs.models import Worker
 from runs.services import claims, workers
@@ -45,8 +46,8 @@ class Intake:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._loop, name="intake", daemon=True),
-            threading.Thread(target=self._listen, name="doorbell", daemon=True),
+            database_thread("intake", self._loop),
+            database_thread("doorbell", self._listen),
         ]
 
     def start(self) -> None:
@@ -58,7 +59,8 @@ class Intake:
         """Take nothing more."""
         self._stopping.set()
         self._wake.set()
-        self._threads[0].join()
+        for thread in self._threads:
+            thread.join()
 
     def wake(self) -> None:
         """Look for work now: there is room for more."""
@@ -97,8 +99,9 @@ class Intake:
                 with psycopg.connect(**direct_parameters(), autocommit=True) as held:
                     held.execute(f"LISTEN {events.WORK_CHANNEL}")
                     self._wake.set()
-                    for _ in held.notifies():
-                        self._wake.set()
+                    while not self._stopping.is_set():
+                        for _ in held.notifies(timeout=SWEEP_S, stop_after=1):
+                            self._wake.set()
             except psycopg.Error as error:
                 logger.warning("the doorbell is silent, the database does not answer: %s", error)
                 time.sleep(1.0)

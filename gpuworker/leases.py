@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 from django.db import DatabaseError, close_old_connections, connection
 
+from gpuworker.threads import database_thread
 from runs.models import Worker
 from runs.services import workers
 
@@ -27,7 +28,7 @@ class Lease:
         self._on_lost = on_lost
         self._stopping = threading.Event()
         self._lock_connection = self._lock()
-        self._thread = threading.Thread(target=self._loop, name="lease", daemon=True)
+        self._thread = database_thread("lease", self._loop)
         self._thread.start()
 
     def stop(self) -> None:

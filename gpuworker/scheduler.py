@@ -196,13 +196,11 @@ class Scheduler:
 
     def _single(self, seat: Seat, operation: PreparedOperation) -> Outcome:
         request = operation.request
-        if isinstance(request, Save) and not request.is_ephemeral and not request.overwrite:
-            self._committer.flush()
-            if claims.checkpoint_exists(seat.run.pk, kind=request.kind, name=request.name):
-                taken = CheckpointError(
-                    f"a checkpoint named {request.name!r} exists; choose another name or overwrite it"
-                )
-                return handlers.failed(seat, operation, taken)
+        if isinstance(request, Save) and not request.overwrite and _is_name_taken(seat, request):
+            taken = CheckpointError(
+                f"a checkpoint named {request.name!r} exists; choose another name or overwrite it"
+            )
+            return handlers.failed(seat, operation, taken)
         outcome = handlers.single(seat, operation)
         if outcome.checkpoint is not None and isinstance(request, Save) and request.kind == "sampler_weights":
             self._desk.note_kept(seat.run.base_model, outcome.checkpoint.directory)
@@ -267,6 +265,13 @@ def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
         for seat in seats
         if seat.head is not None and isinstance(seat.head.request, OptimStep)
     ]
+
+
+def _is_name_taken(seat: Seat, save: Save) -> bool:
+    """Return whether a row has the name, or a save that is not committed yet will."""
+    if seat.saved_names.get((save.kind, save.name), -1) > seat.committed_seq:
+        return True
+    return not save.is_ephemeral and claims.checkpoint_exists(seat.run.pk, kind=save.kind, name=save.name)
 
 
 def _advance(seat: Seat, operation: PreparedOperation) -> None:

@@ -130,6 +130,7 @@ class Seat:
         self.committed_seq = run.applied_seq
         self.snapshot_seq = -1
         self.replay_cost_s = 0.0
+        self.saved_names: dict[tuple[str, str], int] = {}
         self.step = run.step
         self.tally = Tally()
         self.is_restored = False

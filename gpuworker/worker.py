@@ -20,6 +20,7 @@ from gpuworker.intake import Intake
 from gpuworker.leases import Lease
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
+from gpuworker.threads import database_thread
 from runs.models import Worker
 from runs.services import claims, workers
 
@@ -45,7 +46,7 @@ class GpuWorker:
             engines, self._intake, self._committer, release=self._release, busy=self._busy
         )
         self._stopping = threading.Event()
-        self._fallback = threading.Thread(target=self._drive_without_celery, name="fallback", daemon=True)
+        self._fallback = database_thread("fallback", self._drive_without_celery)
 
     def start(self) -> None:
         """Begin to take work."""
@@ -64,10 +65,11 @@ class GpuWorker:
         self._committer.stop()
         workers.stop(self.row)
         self._lease.stop()
+        self._fallback.join()
 
     def _drive_without_celery(self) -> None:
         while not self._stopping.is_set():
-            self._intake.ready.wait()
+            self._intake.ready.wait(IDLE_S)
             self._stopping.wait(_FALLBACK_GRACE_S)
             if not self.scheduler.is_draining and self._intake.ready.is_set():
                 self.drain_slice()

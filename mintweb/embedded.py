@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,18 +91,20 @@ def exclusive(data_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(data_dir: Path) -> Iterator[tuple[str, str]]:
+def running(data_dir: Path, *, durable: bool = True) -> Iterator[tuple[str, str]]:
     """Run both servers, and yield their addresses (DATABASE_URL, REDIS_URL); for tests and one-off scripts.
 
     Call it from the main thread: the servers end when the thread that started them ends.
 
+    Args:
+        durable: false skips flushing to disk, for data that need not survive a power cut.
     Raises:
         EmbeddedServerError: a server did not start, or the folder is in use.
     """
     data_dir = data_dir.resolve()
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(data_dir), contextlib.ExitStack() as stack:
-        redis_command, postgres_command = prepare_redis(data_dir), prepare_postgres(data_dir)
+        redis_command, postgres_command = prepare_redis(data_dir), prepare_postgres(data_dir, durable=durable)
         stack.enter_context(_process(redis_command, data_dir / "logs" / "redis.log", signal.SIGTERM))
         postgres = stack.enter_context(
             _process(postgres_command, data_dir / "logs" / "postgres.log", signal.SIGINT)
@@ -114,13 +117,15 @@ def running(data_dir: Path) -> Iterator[tuple[str, str]]:
 # PostgreSQL --------------------------------------------------------------------------------------------------
 
 
-def prepare_postgres(data_dir: Path) -> list[str]:
+def prepare_postgres(data_dir: Path, *, durable: bool = True) -> list[str]:
     """Make the cluster if there is none, end what an earlier crash left, and return the server's command line."""
     cluster = data_dir / "postgres"
     _make_socket_dir(data_dir)
-    _make_cluster(cluster)
+    _make_cluster(cluster, durable=durable)
     _end_leftover(cluster)
     settings = {**POSTGRES_SETTINGS, "unix_socket_directories": str(socket_dir(data_dir))}
+    if not durable:
+        settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return [
         *as_cluster_owner(death_signal="INT"),
@@ -185,7 +190,7 @@ def as_cluster_owner(*, death_signal: str = "keep") -> list[str]:
     ]
 
 
-def _make_cluster(cluster: Path) -> None:
+def _make_cluster(cluster: Path, *, durable: bool) -> None:
     version = cluster / "PG_VERSION"
     if version.exists():
         if version.read_text(encoding="ascii").strip() != "18":
@@ -199,10 +204,13 @@ def _make_cluster(cluster: Path) -> None:
     if os.geteuid() == 0:
         user = pwd.getpwnam("nobody")
         os.chown(draft, user.pw_uid, user.pw_gid)
+    # One syncfs instead of a thousand fsyncs: 0.7 s instead of 3 s on a busy disk.
+    sync = ["--no-sync"] if not durable else ["--sync-method=syncfs"] if sys.platform == "linux" else []
     made = subprocess.run(
         [
             *as_cluster_owner(),
             *(str(_postgres_program("initdb")), "--pgdata", str(draft), "--username", "postgres"),
+            *sync,
             *("--auth", "trust", "--encoding", "UTF8", "--locale-provider", "builtin", "--locale", "C.UTF-8"),
         ],
         capture_output=True,

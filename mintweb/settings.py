@@ -1,4 +1,4 @@
-"""Every setting of mintweb, read once from the environment; nothing else reads the environment.
+"""Every setting of mintweb, read once from the environment (by `environment.py`); nothing else reads it.
 
 A wrong value raises ImproperlyConfigured with the variable's name in one sentence; `manage.py` prints that
 sentence alone. Secrets may also come from a file: NAME_FILE=/run/secrets/name.
@@ -9,188 +9,30 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import logging
-import os
 import re
-import secrets
 import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from csp.constants import NONE, SELF
 from django.core.exceptions import ImproperlyConfigured
 
 from mintweb import embedded
+from mintweb.addresses import broker_address, parse_database_url, redis_database
+from mintweb.environment import (
+    env_bool,
+    env_int,
+    env_list,
+    env_private_dir,
+    env_secret,
+    env_str,
+    lasting_secret,
+)
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-
-# Readers -----------------------------------------------------------------------------------------------------
-
-
-def env_str(name: str, default: str = "", *, pattern: str = "") -> str:
-    """Return the variable without surrounding blanks, or the default when it is unset or empty."""
-    value = os.environ.get(name, "").strip() or default
-    if pattern and not re.fullmatch(pattern, value):
-        raise ImproperlyConfigured(f"{name} is {value!r}; it must match {pattern}.")
-    return value
-
-
-def env_int(name: str, default: int, *, minimum: int, maximum: int) -> int:
-    """Return the variable as a whole number between minimum and maximum."""
-    text = env_str(name, str(default))
-    try:
-        value = int(text)
-    except ValueError:
-        raise ImproperlyConfigured(f"{name} is {text!r}; it must be a whole number.") from None
-    if not minimum <= value <= maximum:
-        raise ImproperlyConfigured(f"{name} is {value}; it must be between {minimum} and {maximum}.")
-    return value
-
-
-def env_bool(name: str, *, default: bool) -> bool:
-    """Return the variable as a truth value (1, true, yes, on / 0, false, no, off)."""
-    text = env_str(name, "1" if default else "0").lower()
-    if text in {"1", "true", "yes", "on"}:
-        return True
-    if text in {"0", "false", "no", "off"}:
-        return False
-    raise ImproperlyConfigured(f"{name} is {text!r}; it must be 1 or 0.")
-
-
-def env_list(name: str, default: str = "") -> list[str]:
-    """Return the comma-separated items of the variable."""
-    return [item.strip() for item in env_str(name, default).split(",") if item.strip()]
-
-
-def env_secret(name: str, default: str = "") -> str:
-    """Return the variable, or the content of the file that NAME_FILE points to."""
-    file_name = os.environ.get(f"{name}_FILE", "").strip()
-    if not file_name:
-        return env_str(name, default)
-    try:
-        return Path(file_name).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ImproperlyConfigured(f"{name}_FILE cannot be read: {error}.") from error
-
-
-def env_base_models(name: str) -> dict[str, str]:
-    """Return base model name -> directory, or -> name where no directory is given."""
-    models: dict[str, str] = {"mintweb/tiny": str(BASE_DIR / "gpuworker" / "tiny" / "model")}
-    for item in env_list(name):
-        model, equals, directory = (part.strip() for part in item.partition("="))
-        if not model or (equals and not directory):
-            raise ImproperlyConfigured(f"{name} has the item {item!r}; each item is name or name=directory.")
-        if equals and not Path(directory).expanduser().is_dir():
-            raise ImproperlyConfigured(
-                f"{name} gives {model} the directory {directory}, which does not exist."
-            )
-        models[model] = str(Path(directory).expanduser().resolve()) if equals else model
-    return models
-
-
-# Addresses of the databases ----------------------------------------------------------------------------------
-
-
-def parse_database_url(url: str) -> dict[str, Any]:
-    """Return Django's DATABASES entry for postgresql://user:password@host:port/name?option=value.
-
-    A unix socket is given as ?host=/directory; other query items become libpq options (sslmode, ...).
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ImproperlyConfigured(f"DATABASE_URL cannot be parsed: {error}.") from None
-    if parts.scheme not in {"postgres", "postgresql"}:
-        raise ImproperlyConfigured(
-            f"DATABASE_URL starts with {parts.scheme or 'nothing'}://; only postgresql:// is supported."
-        )
-    name = unquote(parts.path.removeprefix("/"))
-    if not name:
-        raise ImproperlyConfigured("DATABASE_URL names no database; use postgresql://user@host/name.")
-    options: dict[str, Any] = {"connect_timeout": "5", **dict(parse_qsl(parts.query))}
-    return {
-        "ENGINE": "django.db.backends.postgresql",
-        "NAME": name,
-        "USER": unquote(parts.username or ""),
-        "PASSWORD": unquote(parts.password or ""),
-        "HOST": options.pop("host", "") or unquote(parts.hostname or ""),
-        "PORT": str(options.pop("port", "") or port or ""),
-        "OPTIONS": options,
-        "CONN_MAX_AGE": None,
-        "CONN_HEALTH_CHECKS": True,
-        "ATOMIC_REQUESTS": False,
-    }
-
-
-def redis_database(url: str, offset: int) -> str:
-    """Return the same Redis address with its database number raised by offset."""
-    try:
-        parts = urlsplit(url)
-        query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-        number = int(query.pop("db", "") or (parts.path.strip("/") if parts.scheme != "unix" else "") or 0)
-    except ValueError:
-        raise ImproperlyConfigured(
-            "REDIS_URL cannot be parsed; use redis://host:6379/0 or unix:///path?db=0."
-        ) from None
-    if parts.scheme == "unix":
-        return f"unix://{parts.netloc}{parts.path}?{urlencode({**query, 'db': number + offset})}"
-    if parts.scheme in {"redis", "rediss"}:
-        return parts._replace(path=f"/{number + offset}", query=urlencode(query)).geturl()
-    raise ImproperlyConfigured(
-        f"REDIS_URL starts with {parts.scheme or 'nothing'}://; use redis://, rediss:// or unix://."
-    )
-
-
-def broker_address(url: str) -> str:
-    """Return a redis-py address in kombu's spelling, which has its own scheme for sockets."""
-    parts = urlsplit(url)
-    if parts.scheme != "unix":
-        return url
-    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    number = query.pop("db", "0")
-    user_info, at, _ = parts.netloc.rpartition("@")
-    return f"redis+socket://{user_info}{at}{parts.path}?{urlencode({'virtual_host': number, **query})}"
-
-
-# Places ------------------------------------------------------------------------------------------------------
-
-
-def private_data_dir(name: str) -> Path:
-    """Return the data folder, made with mode 0700 if it was missing."""
-    path = Path(env_str(name, str(BASE_DIR / "data"))).expanduser().resolve()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImproperlyConfigured(f"{name} is {path}, which cannot be created: {error.strerror}.") from error
-    return path
-
-
-def lasting_secret(path: Path) -> str:
-    """Return the secret kept in the file, which is written once (mode 0600) by whichever process is first."""
-    if not path.exists():
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            draft.touch(mode=0o600)
-            draft.write_text(secrets.token_urlsafe(50), encoding="ascii")
-            try:
-                os.link(draft, path)  # fails if another process was first, whose secret then stands
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
-        except OSError as error:
-            raise ImproperlyConfigured(
-                f"MINTWEB_DATA_DIR is {path.parent}, which cannot be written: {error.strerror}."
-            ) from error
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ImproperlyConfigured(f"{path} cannot be read: {error.strerror}.") from error
-
-
-DATA_DIR = private_data_dir("MINTWEB_DATA_DIR")
+DATA_DIR = env_private_dir("MINTWEB_DATA_DIR", BASE_DIR / "data")
 LOG_DIR = DATA_DIR / "logs"
 
 
@@ -278,7 +120,7 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
-    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "mintweb.static_files.StaticFiles",
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -316,6 +158,7 @@ STATIC_URL = "/static/"
 STATICFILES_DIRS = [BASE_DIR / "static"]
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
+WHITENOISE_ALLOW_ALL_ORIGINS = False
 WHITENOISE_MAX_AGE = 0  # file names carry no hash, so browsers ask again and mostly hear 304
 
 # Databases ---------------------------------------------------------------------------------------------------
@@ -410,6 +253,22 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
 # Models and devices (read by the worker) ---------------------------------------------------------------------
 
+
+def env_base_models(name: str) -> dict[str, str]:
+    """Return base model name -> directory, or -> name where no directory is given."""
+    models: dict[str, str] = {"mintweb/tiny": str(BASE_DIR / "gpuworker" / "tiny" / "model")}
+    for item in env_list(name):
+        model, equals, directory = (part.strip() for part in item.partition("="))
+        if not model or (equals and not directory):
+            raise ImproperlyConfigured(f"{name} has the item {item!r}; each item is name or name=directory.")
+        if equals and not Path(directory).expanduser().is_dir():
+            raise ImproperlyConfigured(
+                f"{name} gives {model} the directory {directory}, which does not exist."
+            )
+        models[model] = str(Path(directory).expanduser().resolve()) if equals else model
+    return models
+
+
 BASE_MODELS = env_base_models("MINTWEB_BASE_MODELS")
 DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
 DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16")
@@ -435,5 +294,6 @@ LOGGING = {
         "django.request": {"filters": ["faults"]},
         "celery.worker.strategy": {"level": "WARNING"},  # one line for every doorbell
         "celery.app.trace": {"level": "WARNING"},
+        "celery.worker.request": {"level": "WARNING"},  # a doorbell that came too late is no news
     },
 }

@@ -48,8 +48,11 @@ def write(
     Raises:
         CheckpointError: the disk refuses.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint cannot be written: {error}") from error
     try:
         _fill(state, scratch, base_model=base_model, fingerprint=fingerprint or {})
         scratch.chmod(0o755)

@@ -74,6 +74,11 @@ class ApiRequest:
         return "application/x-protobuf" in self.headers.get("accept", "")
 
     @property
+    def accepts_json(self) -> bool:
+        """Whether the answer may be JSON."""
+        return "application/json" in self.headers.get("accept", "")
+
+    @property
     def base_url(self) -> str:
         """Scheme and host as the client wrote them."""
         return f"{self.scheme}://{self.headers.get('host', '')}"

@@ -42,7 +42,7 @@ async def retrieve_future(request: ApiRequest) -> Reply:
             operation = await in_thread(lambda: access.get_operation(request.user, pk))
     if operation.state == Operation.State.QUEUED:
         return await in_thread(lambda: _not_yet(operation))
-    return _answer(operation, accepts_proto=request.accepts_proto)
+    return _answer(operation, accepts_proto=request.accepts_proto, accepts_json=request.accepts_json)
 
 
 async def _wait(finished: asyncio.Event) -> None:
@@ -57,15 +57,16 @@ def _not_yet(operation: Operation) -> Reply:
     return json_reply(dict(content), status=408)
 
 
-def _answer(operation: Operation, *, accepts_proto: bool) -> Reply:
+def _answer(operation: Operation, *, accepts_proto: bool, accepts_json: bool) -> Reply:
     if operation.state == Operation.State.FAILED:
         return json_reply({"error": operation.error, "category": operation.error_category or "unknown"})
     body = bytes(operation.result or b"")
     if not operation.result_is_proto:
         return Reply(body=body)
-    if accepts_proto:
-        return Reply(body=body, content_type="application/x-protobuf")
     is_sample = operation.kind == Operation.Kind.SAMPLE
+    is_misread = accepts_json and not is_sample and results.has_mixed_shapes(body)
+    if accepts_proto and not is_misread:
+        return Reply(body=body, content_type="application/x-protobuf")
     render = results.render_sample_json if is_sample else results.render_forward_backward_json
     return Reply(body=render(body))
 

@@ -80,6 +80,14 @@ def decode_forward_backward(stored: bytes) -> tuple[list[Float32Array], dict[str
     return arrays, dict(output.metrics)
 
 
+def has_mixed_shapes(stored: bytes) -> bool:
+    """Return whether the result mixes (N,) and (N, K), which SDK 0.22 misreads in protobuf.
+
+    It takes the first shape for all. Answer it in JSON, which its Accept header allows; 0.38 does not.
+    """
+    return len(pb.ForwardBackwardOutput.FromString(stored).loss_fn_outputs) > 1
+
+
 def render_forward_backward_json(stored: bytes) -> bytes:
     """Return the stored result as the JSON body of SDK 0.22."""
     logprobs, metrics = decode_forward_backward(stored)

@@ -29,7 +29,9 @@ def decimal(value: float | None) -> str:
         return NOTHING
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("\u221e" if value > 0 else "-\u221e")
-    if value != 0 and (abs(value) < 0.001 or abs(value) >= 100_000):
+    if value == 0:
+        return "0"
+    if abs(value) < 0.001 or abs(value) >= 100_000:
         return f"{value:.3e}"
     text = f"{value:#.4g}"
     return text.removesuffix(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,9 +61,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> Iterator[None]:
-    """Two threads, as pinned in the service: more only make the shared machine slower."""
+    """One thread: on a busy machine the threads of such tiny products only wait for each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpuworker.engine import base_model
+from gpuworker.engine.adapters import Adapter, select_modules
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import (
     AdapterNotLoaded,
@@ -16,7 +18,10 @@ from gpuworker.engine.exceptions import (
     EngineError,
     LossFunctionError,
     NonFiniteError,
+    OutOfMemory,
 )
+from gpuworker.engine.logprobs import Head
+from gpuworker.engine.training import Trainer
 from gpuworker.engine.types import (
     AdamParams,
     Datum,
@@ -104,8 +109,19 @@ def test_one_job_of_many_batches_matches_peft(engine: Engine, model_directory: C
         assert_close(views[name].b, expected.b)
 
 
-def test_results_do_not_depend_on_neighbours(engine: Engine) -> None:
-    """40 random mixes of up to 7 other jobs leave every bit of a job as it is alone."""
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("num_threads", "num_mixes"), [(1, 40), (2, 5)])
+def test_results_do_not_depend_on_neighbours(
+    num_threads: int, num_mixes: int, engine: Engine, set_threads: Callable[[int], None]
+) -> None:
+    """Random mixes of up to 7 other jobs leave every bit of a job as it is alone."""
+    set_threads(num_threads)
     rng = np.random.default_rng(2)
     jobs, alone = [], []
     for i in range(12):
@@ -118,7 +134,7 @@ def test_results_do_not_depend_on_neighbours(engine: Engine) -> None:
     for job in jobs:
         (result,) = results(engine.forward_backward([job]))
         alone.append((result, take_gradient(engine, job.adapter_id)))
-    for _ in range(40):
+    for _ in range(num_mixes):
         chosen = rng.permutation(len(jobs))[: rng.integers(2, 9)]
         mixed = results(engine.forward_backward([jobs[i] for i in chosen]))
         for i, result in zip(chosen, mixed, strict=True):
@@ -323,14 +339,63 @@ def test_training_lowers_the_loss(engine: Engine) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_no_room_for_a_packed_batch_runs_jobs_one_by_one(
-    load_engine: Callable[..., Engine],
-) -> None:
-    """A real refusal of the allocator: a head chunk of 512 rows is given a vocabulary of 2**50."""
-    pytest.importorskip("resource")
-    from gpuworker.engine.memory import is_out_of_memory
+class _SmallHead(Head):
+    """A head on a device without room for more than 40 rows: the allocator really refuses."""
 
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**50)
-    assert is_out_of_memory(raised.value)
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    def base_logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        if len(hidden_CD) > 40:
+            torch.empty(2**50)
+        return super().base_logits(hidden_CD)
+
+
+def test_jobs_without_room_for_all_run_one_by_one(model_directory: Callable[[str], Path]) -> None:
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    rng = np.random.default_rng(14)
+    adapters = {}
+    for i in range(4):
+        spec = LoraSpec(rank=2 + i, seed=i)
+        layout = select_modules(spec, base.modules, max_rank=64)
+        adapters[str(i)] = Adapter(spec, layout, device=base.device, dtype=base.dtype)
+        adapters[str(i)].initialize()
+    jobs = [make_job(str(i), rng, [length]) for i, length in enumerate((20, 30, 100, 12))]
+    jobs = [
+        replace(
+            job,
+            data=tuple(replace(d, inputs={"weights": np.ones_like(d.inputs["weights"])}) for d in job.data),
+        )
+        for job in jobs
+    ]
+    found = []
+    for kind in (Head, _SmallHead):
+        head = kind(base.head_weight_VD, softcap=None, chunk_rows=512)
+        outcomes = Trainer(base, head, token_budget=2048).run(jobs, adapters.__getitem__)
+        found.append((outcomes, {key: a.gradient_P for key, a in adapters.items()}))
+        for adapter in adapters.values():
+            adapter.gradient_P = None
+    (plenty, expected), (tight, gradients) = found
+    assert isinstance(tight[2], OutOfMemory)
+    assert gradients["2"] is None
+    for i in (0, 1, 3):
+        actual, wanted = gradients[str(i)], expected[str(i)]
+        assert actual is not None
+        assert wanted is not None
+        assert torch.equal(actual, wanted)
+        assert results([tight[i]])[0].metrics == results([plenty[i]])[0].metrics
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
+    model_directory: Callable[[str], Path],
+) -> None:
+    class Broken(Head):
+        def base_logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+            return hidden_CD.mm(hidden_CD)
+
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    spec = LoraSpec(rank=2, seed=1)
+    adapter = Adapter(
+        spec, select_modules(spec, base.modules, max_rank=64), device=base.device, dtype=base.dtype
+    )
+    head = Broken(base.head_weight_VD, softcap=None, chunk_rows=512)
+    job = make_job("broken", np.random.default_rng(0), [20])
+    with pytest.raises(RuntimeError, match="shapes"):
+        Trainer(base, head, token_budget=2048).run([job], lambda _: adapter)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from runs.schemas import tinker_pb2 as pb
 from runs.schemas.forward_backward import ForwardBackwardPayload, parse_json_request, parse_proto_request
@@ -42,13 +43,27 @@ def rl_datum(**changes: Any) -> dict[str, Any]:
     return datum([1, 2], **(tensors | changes))
 
 
+def two_dimensional(**changes: Any) -> dict[str, Any]:
+    tensors = {
+        "target_tokens": tensor([5, 6, 7, 8], "int64", shape=[2, 2]),
+        "weights": tensor([0.5, 0.5, 1.0, 0.0], shape=[2, 2]),
+    }
+    return datum([1, 2], **(tensors | changes))
+
+
+def sparse(values: list[Any], dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    rest: dict[str, Any] = {"shape": [2, 2], "sparse_crow_indices": [0, 1, 2], "sparse_col_indices": [1, 0]}
+    return tensor(values, dtype, **(rest | changes))
+
+
 def json_body(data: Any, loss_fn: object = "cross_entropy", *, config: Any = None, **top: Any) -> bytes:
     wrapped = {"data": data, "loss_fn": loss_fn, "loss_fn_config": config}
     return json.dumps({"model_id": "m", "seq_id": 1, "forward_backward_input": wrapped} | top).encode()
 
 
 def proto_body(data: Any, loss_fn: str = "cross_entropy", *, config: Any = None, **top: Any) -> bytes:
-    request = pb.ForwardBackwardRequest(loss_fn=loss_fn, **({"model_id": "m", "seq_id": 1} | top))
+    fields: dict[str, Any] = {"model_id": "m", "seq_id": 1} | top
+    request = pb.ForwardBackwardRequest(loss_fn=loss_fn, **fields)
     for name, value in (config or {}).items():
         kind = "text" if isinstance(value, str) else "number"
         request.loss_fn_config_v2[name].CopyFrom(pb.LossConfigValue(**{kind: value}))
@@ -95,3 +110,5 @@ PARSERS: dict[str, Callable[..., ForwardBackwardPayload]] = {
     "json": parse_from_json,
     "proto": parse_from_proto,
 }
+
+both_wires = pytest.mark.parametrize("parse", PARSERS.values(), ids=PARSERS)

@@ -23,6 +23,7 @@ from runs.schemas.results import (
     decode_sample,
     encode_forward_backward,
     encode_sample,
+    has_mixed_shapes,
     render_forward_backward_json,
     render_sample_json,
 )
@@ -58,6 +59,14 @@ def test_one_shape_is_one_record() -> None:
     assert record.num_datums == 3
     assert np.frombuffer(record.fields["logprobs"].offsets, "<i8").tolist() == [0, 12, 16, 24]
     assert list(record.fields["logprobs"].trailing_shape) == []
+
+
+def test_mixed_shapes_can_be_told() -> None:
+    narrow, wide = np.zeros(2), np.zeros((2, 2))
+    assert [
+        has_mixed_shapes(encode_forward_backward(arrays, {}))
+        for arrays in ([narrow] * 2, [wide] * 2, [wide, narrow])
+    ] == [False, False, True]
 
 
 def test_two_dimensions_have_a_trailing_shape() -> None:

@@ -23,6 +23,7 @@ from stub_protobuf import read_forward_backward, write_forward_backward_output, 
 BASE_MODEL = "mintweb/tiny"
 GUIDE_MODEL = "Qwen/Qwen3-0.6B"
 VOCABULARY = 1000
+NEVER_HELD = ("create_model", "load_weights")
 POLL_S = 2.0
 NOW = "2026-01-02T03:04:05Z"
 
@@ -61,9 +62,9 @@ class State:
         """Take an operation in and run what has become ready."""
         request_id = f"req-{len(self.kinds)}"
         self.kinds[request_id] = path
-        self.num_submitted += 1
+        self.num_submitted += path not in NEVER_HELD
         run = self.runs.get(body.get("model_id", ""))
-        if run is None or "seq_id" not in body:
+        if run is None or body.get("seq_id") is None:
             self.results[request_id] = self._guarded(path, body)
         else:
             run.waiting[body["seq_id"]] = (request_id, path, body)
@@ -335,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_ready(self, request_id: str) -> bool:
         held = self.state.num_submitted < self.state.hold_until
-        free = self.state.kinds[request_id] in ("create_model", "load_weights")
+        free = self.state.kinds[request_id] in NEVER_HELD
         return request_id in self.state.results and (free or not held)
 
     def reply(self, body: dict[str, Any] | None, status: int = 200) -> None:

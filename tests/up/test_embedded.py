@@ -44,7 +44,7 @@ def test_rows_outlive_a_restart_and_nothing_listens_on_the_network(tmp_path: Pat
 
 def test_a_folder_with_a_long_and_odd_path_works(tmp_path: Path) -> None:
     data_dir = tmp_path / "a b%20c" / ("x" * 90)
-    with embedded.running(data_dir) as (database_url, redis_url):
+    with embedded.running(data_dir, durable=False) as (database_url, redis_url):
         with psycopg.connect(database_url) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
         with redis.Redis.from_url(redis_url) as client:
@@ -53,16 +53,16 @@ def test_a_folder_with_a_long_and_odd_path_works(tmp_path: Path) -> None:
 
 
 def test_only_its_owner_can_reach_the_sockets(tmp_path: Path) -> None:
-    with embedded.running(tmp_path / "data"):
+    with embedded.running(tmp_path / "data", durable=False):
         assert embedded.socket_dir(tmp_path / "data").stat().st_mode & 0o077 == 0
         assert (tmp_path / "data").stat().st_mode & 0o077 == 0
 
 
 def test_a_second_instance_on_the_folder_is_refused(tmp_path: Path) -> None:
     with (
-        embedded.running(tmp_path),
+        embedded.running(tmp_path, durable=False),
         pytest.raises(embedded.EmbeddedServerError, match=f"already running.*process {os.getpid()}"),
-        embedded.running(tmp_path),
+        embedded.running(tmp_path, durable=False),
     ):
         pass
 
@@ -70,20 +70,26 @@ def test_a_second_instance_on_the_folder_is_refused(tmp_path: Path) -> None:
 def test_the_servers_end_with_a_killed_parent_and_start_again(tmp_path: Path) -> None:
     script = (
         "import os, signal; from pathlib import Path; from mintweb.embedded import running\n"
-        f"with running(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+        f"with running(Path({str(tmp_path)!r}), durable=False): os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     wait_for(lambda: not [pid for pid in all_processes() if str(tmp_path).encode() in command(pid)], 10)
-    with embedded.running(tmp_path) as (database_url, _), psycopg.connect(database_url) as connection:
+    with (
+        embedded.running(tmp_path, durable=False) as (database_url, _),
+        psycopg.connect(database_url) as connection,
+    ):
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_a_pid_file_that_names_another_program_is_no_obstacle(tmp_path: Path) -> None:
-    with embedded.running(tmp_path):
+    with embedded.running(tmp_path, durable=False):
         content = (tmp_path / "postgres" / "postmaster.pid").read_text()
     lines = content.split("\n")
     (tmp_path / "postgres" / "postmaster.pid").write_text("\n".join([str(os.getpid()), *lines[1:]]))
-    with embedded.running(tmp_path) as (database_url, _), psycopg.connect(database_url) as connection:
+    with (
+        embedded.running(tmp_path, durable=False) as (database_url, _),
+        psycopg.connect(database_url) as connection,
+    ):
         assert connection.execute("SELECT 1").fetchone() == (1,)
     assert os.getpid() in all_processes()
 
@@ -91,7 +97,10 @@ def test_a_pid_file_that_names_another_program_is_no_obstacle(tmp_path: Path) ->
 def test_an_initdb_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     (tmp_path / "postgres.new").mkdir()
     (tmp_path / "postgres.new" / "PG_VERSION").write_text("18\n")
-    with embedded.running(tmp_path) as (database_url, _), psycopg.connect(database_url) as connection:
+    with (
+        embedded.running(tmp_path, durable=False) as (database_url, _),
+        psycopg.connect(database_url) as connection,
+    ):
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
@@ -100,6 +109,6 @@ def test_a_cluster_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "postgres" / "PG_VERSION").write_text("16\n")
     with (
         pytest.raises(embedded.EmbeddedServerError, match="another PostgreSQL than 18"),
-        embedded.running(tmp_path),
+        embedded.running(tmp_path, durable=False),
     ):
         pass

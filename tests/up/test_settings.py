@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from mintweb import settings
+from mintweb import addresses, environment, settings
 
 from .instances import ROOT, clean_environment
 
@@ -58,13 +58,13 @@ def test_the_command_line_shows_the_sentence_alone(tmp_path: Path) -> None:
 def test_a_secret_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text("s3cret\n")
     monkeypatch.setenv("SOME_SECRET_FILE", str(tmp_path / "secret"))
-    assert settings.env_secret("SOME_SECRET") == "s3cret"
+    assert environment.env_secret("SOME_SECRET") == "s3cret"
 
 
 def test_the_secret_key_is_made_once_and_private(tmp_path: Path) -> None:
-    first = settings.lasting_secret(tmp_path / "secret_key")
+    first = environment.lasting_secret(tmp_path / "secret_key")
     assert len(first) > 40
-    assert settings.lasting_secret(tmp_path / "secret_key") == first
+    assert environment.lasting_secret(tmp_path / "secret_key") == first
     assert (tmp_path / "secret_key").stat().st_mode & 0o777 == 0o600
     assert [file.name for file in tmp_path.iterdir()] == ["secret_key"]
 
@@ -78,12 +78,12 @@ def test_the_tiny_model_is_always_first(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_database_address_becomes_djangos_settings() -> None:
-    entry = settings.parse_database_url("postgres://u:p%40ss@db.example:5433/mint?sslmode=require")
+    entry = addresses.parse_database_url("postgres://u:p%40ss@db.example:5433/mint?sslmode=require")
     assert (entry["USER"], entry["PASSWORD"], entry["HOST"], entry["PORT"], entry["NAME"]) == (
         *("u", "p@ss", "db.example", "5433", "mint"),
     )
     assert entry["OPTIONS"] == {"connect_timeout": "5", "sslmode": "require"}
-    assert settings.parse_database_url("postgresql://u@/mint?host=/run/pg")["HOST"] == "/run/pg"
+    assert addresses.parse_database_url("postgresql://u@/mint?host=/run/pg")["HOST"] == "/run/pg"
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,5 @@ def test_a_database_address_becomes_djangos_settings() -> None:
     ],
 )
 def test_broker_and_channel_layer_use_two_redis_databases(address: str, broker: str, layer: str) -> None:
-    assert settings.broker_address(settings.redis_database(address, 0)) == broker
-    assert settings.redis_database(address, 1) == layer
+    assert addresses.broker_address(addresses.redis_database(address, 0)) == broker
+    assert addresses.redis_database(address, 1) == layer

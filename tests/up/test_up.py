@@ -36,10 +36,18 @@ def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
     )
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=10) as response:
-            return response.status, response.read().decode(), dict(response.headers)
+            return (
+                response.status,
+                response.read().decode(),
+                {name.lower(): text for name, text in response.headers.items()},
+            )
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, error.read().decode(), dict(error.headers)
+            return (
+                error.code,
+                error.read().decode(),
+                {name.lower(): text for name, text in error.headers.items()},
+            )
 
 
 def is_ready(instance: Instance) -> bool:
@@ -86,16 +94,26 @@ def test_the_login_link_works_once(up: Instance) -> None:
         assert "<form" in body
     else:
         assert status == HTTPStatus.FOUND
-        assert "mintweb_session" in headers["Set-Cookie"]
+        assert "mintweb_session" in headers["set-cookie"]
         assert get(link)[0] != HTTPStatus.FOUND
 
 
 def test_pages_carry_the_security_headers(up: Instance) -> None:
     _, _, headers = get(f"{up.address}/login/")
-    assert "default-src 'self'" in headers["Content-Security-Policy"]
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    assert headers["X-Frame-Options"] == "DENY"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
     assert get(f"{up.address}/login/", Host="evil.example")[0] == HTTPStatus.BAD_REQUEST
+
+
+def test_static_files_are_served_and_asked_for_again_cheaply(up: Instance) -> None:
+    status, body, headers = get(f"{up.address}/static/ninja/swagger-ui-init.js")
+    assert status == HTTPStatus.OK
+    assert len(body) == int(headers["content-length"])
+    assert headers["content-type"].startswith("text/javascript")
+    again = get(f"{up.address}/static/ninja/swagger-ui-init.js", If_None_Match=headers["etag"])
+    assert again[:2] == (HTTPStatus.NOT_MODIFIED, "")
+    assert get(f"{up.address}/static/../manage.py")[0] == HTTPStatus.NOT_FOUND
 
 
 def test_each_process_logs_to_its_file(up: Instance) -> None:

@@ -1,0 +1,122 @@
+"""Runs the measurements on an instance of their own, all in one go: `make bench`, or `python -m bench.run --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.companion import ROOT, Companion
+from bench.instance import Instance
+from bench.measurements import MEASUREMENTS, Lab
+from bench.table import Row, markdown, write_between_markers
+
+_ENVIRONMENTS = ("tinker038", "mint022")
+_SHIPPED = ROOT / "gpuworker" / "tiny" / "model"
+
+
+def main() -> int:
+    """Return 0 if every figure with a target was reached."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="mintweb-bench-") as work_dir, _lab(options, Path(work_dir)) as lab:
+        load_before = os.getloadavg()[0]
+        rows: list[Row] = []
+        for name in options.only or MEASUREMENTS:
+            begin = time.monotonic()
+            rows += MEASUREMENTS[name](lab)
+            print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        machine = _machine(load_before, base_model=lab.base_model)
+    table = markdown(rows)
+    print(table, *machine.items(), sep="\n")
+    content = {"machine": machine, "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
+    options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if options.write_docs:
+        facts = [f"* {name}: {value}" for name, value in machine.items()]
+        write_between_markers(ROOT / "docs" / "benchmarks.md", "\n".join([*facts, "", table]))
+    return 0 if all(row.is_met is not False for row in rows) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measure mintweb.")
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="a measurement; may be given more than once")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the candidates alternate (default: 5)")
+    parser.add_argument("--base-model", type=Path, help="a model folder instead of mintweb/tiny")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results.json")
+    options = parser.parse_args()
+    if not ((options.base_model or _SHIPPED) / "config.json").is_file():
+        parser.error(f"{options.base_model or _SHIPPED} holds no config.json")
+    for name in _ENVIRONMENTS:
+        if not _python(name).is_file():
+            parser.error(f"the client environment .venv-{name} is missing: run tests/sdk/make_envs.sh")
+    return options
+
+
+@contextmanager
+def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
+    settings = {"MINTWEB_BASE_MODELS": f"bench/model={options.base_model}"} if options.base_model else {}
+    threads = str(len(os.sched_getaffinity(0)))
+    with ExitStack() as stack:
+        instance = stack.enter_context(Instance(work_dir / "data", **settings))
+        clients = [
+            stack.enter_context(
+                Companion(_python(name), "bench.sdk_client", instance.sdk_env, log=work_dir / f"{name}.log")
+            )
+            for name in _ENVIRONMENTS
+        ]
+        torch_side = stack.enter_context(
+            Companion(
+                Path(sys.executable),
+                "bench.baselines",
+                {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+                log=work_dir / "baselines.log",
+            )
+        )
+        sizes = torch_side.ask("use_model", directory=str(options.base_model or _SHIPPED))
+        yield Lab(
+            instance=instance,
+            clients={str(client.ask("version")): client for client in clients},
+            torch_side=torch_side,
+            base_model="bench/model" if options.base_model else "mintweb/tiny",
+            vocab_size=sizes["vocab_size"],
+            work_dir=work_dir,
+            rounds=options.rounds,
+        )
+
+
+def _python(environment: str) -> Path:
+    return ROOT / f".venv-{environment}" / "bin" / "python"
+
+
+def _machine(load_before: float, *, base_model: str) -> dict[str, str]:
+    """Return what the figures depend on."""
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "base model": base_model,
+        "load average before and after": f"{load_before:.1f}, {os.getloadavg()[0]:.1f}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    names = {name.strip(): value.strip() for name, value in facts.items()}
+    return f"{names.get('model name', platform.processor())} (family {names.get('cpu family')}, model {names.get('model')})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

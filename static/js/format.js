@@ -1,0 +1,48 @@
+// Numbers and times in the words of the pages; runs/templatetags/formats.py says the same.
+const NOTHING = "\u2013";
+const THIN = "\u202f";
+
+export function count(value) {
+  return value === null || value === undefined ? NOTHING : String(Math.round(value)).replace(/\B(?=(\d{3})+(?!\d))/g, THIN);
+}
+
+export function decimal(value) {
+  if (value === null || value === undefined) return NOTHING;
+  if (Number.isNaN(value)) return "NaN";
+  if (!Number.isFinite(value)) return value > 0 ? "\u221e" : "-\u221e";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 0.001 || size >= 100_000) return value.toExponential(3);
+  return value.toPrecision(4);
+}
+
+// A label on an axis: as short as the distance between labels allows.
+export function tick(value, step) {
+  const size = Math.max(Math.abs(value), Math.abs(step));
+  if (value === 0) return "0";
+  if (size >= 1e6 || Math.abs(step) < 1e-4) return value.toExponential(Math.min(2, significant(value, step))).replace("e+", "e");
+  if (size >= 10_000) return `${Number((value / 1000).toFixed(2))}k`;
+  const digits = Math.max(0, Math.ceil(-Math.log10(Math.abs(step) || 1) - 1e-9));
+  return value.toFixed(Math.min(digits, 6));
+}
+
+function significant(value, step) {
+  return Math.max(0, Math.round(Math.log10(Math.abs(value) / (Math.abs(step) || 1))));
+}
+
+const UNITS = [[86_400, "d"], [3_600, "h"], [60, "min"]];
+
+export function ago(moment, now) {
+  const seconds = (now - moment.getTime()) / 1000;
+  const size = Math.abs(seconds);
+  if (size < 45) return seconds >= 0 ? "just now" : "in a moment";
+  const [length, unit] = UNITS.find(([length]) => size >= length * 0.75);
+  const number = Math.round(size / length);
+  return seconds > 0 ? `${number} ${unit} ago` : `in ${number} ${unit}`;
+}
+
+export function clock(seconds) {
+  return new Date(seconds * 1000).toLocaleString(undefined, {
+    month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit",
+  });
+}

@@ -1,0 +1,294 @@
+// A run's page: its values over HTTP, then over the websocket from the last seq on; each counts once.
+import { getJson, getPage, parsePage, replaceParts } from "./api.js";
+import { Chart } from "./chart.js";
+import { count } from "./format.js";
+import { Series } from "./series.js";
+import { LiveSocket, showState } from "./socket.js";
+
+const settings = JSON.parse(document.getElementById("chart-settings").textContent);
+const address = `/runs/${encodeURIComponent(settings.runId)}`;
+const grid = document.querySelector("[data-chart-grid]");
+const tools = document.querySelector("[data-chart-tools]");
+const follow = document.querySelector("[data-follow]");
+const PANELS_INTERVAL_MS = 3000;
+const ORDER = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "step_time_s"];
+const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
+
+const options = { weight: 0.6, isLog: false, axis: "step", span: "all" };
+const charts = new Map();
+let cursor = settings.isLarge ? settings.upToSeq : -1;
+let zoom = null;
+let numMissed = 0;
+let numValues = 0;
+
+// Values ------------------------------------------------------------------------------------------
+
+function takePoints(points, next) {
+  let numNew = 0;
+  for (const [seq, step, time, name, value] of points) {
+    if (seq <= cursor) continue;
+    chartOf(name).series.push(step, time, typeof value === "string" ? NUMBERS[value] : value);
+    numNew += 1;
+  }
+  cursor = Math.max(cursor, next);
+  numValues += numNew;
+  grid.dataset.numValues = numValues;
+  grid.dataset.cursor = cursor;
+  if (!numNew) return;
+  if (zoom) numMissed += numNew;
+  scheduleDraw();
+}
+
+async function loadPast() {
+  if (settings.isLarge) await loadHistory();
+  for (let more = !settings.isLarge; more;) {
+    const page = await getJson(`${address}/metrics.json?after=${cursor}`);
+    takePoints(page.points, page.cursor);
+    more = page.more;
+  }
+  document.querySelector("[data-chart-empty]").hidden = charts.size > 0;
+}
+
+// A long past comes in buckets; a closer look asks for finer ones.
+async function loadHistory() {
+  const query = new URLSearchParams({ up_to: settings.upToSeq, weight: options.weight, buckets: 1500 });
+  if (zoom && options.axis === "step") {
+    query.set("from", Math.floor(zoom[0]));
+    query.set("to", Math.ceil(zoom[1]));
+  }
+  const { series } = await getJson(`${address}/series.json?${query}`);
+  for (const history of series) {
+    const chart = chartOf(history.name);
+    if (!chart.series.history) numValues += history.num_values.reduce((sum, n) => sum + n, 0);
+    chart.series.setHistory(history);
+  }
+  grid.dataset.numValues = numValues;
+  scheduleDraw();
+}
+
+let historyTimer = null;
+
+function refineHistory() {
+  if (!settings.isLarge) return;
+  clearTimeout(historyTimer);
+  historyTimer = setTimeout(() => loadHistory().catch(showProblem), 200);
+}
+
+// Charts ------------------------------------------------------------------------------------------
+
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    const chart = charts.get(target.dataset.metric);
+    chart.isVisible = isIntersecting;
+    if (isIntersecting && chart.isStale) scheduleDraw();
+  }
+}, { rootMargin: "300px" });
+
+const resized = new ResizeObserver((entries) => {
+  for (const { target } of entries) charts.get(target.closest("[data-metric]").dataset.metric)?.resize();
+});
+
+function chartOf(name) {
+  const known = charts.get(name);
+  if (known) return known;
+  const series = new Series(name);
+  series.setWeight(options.weight);
+  const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom });
+  charts.set(name, chart);
+  const place = rank(name);
+  const next = [...grid.children].find((element) => rank(element.dataset.metric) > place);
+  grid.insertBefore(chart.element, next ?? null);
+  document.querySelector("[data-chart-empty]").hidden = true;
+  seen.observe(chart.element);
+  resized.observe(chart.holder);
+  return chart;
+}
+
+function rank(name) {
+  const place = ORDER.indexOf(name);
+  return place < 0 ? `9${name}` : `${place}`;
+}
+
+let isScheduled = false;
+
+function scheduleDraw() {
+  if (isScheduled) return;
+  isScheduled = true;
+  requestAnimationFrame(() => {
+    isScheduled = false;
+    drawAll();
+  });
+}
+
+function drawAll() {
+  const range = zoom ?? shownRange();
+  for (const chart of charts.values()) chart.update(range);
+  follow.hidden = !zoom;
+  follow.textContent = numMissed ? `${count(numMissed)} new values \u2013 follow` : "Follow";
+}
+
+// All charts show the same range, so that a crosshair means the same place in each.
+function shownRange() {
+  let from = Infinity;
+  let to = -Infinity;
+  for (const { series } of charts.values()) {
+    const extent = series.extent(options.axis);
+    if (!extent) continue;
+    from = Math.min(from, extent[0]);
+    to = Math.max(to, extent[1]);
+  }
+  if (options.span === "tenth") return [to - (to - from) / 10, to];
+  if (options.span !== "all" && options.axis === "step") return [Math.max(from, to - Number(options.span)), to];
+  return from > to ? null : [from, to];
+}
+
+function setZoom(from, to) {
+  zoom = [from, to];
+  numMissed = 0;
+  keepInAddress();
+  refineHistory();
+  scheduleDraw();
+}
+
+function resetZoom() {
+  if (!zoom) return;
+  zoom = null;
+  numMissed = 0;
+  keepInAddress();
+  refineHistory();
+  scheduleDraw();
+}
+
+// What is shown --------------------------------------------------------------------------------------
+
+function keepInAddress() {
+  const view = new URLSearchParams();
+  if (options.axis !== "step") view.set("axis", options.axis);
+  if (options.isLog) view.set("log", "1");
+  if (options.span !== "all") view.set("span", options.span);
+  if (zoom) view.set("zoom", zoom.map((value) => Number(value.toPrecision(12))).join(","));
+  history.replaceState(null, "", `${location.pathname}${location.search}${view.size ? `#${view}` : ""}`);
+}
+
+function readAddress() {
+  const view = new URLSearchParams(location.hash.slice(1));
+  if (view.get("axis") === "time") options.axis = "time";
+  options.isLog = view.has("log");
+  if (["1000", "tenth"].includes(view.get("span"))) options.span = view.get("span");
+  const numbers = (view.get("zoom") ?? "").split(",").map(Number);
+  if (numbers.length === 2 && numbers.every(Number.isFinite) && numbers[0] < numbers[1]) zoom = numbers;
+  options.weight = keptWeight();
+  for (const name of ["weight", "axis", "span"]) tools.elements[name].value = options[name];
+  tools.elements.isLog.checked = options.isLog;
+  showWeight();
+}
+
+function keptWeight() {
+  try {
+    const weight = Number(localStorage.getItem("smoothing") ?? options.weight);
+    return weight >= 0 && weight < 1 ? weight : options.weight;
+  } catch {
+    return options.weight;
+  }
+}
+
+function showWeight() {
+  const { weight } = options;
+  tools.elements.weightText.value = weight.toFixed(2);
+  const halfLife = weight > 0 ? Math.log(0.5) / Math.log(weight) : 0;
+  tools.elements.weight.title = weight > 0 ? `A value counts half after ${halfLife.toFixed(1)} steps` : "No smoothing";
+}
+
+function onWeight() {
+  const was = options.weight;
+  options.weight = Number(tools.elements.weight.value);
+  showWeight();
+  try {
+    localStorage.setItem("smoothing", String(options.weight));
+  } catch {
+    // Kept for this page only.
+  }
+  for (const { series } of charts.values()) series.setWeight(options.weight);
+  if ((was > 0) !== (options.weight > 0)) rebuildAll();
+  refineHistory();
+  scheduleDraw();
+}
+
+function onTool(event) {
+  if (event.target.name === "weight") return;
+  if (event.target.name === "axis") zoom = null;
+  options.axis = tools.elements.axis.value;
+  options.span = tools.elements.span.value;
+  options.isLog = tools.elements.isLog.checked;
+  if (event.target.name === "span") zoom = null;
+  keepInAddress();
+  refineHistory();
+  rebuildAll();
+  scheduleDraw();
+}
+
+function rebuildAll() {
+  const range = zoom ?? shownRange();
+  for (const chart of charts.values()) {
+    chart.range = range;
+    chart.rebuild();
+  }
+}
+
+function showProblem(error) {
+  const element = document.querySelector("[data-chart-problem]");
+  element.textContent = `The charts could not be loaded: ${error.message}. Reload the page to try again.`;
+  element.hidden = false;
+}
+
+// The rest of the page --------------------------------------------------------------------------------
+
+let panelsTimer = null;
+let panelsAt = performance.now();
+
+function refreshPanels() {
+  if (panelsTimer) return;
+  const wait = Math.max(0, panelsAt + PANELS_INTERVAL_MS - performance.now());
+  panelsTimer = setTimeout(async () => {
+    panelsTimer = null;
+    panelsAt = performance.now();
+    if (document.hidden) return;
+    try {
+      replaceParts(await getPage(`${address}/panels/`));
+    } catch {
+      // The next change tries again.
+    }
+  }, wait);
+}
+
+function onMessage({ points, cursor: next, changed, facts }) {
+  takePoints(points, next);
+  if (facts) replaceParts(parsePage(facts));
+  if (changed) refreshPanels();
+}
+
+// ----------------------------------------------------------------------------------------------------
+
+tools.addEventListener("input", (event) => {
+  if (event.target.name === "weight") onWeight();
+});
+tools.addEventListener("change", onTool);
+tools.addEventListener("submit", (event) => event.preventDefault());
+follow.addEventListener("click", resetZoom);
+document.addEventListener("themechange", rebuildAll);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", rebuildAll);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) refreshPanels();
+});
+
+readAddress();
+try {
+  await loadPast();
+  new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {
+    hello: () => ({ after: cursor }),
+    onMessage,
+    onState: showState,
+  });
+} catch (error) {
+  showProblem(error);
+}

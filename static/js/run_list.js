@@ -1,0 +1,68 @@
+// The runs list: rows replaced as they change, new runs put first, keys to move.
+import { parsePage } from "./api.js";
+import { LiveSocket, showState } from "./socket.js";
+
+const list = document.querySelector("[data-run-list]");
+const body = list.querySelector("[data-rows]");
+const isFirstPage = list.dataset.isLive === "1";
+let selected = null;
+
+function rows() {
+  return [...body.querySelectorAll("[data-run]")];
+}
+
+function rowOf(html) {
+  return parsePage(`<table><tbody>${html}</tbody></table>`).querySelector("tr");
+}
+
+function apply({ rows: changed }) {
+  for (const { run, html, is_new: isNew } of changed) {
+    const fresh = document.adoptNode(rowOf(html));
+    const current = body.querySelector(`[data-run="${CSS.escape(run)}"]`);
+    if (current) {
+      fresh.classList.toggle("is-selected", selected === run);
+      if (current.contains(document.activeElement)) queueMicrotask(() => fresh.querySelector("a").focus());
+      current.replaceWith(fresh);
+    } else if (isNew) {
+      leaveFirstSteps();
+      body.prepend(fresh);
+    }
+  }
+}
+
+// The first run of all: the instructions make way for the table.
+function leaveFirstSteps() {
+  if (document.querySelector("[data-first-steps]")) location.reload();
+}
+
+function select(index) {
+  const all = rows();
+  if (!all.length) return;
+  const row = all[Math.min(Math.max(index, 0), all.length - 1)];
+  for (const other of all) other.classList.toggle("is-selected", other === row);
+  selected = row.dataset.run;
+  row.scrollIntoView({ block: "nearest" });
+}
+
+function selectedIndex() {
+  return rows().findIndex((row) => row.dataset.run === selected);
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, button, a")) return;
+  if (event.key === "j") select(selectedIndex() + 1);
+  else if (event.key === "k") select(Math.max(selectedIndex() - 1, 0));
+  else if (event.key === "Enter" && selectedIndex() >= 0) rows()[selectedIndex()].querySelector("a").click();
+});
+
+body.addEventListener("click", (event) => {
+  const row = event.target.closest("[data-run]");
+  if (!row || event.target.closest("a") || !getSelection().isCollapsed) return;
+  row.querySelector("a").click();
+});
+
+new LiveSocket("/ws/runs/", {
+  hello: () => ({ rows: rows().map((row) => row.dataset.run), is_first_page: isFirstPage }),
+  onMessage: apply,
+  onState: showState,
+});

@@ -1,0 +1,235 @@
+// The values of one metric: every one kept in order, smoothed in full, and put into buckets to be drawn.
+
+// Where a run went back to an earlier step, the values it left behind are kept apart.
+export class Series {
+  constructor(name) {
+    this.name = name;
+    this.history = null;
+    this.abandoned = [];
+    this.weight = 0;
+    this.numValues = 0;
+    this.facts = noFacts();
+    this.#clear();
+  }
+
+  #clear() {
+    this.step = [];
+    this.time = [];
+    this.value = [];
+    this.smooth = [];
+    this.average = { numerator: 0, denominator: 0, step: 0 };
+  }
+
+  push(step, time, value) {
+    this.numValues += 1;
+    if (this.step.length && step < this.step.at(-1)) this.#goBack(step);
+    this.step.push(step);
+    this.time.push(time);
+    this.value.push(value);
+    this.smooth.push(this.#averaged(step, value));
+    this.#seeValue(step, value);
+  }
+
+  #goBack(step) {
+    const cut = lowerBound(this.step, step);
+    this.abandoned.push({ step: this.step.splice(cut), time: this.time.splice(cut), value: this.value.splice(cut) });
+    this.setWeight(this.weight);
+    this.#seeAgain();
+  }
+
+  // De-biased moving average. It decays once per step, so its reach does not depend on how often one records.
+  #averaged(step, value) {
+    const average = this.average;
+    if (Number.isFinite(value)) {
+      const decay = average.denominator ? this.weight ** Math.max(step - average.step, 0) : 0;
+      average.numerator = average.numerator * decay + value;
+      average.denominator = average.denominator * decay + 1;
+      average.step = step;
+    }
+    return average.denominator ? average.numerator / average.denominator : NaN;
+  }
+
+  setWeight(weight) {
+    this.weight = weight;
+    this.average = this.history ? { ...this.history.smoothing } : { numerator: 0, denominator: 0, step: 0 };
+    this.smooth = this.step.map((step, index) => this.#averaged(step, this.value[index]));
+  }
+
+  // The past up to the page's first cursor, in buckets made by the server.
+  setHistory(history) {
+    if (!this.history) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0);
+    const isFirst = !this.history;
+    this.history = history;
+    this.setWeight(this.weight);
+    if (isFirst) this.#seeAgain();
+  }
+
+  get isEmpty() {
+    return this.step.length === 0 && !this.history?.step.length;
+  }
+
+  // The extent on an axis ("step" or "time").
+  extent(axis) {
+    const past = this.history?.step.length ? this.history : null;
+    const tail = this[axis];
+    if (!past && !tail.length) return null;
+    const pastAxis = past && (axis === "step" ? past.step : past.time_s);
+    const pastEnd = past && (axis === "step" ? past.last_step.at(-1) : past.time_s.at(-1));
+    return [past ? pastAxis[0] : tail[0], tail.length ? tail.at(-1) : pastEnd];
+  }
+
+  // What to draw between two places on an axis, in at most `maxPoints` columns.
+  view(axis, from, to, maxPoints) {
+    const tail = this[axis];
+    const first = Math.max(lowerBound(tail, from) - 1, 0);
+    const end = Math.min(upperBound(tail, to) + 1, tail.length);
+    if (!this.history && end - first <= maxPoints) return this.#rawView(axis, first, end);
+    return this.#bucketView(axis, from, to, first, end, maxPoints);
+  }
+
+  #rawView(axis, first, end) {
+    const view = emptyView();
+    for (let index = first; index < end; index += 1) {
+      const value = this.value[index];
+      const isFinite = Number.isFinite(value);
+      view.x.push(this[axis][index]);
+      view.step.push(this.step[index]);
+      view.mean.push(isFinite ? value : null);
+      view.smooth.push(isFinite ? this.smooth[index] : null);
+      view.low.push(null);
+      view.high.push(null);
+      view.numValues.push(1);
+      if (!isFinite) view.bad.push([this[axis][index], 1]);
+    }
+    return view;
+  }
+
+  // Buckets are a power of two wide and start at its multiples, so they stay put as values arrive.
+  #bucketView(axis, from, to, first, end, maxPoints) {
+    const buckets = new Buckets(this.#width(axis, from, to, first, end, maxPoints));
+    const past = this.history;
+    for (let index = 0; past && index < past.step.length; index += 1) {
+      const x = axis === "step" ? past.step[index] : past.time_s[index];
+      if (x > to) break;
+      if ((axis === "step" ? past.last_step[index] : x) < from) continue;
+      buckets.add(past.step[index], x, past.num_values[index] - past.num_nonfinite[index], past.num_nonfinite[index],
+        past.mean[index], past.low[index], past.high[index], past.smooth[index]);
+    }
+    for (let index = first; index < end; index += 1) {
+      const value = this.value[index];
+      const isFinite = Number.isFinite(value);
+      buckets.add(this.step[index], this[axis][index], isFinite ? 1 : 0, isFinite ? 0 : 1, value, value, value, this.smooth[index]);
+    }
+    return buckets.view();
+  }
+
+  #width(axis, from, to, first, end, maxPoints) {
+    let low = end > first ? this.step[first] : Infinity;
+    let high = end > first ? this.step[end - 1] : -Infinity;
+    const past = this.history;
+    for (let index = 0; past && index < past.step.length; index += 1) {
+      const x = axis === "step" ? past.step[index] : past.time_s[index];
+      if (x > to) break;
+      if ((axis === "step" ? past.last_step[index] : x) < from) continue;
+      low = Math.min(low, past.step[index]);
+      high = Math.max(high, past.last_step[index]);
+    }
+    let width = past?.width ?? 1;
+    while (high - low > width * maxPoints) width *= 2;
+    return width;
+  }
+
+  #see(step, low, mean, numBad) {
+    const facts = this.facts;
+    facts.numBad += numBad;
+    if (numBad && facts.firstBad === null) facts.firstBad = step;
+    if (mean === null) return;
+    facts.first ??= mean;
+    facts.last = mean;
+    if (facts.lowest === null || low < facts.lowest) [facts.lowest, facts.lowestStep] = [low, step];
+  }
+
+  #seeAgain() {
+    this.facts = noFacts();
+    const past = this.history;
+    for (let index = 0; past && index < past.step.length; index += 1) {
+      this.#see(past.step[index], past.low[index], past.mean[index], past.num_nonfinite[index]);
+    }
+    for (let index = 0; index < this.step.length; index += 1) this.#seeValue(this.step[index], this.value[index]);
+  }
+
+  #seeValue(step, value) {
+    if (Number.isFinite(value)) this.#see(step, value, value, 0);
+    else this.#see(step, null, null, 1);
+  }
+}
+
+// What the words under a chart are made of.
+function noFacts() {
+  return { first: null, last: null, lowest: null, lowestStep: 0, numBad: 0, firstBad: null };
+}
+
+class Buckets {
+  constructor(width) {
+    this.width = width;
+    this.all = [];
+    this.current = null;
+  }
+
+  add(step, x, numFinite, numBad, mean, low, high, smooth) {
+    const number = Math.floor(step / this.width);
+    if (this.current?.number !== number) {
+      this.current = { number, step, x, numFinite: 0, numBad: 0, sum: 0, low: Infinity, high: -Infinity, smoothSum: 0 };
+      this.all.push(this.current);
+    }
+    const bucket = this.current;
+    bucket.numBad += numBad;
+    if (!numFinite) return;
+    bucket.numFinite += numFinite;
+    bucket.sum += mean * numFinite;
+    bucket.smoothSum += smooth * numFinite;
+    bucket.low = Math.min(bucket.low, low);
+    bucket.high = Math.max(bucket.high, high);
+  }
+
+  view() {
+    const view = emptyView();
+    view.width = this.width;
+    for (const bucket of this.all) {
+      const has = bucket.numFinite > 0;
+      view.x.push(bucket.x);
+      view.step.push(bucket.step);
+      view.mean.push(has ? bucket.sum / bucket.numFinite : null);
+      view.smooth.push(has ? bucket.smoothSum / bucket.numFinite : null);
+      view.low.push(has ? bucket.low : null);
+      view.high.push(has ? bucket.high : null);
+      view.numValues.push(bucket.numFinite + bucket.numBad);
+      if (bucket.numBad) view.bad.push([bucket.x, bucket.numBad]);
+    }
+    return view;
+  }
+}
+
+function emptyView() {
+  return { width: 0, x: [], step: [], mean: [], smooth: [], low: [], high: [], numValues: [], bad: [] };
+}
+
+// The first index whose value is not below / is above.
+export function lowerBound(sorted, value) {
+  return bound(sorted, (item) => item < value);
+}
+
+export function upperBound(sorted, value) {
+  return bound(sorted, (item) => item <= value);
+}
+
+function bound(sorted, isBefore) {
+  let low = 0;
+  let high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (isBefore(sorted[middle])) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}

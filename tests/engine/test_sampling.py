@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from gpuworker.engine import base_model
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import AdapterNotLoaded, EngineError, NonFiniteError, SamplingError
+from gpuworker.engine.logprobs import Head
+from gpuworker.engine.sampling import Sampler
+from gpuworker.engine.types import (
+    LoraSpec,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+    StopReason,
+)
+
+from .conftest import CONFIGS, VOCAB_SIZE, load_reference, random_tokens
+from .reference import make_adapter, peft_model
+
+GREEDY = SamplingParams(max_tokens=12, seed=0, temperature=0.0, stop_tokens=())
+WARM = replace(GREEDY, temperature=1.0, seed=7)
+
+
+def make_request(
+    request_id: str, length: int = 10, *, sampler_id: str | None = None, params: SamplingParams = GREEDY
+) -> SampleRequest:
+    prompt = random_tokens(np.random.default_rng(length), length)
+    return SampleRequest(request_id=request_id, sampler_id=sampler_id, prompt=prompt, params=params)
+
+
+def finish(sampler: Sampler) -> dict[str, SampleResult | EngineError]:
+    outcomes: dict[str, SampleResult | EngineError] = {}
+    for _ in range(1000):
+        if not sampler.num_pending:
+            return outcomes
+        outcomes.update(sampler.step())
+    raise AssertionError("sampling does not end")
+
+
+def sample(engine: Engine, requests: Iterable[SampleRequest]) -> dict[str, SampleResult]:
+    for request in requests:
+        engine.sampler.submit(request)
+    outcomes = finish(engine.sampler)
+    for outcome in outcomes.values():
+        if isinstance(outcome, EngineError):
+            raise outcome
+    return {key: value for key, value in outcomes.items() if isinstance(value, SampleResult)}
+
+
+def sample_one(engine: Engine, request: SampleRequest) -> SampleResult:
+    return sample(engine, [request])[request.request_id]
+
+
+def assert_same(actual: SampledSequence, expected: SampledSequence) -> None:
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.logprobs, expected.logprobs)
+    assert actual.stop_reason == expected.stop_reason
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_greedy_equals_transformers_generate_for_mixed_adapters(
+    architecture: str, load_engine: Callable[..., Engine], model_directory: Callable[[str], Path]
+) -> None:
+    """Two adapters and the bare model decode in one batch; windows of 8 tokens are passed."""
+    engine = load_engine(architecture)
+    states = {
+        "one": make_adapter(engine, "one", LoraSpec(rank=4, seed=41)),
+        "two": make_adapter(engine, "two", LoraSpec(rank=3, seed=42, train_attn=False)),
+    }
+    for name in states:
+        engine.keep_sampler(name, name)
+    requests = [
+        make_request(f"{name}-{length}", length, sampler_id=name)
+        for length in (3, 1, 20)
+        for name in ("one", None, "two")
+    ]
+    results = sample(engine, requests)
+    for name in (None, *states):
+        model = load_reference(model_directory(architecture))
+        if name is not None:
+            model = peft_model(model, states[name])
+        for request in (r for r in requests if r.sampler_id == name):
+            sequence = results[request.request_id].sequences[0]
+            expected, logprobs = generate(model, request.prompt, 12)
+            np.testing.assert_array_equal(sequence.tokens, expected)
+            np.testing.assert_allclose(sequence.logprobs, logprobs, atol=3e-5, rtol=0)
+
+
+def generate(model: torch.nn.Module, prompt: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what transformers' own generate continues with, and its log-probabilities."""
+    ids = torch.from_numpy(prompt)[None]
+    full = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=2,
+    )
+    with torch.no_grad():
+        logprobs = model(input_ids=full).logits[0].log_softmax(-1)
+    new = full[0, len(prompt) :]
+    return new.numpy(), logprobs[len(prompt) - 1 : -1].gather(1, new[:, None])[:, 0].numpy()
+
+
+def test_a_request_does_not_depend_on_its_neighbours(engine: Engine) -> None:
+    """Every bit stays, whoever joins before, beside or after, in 8 random mixes."""
+    for i in range(3):
+        make_adapter(engine, f"n{i}", LoraSpec(rank=2 + i, seed=i))
+        engine.keep_sampler(f"n{i}", f"n{i}")
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(12):
+        params = replace(WARM, seed=i, max_tokens=int(rng.integers(1, 25)), top_p=0.9 if i % 3 else 1.0)
+        request = make_request(f"r{i}", int(rng.integers(1, 40)), sampler_id=f"n{i % 3}", params=params)
+        requests.append(replace(request, num_samples=1 + i % 2, prompt_logprobs=i % 4 == 0))
+    alone = {request.request_id: sample_one(engine, request) for request in requests}
+    for _ in range(8):
+        outcomes: dict[str, SampleResult | EngineError] = {}
+        for i in rng.permutation(len(requests))[: rng.integers(2, 12)]:
+            engine.sampler.submit(requests[i])
+            for _ in range(int(rng.integers(0, 4))):
+                outcomes.update(engine.sampler.step())
+        outcomes.update(finish(engine.sampler))
+        for key, outcome in outcomes.items():
+            assert isinstance(outcome, SampleResult)
+            for actual, expected in zip(outcome.sequences, alone[key].sequences, strict=True):
+                assert_same(actual, expected)
+            if alone[key].prompt_logprobs is not None:
+                np.testing.assert_array_equal(outcome.prompt_logprobs, alone[key].prompt_logprobs)
+
+
+def test_the_same_seed_repeats_and_samples_differ(engine: Engine) -> None:
+    request = replace(make_request("seed", params=WARM), num_samples=4)
+    first, second = sample_one(engine, request), sample_one(engine, request)
+    for actual, expected in zip(second.sequences, first.sequences, strict=True):
+        assert_same(actual, expected)
+    assert len({tuple(s.tokens.tolist()) for s in first.sequences}) == 4
+    other = sample_one(engine, replace(request, params=replace(WARM, seed=8)))
+    assert other.sequences[0].tokens.tolist() != first.sequences[0].tokens.tolist()
+    single = sample_one(engine, replace(request, num_samples=1))
+    assert_same(single.sequences[0], first.sequences[0])
+
+
+def test_more_samples_than_slots_come_in_waves(model_directory: Callable[[str], Path]) -> None:
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    samplers = [
+        make_sampler(base, max_slots=3),
+        make_sampler(base, max_slots=64),
+        make_sampler(base, cache_bytes=base.cache_bytes_per_position(torch.float32) * 128),
+        make_sampler(base, grouped=True),
+    ]
+    request = replace(make_request("waves", params=WARM), num_samples=7, prompt_logprobs=True)
+    results = []
+    for sampler in samplers:
+        sampler.submit(request)
+        sampler.submit(make_request("other", 30, params=WARM))
+        outcome = finish(sampler)["waves"]
+        assert isinstance(outcome, SampleResult)
+        results.append(outcome)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.prompt_logprobs, results[0].prompt_logprobs)
+        for actual, expected in zip(result.sequences, results[0].sequences, strict=True):
+            np.testing.assert_array_equal(actual.tokens, expected.tokens)
+            np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-5)
+
+
+def make_sampler(
+    base: base_model.BaseModel, *, max_slots: int = 8, cache_bytes: int = 1 << 30, grouped: bool = False
+) -> Sampler:
+    head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=512)
+    return Sampler(
+        base, head, max_slots=max_slots, prompt_budget=64, cache_bytes=cache_bytes, grouped=grouped
+    )
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
+def test_one_grouped_attention_call_gives_the_same_tokens(
+    architecture: str, model_directory: Callable[[str], Path]
+) -> None:
+    """The form meant for GPUs, with windows and softcaps."""
+    base = base_model.load(model_directory(architecture), device="cpu", dtype="float32")
+    found = []
+    for grouped in (False, True):
+        sampler = make_sampler(base, grouped=grouped)
+        for length in (2, 9, 25):
+            sampler.submit(make_request(str(length), length))
+        found.append(finish(sampler))
+    for key, expected in found[0].items():
+        actual = found[1][key]
+        assert isinstance(actual, SampleResult)
+        assert isinstance(expected, SampleResult)
+        np.testing.assert_array_equal(actual.sequences[0].tokens, expected.sequences[0].tokens)
+        np.testing.assert_allclose(actual.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-5)
+
+
+def test_prompt_logprobs_match_transformers(engine: Engine, model_directory: Callable[[str], Path]) -> None:
+    state = make_adapter(engine, "prompt", LoraSpec(rank=4, seed=43))
+    engine.load_sampler("prompt", state)
+    request = make_request("prompt", 30, sampler_id="prompt")
+    result = sample_one(engine, replace(request, prompt_logprobs=True, topk_prompt_logprobs=3))
+    model = peft_model(load_reference(model_directory("qwen3")), state)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(request.prompt)[None]).logits[0].log_softmax(-1)
+    assert result.prompt_logprobs is not None
+    assert math.isnan(result.prompt_logprobs[0])
+    targets = torch.from_numpy(request.prompt)[1:, None]
+    chosen = expected[:-1].gather(1, targets)[:, 0]
+    np.testing.assert_allclose(result.prompt_logprobs[1:], chosen, atol=3e-5, rtol=0)
+    values, ids = expected[:-1].topk(3)
+    assert result.topk_prompt_logprobs is not None
+    np.testing.assert_array_equal(result.topk_prompt_logprobs.token_ids[0], [0, 0, 0])
+    np.testing.assert_array_equal(result.topk_prompt_logprobs.logprobs[0], np.float32([-99999] * 3))
+    np.testing.assert_array_equal(result.topk_prompt_logprobs.token_ids[1:], ids)
+    np.testing.assert_allclose(result.topk_prompt_logprobs.logprobs[1:], values, atol=3e-5, rtol=0)
+
+
+def test_prompt_fields_are_absent_unless_asked_for(engine: Engine) -> None:
+    result = sample_one(engine, make_request("plain"))
+    assert result.prompt_logprobs is None
+    assert result.topk_prompt_logprobs is None
+    single = replace(make_request("one", 1), prompt_logprobs=True)
+    prompt_logprobs = sample_one(engine, single).prompt_logprobs
+    assert prompt_logprobs is not None
+    assert np.isnan(prompt_logprobs).tolist() == [True]
+
+
+def test_a_stop_token_is_included_once(engine: Engine) -> None:
+    full = sample_one(engine, make_request("full")).sequences[0].tokens
+    stop = int(full[4])
+    first = full.tolist().index(stop)
+    params = replace(GREEDY, stop_tokens=(VOCAB_SIZE - 1, stop))
+    result = sample_one(engine, make_request("stop", params=params)).sequences[0]
+    np.testing.assert_array_equal(result.tokens, full[: first + 1])
+    assert result.stop_reason is StopReason.STOP
+    assert len(result.logprobs) == first + 1
+
+
+def test_the_models_end_token_stops_by_default(engine: Engine) -> None:
+    """Warm enough, every sequence meets token 1 sooner or later; an empty tuple never stops."""
+    params = replace(WARM, temperature=50.0, max_tokens=110, stop_tokens=None)
+    request = replace(make_request("eos", 5, params=params), num_samples=16)
+    ended = [s for s in sample_one(engine, request).sequences if s.stop_reason is StopReason.STOP]
+    assert ended
+    for sequence in ended:
+        assert sequence.tokens[-1] == 1
+        assert 1 not in sequence.tokens[:-1]
+    never = replace(request, params=replace(params, stop_tokens=()))
+    assert all(s.stop_reason is StopReason.LENGTH for s in sample_one(engine, never).sequences)
+
+
+def test_a_stop_string_across_tokens_ends_with_the_token_that_completes_it(
+    engine: Engine, model_directory: Callable[[str], Path]
+) -> None:
+    tokenizer = Tokenizer.from_file(str(model_directory("qwen3") / "tokenizer.json"))
+    params = replace(WARM, max_tokens=60)
+    full = sample_one(engine, make_request("text", params=params)).sequences[0].tokens.tolist()
+    for first in range(len(full) - 2):
+        stop = tokenizer.decode(full[first : first + 3], skip_special_tokens=False)[1:-1]
+        if stop and "\ufffd" not in stop:
+            break
+    else:
+        raise AssertionError("no readable piece of text was sampled")
+    end = next(n for n in range(1, 61) if stop in tokenizer.decode(full[:n], skip_special_tokens=False))
+    request = make_request("stopped", params=replace(params, stop_strings=("not there", stop)))
+    result = sample_one(engine, request).sequences[0]
+    assert result.tokens.tolist() == full[:end]
+    assert result.stop_reason is StopReason.STOP
+
+
+@pytest.mark.parametrize("length", [120, 127, 128])
+def test_sampling_stops_at_the_end_of_the_context(engine: Engine, length: int) -> None:
+    request = make_request("long", length, params=replace(GREEDY, max_tokens=500))
+    result = sample_one(engine, replace(request, prompt_logprobs=True))
+    assert len(result.sequences[0].tokens) == 128 - length
+    assert result.sequences[0].stop_reason is StopReason.LENGTH
+    assert result.prompt_logprobs is not None
+    assert np.isfinite(result.prompt_logprobs[1:]).all()
+
+
+def test_max_tokens_ends_with_length_and_zero_is_allowed(engine: Engine) -> None:
+    for max_tokens in (0, 1, 5):
+        params = replace(GREEDY, max_tokens=max_tokens)
+        sequence = sample_one(engine, make_request("max", params=params)).sequences[0]
+        assert len(sequence.tokens) == len(sequence.logprobs) == max_tokens
+        assert sequence.stop_reason is StopReason.LENGTH
+
+
+def test_cancelling_frees_the_request_and_no_other(engine: Engine) -> None:
+    expected = sample_one(engine, make_request("stays", 8)).sequences[0]
+    for request in (make_request("goes", 6), make_request("stays", 8)):
+        engine.sampler.submit(request)
+    assert engine.sampler.step() == []
+    assert engine.sampler.num_pending == 2
+    assert engine.sampler.cancel("goes")
+    assert not engine.sampler.cancel("goes")
+    assert engine.sampler.num_pending == 1
+    outcomes = finish(engine.sampler)
+    assert outcomes.keys() == {"stays"}
+    assert isinstance(outcomes["stays"], SampleResult)
+    assert_same(outcomes["stays"].sequences[0], expected)
+
+
+def test_a_sampler_keeps_its_weights(engine: Engine) -> None:
+    make_adapter(engine, "moving", LoraSpec(rank=4, seed=44))
+    engine.keep_sampler("kept", "moving")
+    request = make_request("kept", sampler_id="kept")
+    expected = sample_one(engine, request).sequences[0]
+    make_adapter(engine, "moving", LoraSpec(rank=4, seed=45))
+    assert_same(sample_one(engine, request).sequences[0], expected)
+    engine.sampler.submit(request)
+    engine.sampler.step()
+    engine.keep_sampler("kept", "moving")
+    engine.drop_sampler("kept")
+    assert not engine.has_sampler("kept")
+    outcome = finish(engine.sampler)["kept"]
+    assert isinstance(outcome, SampleResult)
+    assert_same(outcome.sequences[0], expected)
+
+
+def test_a_diverged_sampler_fails_alone(engine: Engine) -> None:
+    expected = sample_one(engine, make_request("well", 8)).sequences[0]
+    state = make_adapter(engine, "sick", LoraSpec(rank=4, seed=46))
+    engine.load_sampler("sick", replace(state, weights=state.weights * math.nan))
+    engine.sampler.submit(replace(make_request("sick", sampler_id="sick"), num_samples=3))
+    engine.sampler.submit(make_request("well", 8))
+    outcomes = finish(engine.sampler)
+    assert isinstance(outcomes["sick"], NonFiniteError)
+    assert isinstance(outcomes["well"], SampleResult)
+    assert_same(outcomes["well"].sequences[0], expected)
+
+
+def test_bfloat16_samples_near_float32(load_engine: Callable[..., Engine]) -> None:
+    request = replace(make_request("half", 20), prompt_logprobs=True)
+    exact = sample_one(load_engine("qwen3"), request).prompt_logprobs
+    half = sample_one(load_engine("qwen3", dtype="bfloat16"), request).prompt_logprobs
+    assert exact is not None
+    assert half is not None
+    assert 0 < np.abs(half[1:] - exact[1:]).max() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": np.array([], dtype=np.int64)}, "1 to 128"),
+        ({"prompt": np.zeros(129, dtype=np.int64)}, "1 to 128"),
+        ({"prompt": np.array([VOCAB_SIZE])}, "vocabulary"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"topk_prompt_logprobs": VOCAB_SIZE + 1}, "topk_prompt_logprobs"),
+        ({"params": replace(GREEDY, max_tokens=-1)}, "max_tokens"),
+        ({"params": replace(GREEDY, temperature=-0.1)}, "temperature"),
+        ({"params": replace(GREEDY, temperature=math.nan)}, "temperature"),
+        ({"params": replace(GREEDY, top_p=0.0)}, "top_p"),
+        ({"params": replace(GREEDY, top_k=-2)}, "top_k"),
+        ({"params": replace(GREEDY, stop_strings=("",))}, "stop string"),
+    ],
+)
+def test_it_refuses_requests_it_cannot_serve(engine: Engine, change: dict[str, object], message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        engine.sampler.submit(replace(make_request("bad"), **change))  # type: ignore[arg-type]
+    assert engine.sampler.num_pending == 0
+
+
+def test_it_refuses_unknown_samplers_and_ids_in_use(engine: Engine) -> None:
+    with pytest.raises(AdapterNotLoaded, match="nobody"):
+        engine.sampler.submit(make_request("x", sampler_id="nobody"))
+    engine.sampler.submit(make_request("twice"))
+    with pytest.raises(SamplingError, match="twice"):
+        engine.sampler.submit(make_request("twice"))
+    finish(engine.sampler)
+
+
+def test_stop_strings_need_a_tokenizer(model_directory: Callable[[str], Path], tmp_path: Path) -> None:
+    for path in model_directory("qwen3").iterdir():
+        if path.name != "tokenizer.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    engine = Engine.load(tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(SamplingError, match=r"tokenizer\.json"):
+        engine.sampler.submit(make_request("s", params=replace(GREEDY, stop_strings=("x",))))
