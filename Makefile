@@ -1,7 +1,7 @@
 # `make up` starts mintweb, `make test` runs every check and test; both work on a fresh machine.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format bench proto clean dev chromium
+.PHONY: help up test check format bench proto clean dev sdk-envs chromium
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
@@ -14,8 +14,7 @@ help: ## Show this list
 up: $(VENV)/.installed ## Start everything in the foreground; Ctrl-C stops it
 	@exec $(PY) manage.py up
 
-test: dev chromium ## Run all checks and all tests (ARGS="tests/api -k name" for some)
-	@if [ -f tests/sdk/make_envs.sh ]; then bash tests/sdk/make_envs.sh; fi
+test: dev chromium sdk-envs ## Run all checks and all tests (ARGS="tests/api -k name" for some)
 	@$(MAKE) --no-print-directory check
 	$(PY) -m pytest $(ARGS)
 
@@ -30,8 +29,8 @@ format: dev ## Format the code and repair what lint can repair
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: dev ## Measure speed (see bench/)
-	$(PY) -m bench $(ARGS)
+bench: dev sdk-envs ## Measure speed on an instance of its own (ARGS="--help" for the choices)
+	$(PY) -m bench.run $(ARGS)
 
 proto: dev ## Make runs/schemas/tinker_pb2.py again from its .proto file
 	$(PY) -m grpc_tools.protoc --proto_path=runs/schemas --python_out=runs/schemas --pyi_out=runs/schemas tinker.proto
@@ -41,6 +40,10 @@ clean: ## Remove caches and build outputs (not data, not .venv)
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 dev: $(VENV)/.installed-dev
+
+# The published client packages, each in an environment of its own.
+sdk-envs: dev
+	@PYTHON=$(PY) bash tests/sdk/make_envs.sh
 
 chromium:
 	@sh .ci/chromium

@@ -169,12 +169,10 @@ def exactness(lab: Lab) -> list[Row]:
     before = client.ask("forward", run="exactness", batch_=few)
     client.ask("loop", run="exactness", batches=[few], steps=10, ahead=_AHEAD)
     after = client.ask("forward", run="exactness", batch_=few)
-    directory = lab.work_dir / "exported"
-    client.ask("download", path=client.ask("save", run="exactness", name="exported"), directory=str(directory))
-    adapter = next(directory.rglob("adapter_model.safetensors")).parent
+    adapter = _stored(lab, client.ask("save", run="exactness", name="exported"))
     plain = lab.torch_side.ask("logprobs", batch_=few, adapter=str(adapter))
     moved = f"10 steps of tinker {version} had moved them by up to {_difference(before, after):.2g}"
-    exported = "log-probabilities of a downloaded adapter in plain PEFT against ours"
+    exported = "log-probabilities of the exported adapter in plain PEFT against ours"
     return [*rows, limit_row("exactness", exported, _difference(after, plain), at_most=3e-5, note=moved)]
 
 
@@ -254,15 +252,20 @@ def _difference(one: list[list[float]], other: list[list[float]]) -> float:
 
 
 def _files(lab: Lab, path: str) -> dict[str, str]:
-    """Return the digest of each tensor file of a saved state, from the instance's storage."""
+    """Return the digest of each tensor file of a saved state."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(_stored(lab, path).glob("*.safetensors"))
+    }
+
+
+def _stored(lab: Lab, path: str) -> Path:
+    """Return where the instance's storage has a checkpoint."""
     run_id, kind, name = path.removeprefix("tinker://").split("/")
     query = """SELECT c.directory FROM runs_checkpoint c JOIN runs_trainingrun r ON r.id = c.run_id
                WHERE r.public_id = %s AND c.kind = %s AND c.name = %s"""
     (directory,) = _query(lab, query, [run_id, kind, name])
-    folder = lab.instance.data_dir / "storage" / str(directory)
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))
-    }
+    return lab.instance.data_dir / "storage" / str(directory)
 
 
 def _company(lab: Lab, run_id: str) -> tuple[int, float]:

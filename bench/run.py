@@ -31,8 +31,11 @@ def main() -> int:
         rows: list[Row] = []
         for name in options.only or MEASUREMENTS:
             begin = time.monotonic()
-            rows += MEASUREMENTS[name](lab)
-            print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+            measured = MEASUREMENTS[name](lab)
+            rows += measured
+            print(f"{name} took {time.monotonic() - begin:.0f} s", file=sys.stderr)
+            for row in measured:
+                print(f"  {row.what}: {row.measured} {row.note}", file=sys.stderr)
         machine = _machine(load_before, base_model=lab.base_model)
     table = markdown(rows)
     print(table, *machine.items(), sep="\n")
@@ -76,7 +79,8 @@ def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
             Companion(
                 Path(sys.executable),
                 "bench.baselines",
-                {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+                # As the worker has it: threads that spin would slow the baselines on a shared machine.
+                {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
                 log=work_dir / "baselines.log",
             )
         )

@@ -6,13 +6,9 @@ Imports tinker and nothing of mintweb. Futures and clients differ a little betwe
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tinker
@@ -110,17 +106,6 @@ def save_state(run: str, name: str) -> str:
     return str(_runs[run].save_state(name).result().path)
 
 
-def download(path: str, directory: str) -> list[str]:
-    """Fetch a checkpoint's archive through the SDK, unpack it, and return its file names."""
-    rest = _ready(service().create_rest_client())
-    url = rest.get_checkpoint_archive_url_from_tinker_path(path).result().url
-    with urllib.request.urlopen(url) as answer:
-        archive = io.BytesIO(answer.read())
-    with tarfile.open(fileobj=archive) as files:
-        files.extractall(directory, filter="data")
-    return sorted(file.name for file in Path(directory).rglob("*") if file.is_file())
-
-
 def version() -> str:
     """Return the SDK's version."""
     return str(tinker.__version__)
@@ -155,7 +140,7 @@ if __name__ == "__main__":
             one.__name__: one
             for one in (
                 *(open_run, round_trips, loop, train_together),
-                *(forward, save, save_state, download, version),
+                *(forward, save, save_state, version),
             )
         }
     )

@@ -45,6 +45,7 @@ class SampleOutcome:
 
     operation_pk: int
     answer: SampleResult | Result
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,9 @@ class Committer:
 def _commit(item: Item) -> None:
     if isinstance(item, SampleOutcome):
         answer = item.answer
-        result = payloads.sample_result(answer) if isinstance(answer, SampleResult) else answer
-        commits.commit_sample(item.operation_pk, result)
+        if isinstance(answer, SampleResult):
+            answer = payloads.sample_result(answer, num_prompt_logprobs=item.num_prompt_logprobs)
+        commits.commit_sample(item.operation_pk, answer)
     elif isinstance(item, SnapshotOutcome):
         _commit_snapshot(item)
     else:

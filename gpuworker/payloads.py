@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from gpuworker.engine.exceptions import EngineError
 from gpuworker.engine.types import (
     AdamParams,
     Datum,
+    Float32Array,
     ForwardBackward,
     ForwardBackwardResult,
     OptimStep,
@@ -79,7 +82,12 @@ def sample_request(taken: TakenSample, *, max_context: int) -> SampleRequest:
     )
 
 
-def sample_result(result: SampleResult) -> Result:
+def num_prompt_logprobs(taken: TakenSample) -> int | None:
+    """Return how many of the last prompt logprobs the client wants; None for all."""
+    return requests.from_canonical(sampling.Sample, taken.payload).prompt_logprobs_last_n
+
+
+def sample_result(result: SampleResult, *, num_prompt_logprobs: int | None = None) -> Result:
     """Return what the client reads as SampleResponse."""
     sequences = [
         results.SampledSequence(tokens=one.tokens, logprobs=one.logprobs, stop_reason=one.stop_reason.value)
@@ -87,10 +95,19 @@ def sample_result(result: SampleResult) -> Result:
     ]
     output = results.SampleOutput(
         sequences=tuple(sequences),
-        prompt_logprobs=result.prompt_logprobs,
+        prompt_logprobs=_last(result.prompt_logprobs, num_prompt_logprobs),
         topk_prompt_logprobs=_topk(result.topk_prompt_logprobs),
     )
     return Result(body=results.encode_sample(output), is_proto=True)
+
+
+def _last(logprobs: Float32Array | None, count: int | None) -> Float32Array | None:
+    """Blank all but the last `count` values."""
+    if logprobs is None or count is None or count >= len(logprobs):
+        return logprobs
+    blanked = logprobs.copy()
+    blanked[: len(logprobs) - count] = np.nan
+    return blanked
 
 
 def _topk(topk: TopkLogprobs | None) -> results.TopkLogprobs | None:

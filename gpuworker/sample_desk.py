@@ -26,6 +26,7 @@ class SampleDesk:
     def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
         self._engines = engines
         self._committer = committer
+        self._num_prompt_logprobs: dict[int, int | None] = {}
         self._used: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     @property
@@ -39,6 +40,7 @@ class SampleDesk:
         try:
             self._ensure_sampler(engine, taken)
             engine.sampler.submit(payloads.sample_request(taken, max_context=engine.max_context))
+            self._num_prompt_logprobs[taken.pk] = payloads.num_prompt_logprobs(taken)
         except EngineError as error:
             self._answer(taken.pk, payloads.error_result(error))
 
@@ -59,7 +61,10 @@ class SampleDesk:
         self._answer(int(request_id), answer)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
-        self._committer.put(SampleOutcome(operation_pk=operation_pk, answer=answer))
+        wanted = self._num_prompt_logprobs.pop(operation_pk, None)
+        self._committer.put(
+            SampleOutcome(operation_pk=operation_pk, answer=answer, num_prompt_logprobs=wanted)
+        )
 
     def _ensure_sampler(self, engine: Engine, taken: TakenSample) -> None:
         if taken.is_lost:

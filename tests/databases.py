@@ -10,6 +10,9 @@ from pathlib import Path
 _stack = ExitStack()
 
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the tests share the machine with servers
+
+
 def start() -> None:
     """Run both servers in a fresh folder and point the settings at them."""
     folder = Path(_stack.enter_context(tempfile.TemporaryDirectory(prefix="mintweb-tests-"))) / "data"

@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpuworker.engine import attention
 from gpuworker.engine.adapters import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, UNEMBED, ModuleShape
 from gpuworker.engine.attention import PackedAttention
-from gpuworker.engine.batching import PackedRows, pack_rows
+from gpuworker.engine.batching import PackedRows, pack_rows, padded_size
 from gpuworker.engine.exceptions import BaseModelError
 from gpuworker.engine.lora import Attention, Route, RoutedLinear, Segment
+from gpuworker.engine.row_probe import find_row_step
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _DTYPES = {
@@ -54,6 +55,8 @@ class BaseModel:
         self.vocab_size = int(self.head_weight_VD.shape[0])
         self.max_context = int(config.max_position_embeddings)
         self.end_tokens = _read_end_tokens(directory, config)
+        routed = [module for module in model.modules() if isinstance(module, RoutedLinear)]
+        self._row_step = find_row_step([*((m.weight, m.bias) for m in routed), (head.weight, None)])
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named buffers of the decoder, such as rotary frequencies."""
@@ -61,14 +64,19 @@ class BaseModel:
 
     @contextmanager
     def routed(
-        self, segments: Sequence[Segment], attend: Attention, *, windowed: bool = False
+        self, segments: Sequence[Segment], attend: Attention, *, sampled_rows: int | None = None
     ) -> Iterator[None]:
         """Route the model to one batch for the length of the block: its forward and backward."""
-        self.route.segments, self.route.attention, self.route.windowed = segments, attend, windowed
+        self.route.segments, self.route.attention = segments, attend
+        self.route.sampled_rows = sampled_rows
         try:
             yield
         finally:
             self.route.clear()
+
+    def sampled_rows(self, num_rows: int) -> int:
+        """Return how many rows to put through frozen products so that neighbours change no bit."""
+        return min(padded_size(num_rows), -(-num_rows // self._row_step) * self._row_step)
 
     def cache_bytes_per_position(self, dtype: torch.dtype) -> int:
         """Return the size of the keys and values of one token in all layers."""

@@ -49,14 +49,15 @@ class Attention(Protocol):
 class Route:
     """What the batch now in the model looks like; shared by all routed layers of one model.
 
-    `windowed` is set while sampling: there the number of rows of one adapter depends on its
-    neighbours, so small products are taken over a window of MIN_ROWS rows.
+    `sampled_rows` is set while sampling, None in training. Only so many rows then go through the
+    frozen products, and adapter products run over windows of MIN_ROWS rows, since the number of
+    rows of one adapter depends on its neighbours.
     """
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
         self.attention: Attention | None = None
-        self.windowed = False
+        self.sampled_rows: int | None = None
 
     def clear(self) -> None:
         """Let go of the batch."""
@@ -90,8 +91,9 @@ class RoutedLinear(nn.Module):
             output_TF: Tensor = _RoutedProduct.apply(
                 rows_TD, self.anchor if trained else None, self, segments
             )  # type: ignore[no-untyped-call]
-        elif self.route.windowed:
-            output_TF = self.base_product(rows_TD)
+        elif self.route.sampled_rows is not None:
+            output_TF = rows_TD.new_zeros(len(rows_TD), self.weight.shape[0])
+            output_TF[: self.route.sampled_rows] = self.base_product(rows_TD[: self.route.sampled_rows])
             for segment in segments:
                 add_windowed(output_TF, rows_TD, segment, self.name)
         else:

@@ -213,7 +213,8 @@ class Sampler:
                 segments.append(Segment(start, stop, weights, None))
             start = stop
         attend = CachedAttention(self._cache, entries, len(rows.tokens_T), grouped=self._grouped)
-        with self._base.routed(segments, attend, windowed=True):
+        sampled_rows = self._base.sampled_rows(rows.num_rows)
+        with self._base.routed(segments, attend, sampled_rows=sampled_rows):
             hidden_TD = self._base.hidden(rows)
         for group in groups:
             followers = [c.slot for c in group[1:]]
@@ -227,7 +228,7 @@ class Sampler:
         num_picked = len(picked)
         picked += [0] * (padded_size(num_picked) - num_picked)
         hidden_SD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
-        logits_SV, start = self._head.base_logits(hidden_SD), 0
+        logits_SV, start = self._head.base_logits(hidden_SD[: self._base.sampled_rows(num_picked)]), 0
         for weights, same in _by_weights(groups):
             stop = start + sum(len(group) for group in same)
             if weights is not None and UNEMBED in weights.pairs:

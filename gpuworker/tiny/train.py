@@ -90,7 +90,7 @@ class Settings:
     """The settings of one training run; the defaults made the shipped model."""
 
     seed: int = 1
-    num_steps: int = 3000
+    num_steps: int = 1750
     step_tokens: int = 4096
     row_tokens: int = 512
     # The last share of steps reads long rows, so that every position up to the model's limit has been trained.
@@ -98,7 +98,10 @@ class Settings:
     long_row_tokens: int = 2048
     learning_rate: float = 2e-3
     num_warmup_steps: int = 100
+    # The cosine is longer than the run: the rate is still high when the cool-down takes it to zero.
+    num_cosine_steps: int = 3000
     final_share: float = 0.02
+    num_cooldown_steps: int = 440
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     num_tokenizer_documents: int = 30_000
@@ -106,12 +109,14 @@ class Settings:
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
-    """Return the rate of one step: a linear warm-up, then a cosine down to final_share of the peak."""
+    """Return the rate of one step: a linear warm-up, a cosine, and a linear cool-down over the last steps."""
     if step < settings.num_warmup_steps:
         return settings.learning_rate * (step + 1) / settings.num_warmup_steps
-    progress = (step - settings.num_warmup_steps) / (settings.num_steps - settings.num_warmup_steps)
-    low = settings.final_share
-    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    progress = (step - settings.num_warmup_steps) / (settings.num_cosine_steps - settings.num_warmup_steps)
+    cosine = settings.final_share + (1 - settings.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    return (
+        settings.learning_rate * cosine * min(1.0, (settings.num_steps - step) / settings.num_cooldown_steps)
+    )
 
 
 def batches(tokenizer: Tokenizer, settings: Settings) -> Iterator[Tensor]:

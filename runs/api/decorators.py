@@ -10,8 +10,10 @@ import asyncio
 import inspect
 import json
 import logging
+import math
+import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -24,6 +26,7 @@ from runs.exceptions import (
     MethodNotAllowed,
     MintError,
     NotAuthenticated,
+    NotFound,
     PayloadTooLarge,
     RateLimited,
     RequestInvalid,
@@ -41,6 +44,8 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Result = TypeVar("Result")
 
 _BODY_TIMEOUT_S: Final = 30
+_SHORT_NUMBER: Final = re.compile(r"[0-9]{1,18}")
+_DURATION: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="api")
 
 
@@ -95,9 +100,15 @@ class ApiRequest:
 
     def _number(self, name: str, default: int, *, low: int, high: int) -> int:
         text = self.query.get(name, str(default))
-        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        if not _SHORT_NUMBER.fullmatch(text) or not low <= int(text) <= high:
             raise RequestInvalid(f"{text[:40]!r} is no whole number from {low} to {high}", place=name)
         return int(text)
+
+    @property
+    def patience_s(self) -> float:
+        """How long the client waits for this answer, as the SDKs say; for ever when it does not say."""
+        text = self.headers.get("x-stainless-read-timeout", "")
+        return float(text) if _DURATION.fullmatch(text) else math.inf
 
     @property
     def sdk_version(self) -> str:
@@ -107,9 +118,10 @@ class ApiRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer in its final bytes."""
+    """An answer in its final bytes; a large one is given as `parts` and sent while they are made."""
 
     body: bytes = b""
+    parts: Iterator[bytes] | None = None
     status: int = 200
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +136,7 @@ def json_reply(
 
 
 NO_CONTENT: Final = Reply(status=204)
-View = Callable[[ApiRequest], Reply] | Callable[[ApiRequest], Awaitable[Reply]]
+View = Callable[[ApiRequest], Reply] | Callable[[ApiRequest], Coroutine[Any, Any, Reply]]
 
 
 class Endpoint:
@@ -160,11 +172,14 @@ class Endpoint:
             if not credential:
                 raise NotAuthenticated
             user = await in_thread(lambda: keys.authenticate(credential))
+        path_args: Mapping[str, str] = scope["url_route"]["kwargs"]
+        if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
+            raise NotFound
         body = await _read_body(receive, headers)
         request = ApiRequest(
             method=scope["method"],
             scheme=scope.get("scheme", "http"),
-            path_args=scope["url_route"]["kwargs"],
+            path_args=path_args,
             query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
             headers=headers,
             body=body,
@@ -172,8 +187,7 @@ class Endpoint:
             _user=user,
         )
         if inspect.iscoroutinefunction(view):
-            awaited: Reply = await view(request)
-            return awaited
+            return await _while_connected(view(request), receive)
         return await in_thread(lambda: view(request))  # type: ignore[arg-type, return-value]
 
 
@@ -192,17 +206,42 @@ async def in_thread(call: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_threads, _with_connection, call)
 
 
+# What a client does next: exchange its key for a fresh token, or wait a second.
+_HINTS: Final[Mapping[int, Mapping[str, str]]] = {
+    401: {"www-authenticate": 'Bearer error="invalid_token"'},
+    429: {"retry-after": "1"},
+}
+
+
 def error_reply(error: MintError) -> Reply:
     """Answer with an error; the SDK shows `detail` to its user."""
     content = {"detail": str(error), "code": error.code, "category": error.category}
     if error.place:
         content["place"] = error.place
-    retry = {"retry-after": "1"} if error.http_status == 429 else {}
-    return json_reply(content, status=error.http_status, headers=retry)
+    return json_reply(content, status=error.http_status, headers=_HINTS.get(error.http_status))
 
 
 class _ClientLeft(Exception):
-    """The client closed the connection before its request was complete."""
+    """The client closed the connection before it had its answer."""
+
+
+async def _while_connected(view: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
+    """Await a view that waits, and end it when the client goes away."""
+    answering = asyncio.create_task(view)
+    leaving = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise _ClientLeft
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _with_connection(call: Callable[[], Result]) -> Result:
@@ -231,7 +270,7 @@ async def _read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
     """Read the body, never holding more than the limit whatever Content-Length says."""
     limit = settings.MAX_BODY_BYTES
     declared = headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if _SHORT_NUMBER.fullmatch(declared) and int(declared) > limit:
         raise PayloadTooLarge(f"the body has {declared} bytes; the most is {limit}")
     try:
         raw = await asyncio.wait_for(_receive_all(receive, limit), _BODY_TIMEOUT_S)
@@ -263,6 +302,10 @@ async def _send(reply: Reply, send: Send) -> None:
     headers.append((b"x-content-type-options", b"nosniff"))
     if reply.status != 204:
         headers.append((b"content-type", reply.content_type.encode()))
+    if reply.status != 204 and reply.parts is None:
         headers.append((b"content-length", str(len(reply.body)).encode()))
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    parts = iter(()) if reply.parts is None else reply.parts
+    while (part := await in_thread(lambda: next(parts, None))) is not None:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": reply.body})

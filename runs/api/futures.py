@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import psycopg
+from django.db import Error as DatabaseProblem
 from django.db import connection
 
 from runs import events, ids
@@ -28,6 +29,8 @@ from runs.services import access, operations, training_runs
 logger = logging.getLogger(__name__)
 
 HOLD_S: Final = 25.0
+# A client that waits less than usual gets its "not yet" before it gives the request up.
+HOLD_SHARE: Final = 0.6
 _LOOK_S: Final = 0.5
 
 
@@ -38,16 +41,16 @@ async def retrieve_future(request: ApiRequest) -> Reply:
     with _waiters.parked(pk) as finished:
         operation = await in_thread(lambda: access.get_operation(request.user, pk))
         if operation.state == Operation.State.QUEUED:
-            await _wait(finished)
+            await _wait(finished, min(HOLD_S, HOLD_SHARE * request.patience_s))
             operation = await in_thread(lambda: access.get_operation(request.user, pk))
     if operation.state == Operation.State.QUEUED:
         return await in_thread(lambda: _not_yet(operation))
     return _answer(operation, accepts_proto=request.accepts_proto, accepts_json=request.accepts_json)
 
 
-async def _wait(finished: asyncio.Event) -> None:
+async def _wait(finished: asyncio.Event, hold_s: float) -> None:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(finished.wait(), HOLD_S)
+        await asyncio.wait_for(finished.wait(), hold_s)
 
 
 def _not_yet(operation: Operation) -> Reply:
@@ -113,7 +116,7 @@ class _Waiters:
                     await held.execute(f"LISTEN {events.DONE_CHANNEL}")
                     async for notice in held.notifies():
                         self._wake(json.loads(notice.payload))
-            except psycopg.Error as error:
+            except (DatabaseProblem, psycopg.Error) as error:
                 logger.warning("results arrive late, the database does not answer: %s", error)
                 await asyncio.sleep(1.0)
 
@@ -124,7 +127,7 @@ class _Waiters:
             if waited_for:
                 try:
                     self._wake(await in_thread(lambda: operations.finished_among(waited_for)))  # noqa: B023
-                except psycopg.Error as error:
+                except DatabaseProblem as error:
                     logger.warning("waiting requests could not be looked after: %s", error)
 
 

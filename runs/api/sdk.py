@@ -63,6 +63,7 @@ _listing = [
     _route("training_runs/<str:run_id>/checkpoints", endpoint(GET=training_runs.list_run_checkpoints)),
     _route(_CHECKPOINT, endpoint(DELETE=training_runs.delete_checkpoint)),
     _route(f"{_CHECKPOINT}/archive", endpoint(GET=training_runs.archive)),
+    _route("archives/<str:token>", open_endpoint(GET=training_runs.signed_archive)),
     _route(f"{_CHECKPOINT}/publish", endpoint(POST=training_runs.publish, DELETE=training_runs.unpublish)),
     _route(f"{_CHECKPOINT}/ttl", endpoint(PUT=training_runs.set_ttl)),
     _route("checkpoints", endpoint(GET=training_runs.list_checkpoints)),

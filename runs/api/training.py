@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from runs.api.decorators import ApiRequest, Reply, json_reply
-from runs.exceptions import MintError, RequestInvalid
+from runs.api.sequences import consuming_seq
+from runs.exceptions import RequestInvalid
 from runs.models import Operation, TrainingRun
 from runs.schemas import forward_backward as fb
 from runs.schemas import requests, responses
@@ -62,27 +61,32 @@ def get_info(request: ApiRequest) -> Reply:
 
 def forward(request: ApiRequest) -> Reply:
     """Submit a forward (0.22)."""
-    return _forward(request)
+    with consuming_seq(request, Kind.FORWARD):
+        return _forward(request)
 
 
 def forward_backward(request: ApiRequest) -> Reply:
     """Submit a forward_backward; 0.38 asks for a forward here too."""
-    return _forward(request)
+    with consuming_seq(request, Kind.FORWARD_BACKWARD):
+        return _forward(request)
 
 
 def optim_step(request: ApiRequest) -> Reply:
     """Submit an optimizer step."""
-    body = validate(requests.OptimStep, request.body)
-    run = access.get_run(request.user, body.model_id)
-    return submit(
-        run, Submission(kind=Kind.OPTIM_STEP, seq=body.seq_id, payload=requests.canonical_json(body))
-    )
+    with consuming_seq(request, Kind.OPTIM_STEP):
+        body = validate(requests.OptimStep, request.body)
+        run = access.get_run(request.user, body.model_id)
+        payload = requests.canonical_json(body)
+        return submit(run, Submission(kind=Kind.OPTIM_STEP, seq=body.seq_id, payload=payload))
 
 
 def unload_model(request: ApiRequest) -> Reply:
     """Close a run after what was submitted before."""
     body = validate(requests.UnloadModel, request.body)
     run = access.get_run(request.user, body.model_id)
+    latest = operations.latest_of(run, limit=1)
+    if latest and latest[0].kind == Kind.UNLOAD_MODEL:
+        return future_reply(latest[0].pk, run)
     return submit(run, Submission(kind=Kind.UNLOAD_MODEL, seq=operations.next_seq(run), payload=b"{}"))
 
 
@@ -96,22 +100,13 @@ def future_reply(operation_pk: int, run: TrainingRun) -> Reply:
     return json_reply(dict(responses.untyped_future(f"op-{operation_pk}", run.public_id)))
 
 
-def consuming_seq(run: TrainingRun, *, seq: int, kind: str, check: Callable[[], None]) -> None:
-    """Run a check; when it refuses the request, take up its seq_id, which the client will not use again."""
-    try:
-        check()
-    except MintError as error:
-        operations.reject(run, seq=seq, kind=kind, error=error)
-        raise
-
-
 def _forward(request: ApiRequest) -> Reply:
     payload = (
         fb.parse_proto_request(request.body) if request.is_proto else fb.parse_json_request(request.body)
     )
     run = access.get_run(request.user, payload.model_id)
+    _check_fits(run, payload)
     kind = Kind.FORWARD if payload.forward_only else Kind.FORWARD_BACKWARD
-    consuming_seq(run, seq=payload.seq_id, kind=kind, check=lambda: _check_fits(run, payload))
     submission = Submission(
         kind=kind, seq=payload.seq_id, payload=fb.to_bytes(payload), num_tokens=payload.num_tokens
     )

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.signing import TimestampSigner
-from django.urls import reverse
-
 from runs import ids
 from runs.api.decorators import NO_CONTENT, ApiRequest, Reply, json_reply
 from runs.models import Checkpoint, TrainingRun, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
-from runs.services import access, checkpoints, sampling, training_runs
-
-ARCHIVE_SALT = "checkpoint-archive"
-ARCHIVE_LIFETIME_S = 900
+from runs.services import access, archives, checkpoints, sampling, training_runs
 
 
 def list_training_runs(request: ApiRequest) -> Reply:
@@ -82,9 +76,14 @@ def set_ttl(request: ApiRequest) -> Reply:
 def archive(request: ApiRequest) -> Reply:
     """Redirect to a signed address of the checkpoint as a tar file; the client follows it without its key."""
     checkpoint = _own_checkpoint(request)
-    token = TimestampSigner(salt=ARCHIVE_SALT).sign(str(checkpoint.pk))
-    location = f"{request.base_url}{reverse('checkpoint-archive', args=[token])}"
+    location = f"{request.base_url}/api/v1/archives/{archives.sign(checkpoint)}"
     return Reply(status=302, headers={"location": location})
+
+
+def signed_archive(request: ApiRequest) -> Reply:
+    """Send the tar file that a signed address opens."""
+    checkpoint = archives.opened_by(request.path_args["token"])
+    return Reply(parts=archives.tar(checkpoint), content_type="application/x-tar")
 
 
 def _own_checkpoint(request: ApiRequest) -> Checkpoint:

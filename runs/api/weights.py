@@ -6,7 +6,8 @@ import json
 
 from runs import ids
 from runs.api.decorators import ApiRequest, Reply, json_reply
-from runs.api.training import consuming_seq, future_reply, submit
+from runs.api.sequences import consuming_seq
+from runs.api.training import future_reply, submit
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import requests
@@ -20,10 +21,11 @@ Kind = Operation.Kind
 
 def save_weights(request: ApiRequest) -> Reply:
     """Submit a save of weights and optimizer state."""
-    body = validate(requests.SaveWeights, request.body)
-    run = access.get_run(request.user, body.model_id)
-    payload = requests.canonical_json(body)
-    return submit(run, Submission(kind=Kind.SAVE_WEIGHTS, seq=body.seq_id, payload=payload))
+    with consuming_seq(request, Kind.SAVE_WEIGHTS):
+        body = validate(requests.SaveWeights, request.body)
+        run = access.get_run(request.user, body.model_id)
+        payload = requests.canonical_json(body)
+        return submit(run, Submission(kind=Kind.SAVE_WEIGHTS, seq=body.seq_id, payload=payload))
 
 
 def save_weights_for_sampler(request: ApiRequest) -> Reply:
@@ -31,35 +33,23 @@ def save_weights_for_sampler(request: ApiRequest) -> Reply:
 
     A client that sends an ephemeral save again counts its sampling session on; it is the same request.
     """
-    body = validate(requests.SaveWeightsForSampler, request.body)
-    run = access.get_run(request.user, body.model_id)
-    submission = Submission(
-        kind=Kind.SAVE_WEIGHTS_FOR_SAMPLER,
-        seq=body.seq_id,
-        payload=requests.canonical_json(body),
-        digest_of=requests.request_digest(body).encode(),
-    )
-    return submit(run, submission)
+    with consuming_seq(request, Kind.SAVE_WEIGHTS_FOR_SAMPLER):
+        body = validate(requests.SaveWeightsForSampler, request.body)
+        run = access.get_run(request.user, body.model_id)
+        submission = Submission(
+            kind=Kind.SAVE_WEIGHTS_FOR_SAMPLER,
+            seq=body.seq_id,
+            payload=requests.canonical_json(body),
+            digest_of=requests.request_digest(body).encode(),
+        )
+        return submit(run, submission)
 
 
 def load_weights(request: ApiRequest) -> Reply:
     """Submit a load into a run, or make a run from a checkpoint."""
-    body = validate(requests.LoadWeights, request.body)
-    if body.creates_model:
-        return _create_from(request.user, body)
-    assert body.model_id is not None
-    assert body.seq_id is not None
-    run = access.get_run(request.user, body.model_id)
-    found: list[Checkpoint] = []
-    consuming_seq(
-        run,
-        seq=body.seq_id,
-        kind=Kind.LOAD_WEIGHTS,
-        check=lambda: found.append(_source(request.user, body)),
-    )
-    content = {"directory": found[0].directory, "path": body.path, "optimizer": body.optimizer}
-    payload = json.dumps(content, separators=(",", ":")).encode()
-    return submit(run, Submission(kind=Kind.LOAD_WEIGHTS, seq=body.seq_id, payload=payload))
+    with consuming_seq(request, Kind.LOAD_WEIGHTS):
+        body = validate(requests.LoadWeights, request.body)
+        return _create_from(request.user, body) if body.creates_model else _load_into(request.user, body)
 
 
 def weights_info(request: ApiRequest) -> Reply:
@@ -77,6 +67,15 @@ def weights_info(request: ApiRequest) -> Reply:
             "train_attn": run.train_attn,
         }
     )
+
+
+def _load_into(user: User, body: requests.LoadWeights) -> Reply:
+    assert body.model_id is not None
+    assert body.seq_id is not None
+    run = access.get_run(user, body.model_id)
+    content = {"directory": _source(user, body).directory, "path": body.path, "optimizer": body.optimizer}
+    payload = json.dumps(content, separators=(",", ":")).encode()
+    return submit(run, Submission(kind=Kind.LOAD_WEIGHTS, seq=body.seq_id, payload=payload))
 
 
 def _create_from(user: User, body: requests.LoadWeights) -> Reply:

@@ -67,7 +67,7 @@ def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
             "runId": run.public_id,
             "isLarge": is_large,
             "upToSeq": metrics.last_seq(run) if is_large else -1,
-            "names": list(metrics.CHART_METRICS),
+            "names": metrics.names(run) if is_large else [],
         },
     }
     return render(request, "runs/run_detail.html", context)

@@ -15,12 +15,13 @@ from django.db import connection, transaction
 from runs.models import Checkpoint, Operation, SamplingSession, Snapshot, TrainingRun, Worker
 from runs.services import operations
 
+# A run that still names a dead worker is free: one may claim between its burial and the moment it notices.
 _CLAIM = """
 UPDATE runs_trainingrun SET fence = fence + 1, worker_id = %s WHERE id IN (
-  SELECT run.id FROM runs_trainingrun run
-  WHERE run.worker_id IS NULL AND run.base_model = ANY(%s)
+  SELECT run.id FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
+  WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND run.base_model = ANY(%s)
     AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued')
-  ORDER BY run.id LIMIT %s FOR UPDATE SKIP LOCKED)
+  ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED)
 RETURNING id
 """
 # synchronous_commit is off here alone: a lost attempt count after a power cut only means one more try.

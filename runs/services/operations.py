@@ -56,18 +56,33 @@ def submit(run: TrainingRun, submission: Submission) -> int:
         SequenceConflict: this seq_id holds another request.
         RateLimited: too many operations of the run are waiting.
     """
-    if submission.seq > run.applied_seq + MAX_QUEUED_PER_RUN:
+    if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
     return _insert(run.owner_id, run, None, submission)
 
 
 def submit_sample(sampling_session: SamplingSession, submission: Submission) -> int:
-    """Make a sample request durable and return its number; a retry returns the first one's."""
+    """Make a sample request durable and return its number; a retry returns the first one's.
+
+    Raises:
+        SequenceConflict: this seq_id holds another request.
+        RateLimited: too many samples of the user are waiting.
+    """
+    waiting = Operation.objects.filter(
+        owner_id=sampling_session.owner_id, sampling_session__isnull=False, state=Operation.State.QUEUED
+    )
+    if waiting[MAX_QUEUED_SAMPLES - 1 : MAX_QUEUED_SAMPLES].exists():
+        raise RateLimited(f"{MAX_QUEUED_SAMPLES} samples are waiting already")
     return _insert(sampling_session.owner_id, None, sampling_session, submission)
 
 
 def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
-    """Take up the seq_id of a refused request: the client does not use the number again."""
+    """Take up the seq_id of a refused request: the client does not use the number again.
+
+    A number far ahead is left alone: a worker would have to pass all that it skips.
+    """
+    if _is_far_ahead(run, seq):
+        return
     digest = hashlib.sha256(f"rejected {seq}".encode()).hexdigest()
     values = [
         run.owner_id,
@@ -108,6 +123,10 @@ def finished_among(operation_ids: list[int]) -> list[int]:
     """Return those of the operations that have their answer."""
     rows = Operation.objects.filter(pk__in=operation_ids).exclude(state=Operation.State.QUEUED)
     return list(rows.values_list("pk", flat=True))
+
+
+def _is_far_ahead(run: TrainingRun, seq: int) -> bool:
+    return seq > run.applied_seq + MAX_QUEUED_PER_RUN
 
 
 def _insert(

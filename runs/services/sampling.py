@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from runs import ids
+from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, SamplingSession, Session, TrainingRun
 from runs.services import base_models
 
@@ -13,10 +14,11 @@ def create_sampling_session(
     """Open a sampling session on a checkpoint or on the bare base model; a retry returns the first.
 
     Raises:
-        RequestInvalid: the base model is not offered.
+        RequestInvalid: the base model is not offered, or the number holds other weights.
     """
     model = checkpoint.run.base_model if checkpoint is not None else (base_model or "")
     base_models.get(model)
+    model_path = path_of(checkpoint) if checkpoint else ""
     made, _ = SamplingSession.objects.get_or_create(
         session=session,
         seq_id=seq_id,
@@ -26,9 +28,14 @@ def create_sampling_session(
             "base_model": model,
             "checkpoint": checkpoint,
             "run": checkpoint.run if checkpoint and checkpoint.owner_id == session.owner_id else None,
-            "model_path": path_of(checkpoint) if checkpoint else "",
+            "model_path": model_path,
         },
     )
+    if (made.base_model, made.model_path) != (model, model_path):
+        raise RequestInvalid(
+            f"{seq_id} already samples from {made.model_path or made.base_model}",
+            place="sampling_session_seq_id",
+        )
     return made
 
 

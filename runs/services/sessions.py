@@ -25,7 +25,7 @@ def create_session(
         public_id=ids.new_session_id(),
         tags=list(tags),
         user_metadata=dict(user_metadata or {}),
-        sdk_version=sdk_version,
+        sdk_version=sdk_version[:40],
         display_name=display_name,
     )
 

@@ -22,6 +22,7 @@ from runs.services.operations import Submission
 
 LORA_ALPHA: Final = 32.0
 _RECENT: Final = timedelta(seconds=10)
+_MAX_MODEL_SEQ_ID: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ def create_run(
         RequestInvalid: the base model or rank cannot be served, or the number holds another run.
     """
     info = base_models.get(base_model)
+    if model_seq_id > _MAX_MODEL_SEQ_ID:
+        raise RequestInvalid(f"must be at most {_MAX_MODEL_SEQ_ID}, got {model_seq_id}", place="model_seq_id")
     if info.max_rank and lora.rank > info.max_rank:
         raise RequestInvalid(
             f"{lora.rank} is above {info.max_rank}, the most {base_model} takes", place="lora_config.rank"

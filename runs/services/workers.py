@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Final
 
 from django.db import connection
@@ -19,6 +20,8 @@ from runs.models import TrainingRun, Worker
 LEASE_S: Final = 15
 HEARTBEAT_S: Final = 5
 LOCK_CLASS: Final = 7_767_101
+# A worker takes its lock just after its row is there; until then only its lease says that it lives.
+LOCK_GRACE_S: Final = 2
 
 
 def register(*, device: str, dtype: str) -> Worker:
@@ -78,9 +81,10 @@ def _bury(worker: Worker) -> bool:
         (lock_was_free,) = cursor.fetchone()
         if lock_was_free:
             cursor.execute("SELECT pg_advisory_unlock(%s, %s)", [LOCK_CLASS, worker.pk])
-    dead = Worker.objects.filter(pk=worker.pk, stopped_at=None)
-    if not lock_was_free:
-        dead = dead.filter(Q(lease_until__lte=Now()))
+    is_dead = Q(lease_until__lte=Now())
+    if lock_was_free:
+        is_dead |= Q(started_at__lte=Now() - timedelta(seconds=LOCK_GRACE_S))
+    dead = Worker.objects.filter(is_dead, pk=worker.pk, stopped_at=None)
     if dead.update(stopped_at=Now()) == 0:
         return False
     TrainingRun.objects.filter(worker=worker).update(worker=None)

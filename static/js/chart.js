@@ -1,6 +1,6 @@
 // One metric's chart: uPlot with an honest band, marks for what is not a number, and a table and words beside it.
 /* global uPlot */
-import { clock, count, decimal, tick } from "./format.js";
+import { clock, count, decimal, tick, timeLabels } from "./format.js";
 
 const TITLES = {
   loss: "Loss per token",
@@ -97,13 +97,13 @@ export class Chart {
         width: this.holder.clientWidth,
         height: this.holder.clientHeight,
         legend: { show: false },
-        padding: [8, 10, 0, 0],
+        padding: [8, 22, 0, 0],
         scales: {
           x: { time: options.axis === "time", range: (u, min, max) => [min, max] },
           y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => yRange(min, max, options.isLog) },
         },
         axes: [
-          { ...axis, size: 26, space: 70, ...(options.axis === "step" && { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) }) },
+          { ...axis, size: 26, space: 56, ...(options.axis === "step" ? { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) } : { values: (u, ticks) => timeLabels(ticks) }) },
           {
             ...axis,
             size: 54,
@@ -196,16 +196,17 @@ export class Chart {
   }
 
   #say() {
-    const { first, last, lowest, lowestStep, numBad, firstBad } = this.series.facts;
+    const { first, last, lowest, lowestStep, numBad, firstBad, isRough } = this.series.facts;
+    const place = isRough ? "near" : "at";
     const words = [];
-    if (first !== null) words.push(`${decimal(first)} \u2192 ${decimal(last)}, lowest ${decimal(lowest)} at step ${count(lowestStep)}`);
+    if (first !== null) words.push(`${decimal(first)} \u2192 ${decimal(last)}, lowest ${decimal(lowest)} ${place} step ${count(lowestStep)}`);
     if (this.view.width > 1) words.push(`${count(this.view.width)} steps a point, with their range`);
     if (this.series.abandoned.length) words.push("grey: left behind when the run went back");
     const summary = words.join("; ");
     this.part("summary").textContent = summary;
     this.part("summary").title = summary;
     this.holder.setAttribute("aria-label", `${this.part("title").textContent}: ${summary}`);
-    chip(this.part("bad"), numBad, `${count(numBad)} not finite, first at step ${count(firstBad)}`);
+    chip(this.part("bad"), numBad, `${count(numBad)} not finite, first ${place} step ${count(firstBad)}`);
     chip(this.part("floor"), this.floored.length, `${count(this.floored.length)} at or below 0`);
     if (!this.plot || this.plot.cursor.left < 0) this.part("readout").textContent = this.#lastWords();
     if (!this.part("table").hidden) this.#fillTable();

@@ -43,6 +43,18 @@ export function ago(moment, now) {
 
 export function clock(seconds) {
   return new Date(seconds * 1000).toLocaleString(undefined, {
-    month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit",
+    month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
+  });
+}
+
+// Labels of a time axis, as short as their distance allows; the day is said where it changes.
+export function timeLabels(ticks) {
+  const step = ticks.length > 1 ? ticks[1] - ticks[0] : 60;
+  const time = { hour: "2-digit", minute: "2-digit", hourCycle: "h23", ...(step < 60 && { second: "2-digit" }) };
+  return ticks.map((seconds) => {
+    const moment = new Date(seconds * 1000);
+    const isMidnight = moment.getHours() === 0 && moment.getMinutes() === 0 && moment.getSeconds() === 0;
+    if (step >= 86_400 || isMidnight) return moment.toLocaleDateString(undefined, { month: "short", day: "numeric" });
+    return moment.toLocaleTimeString(undefined, time);
   });
 }

@@ -40,38 +40,48 @@ function takePoints(points, next) {
 }
 
 async function loadPast() {
-  if (settings.isLarge) await loadHistory();
+  if (settings.isLarge) await loadHistory(null);
   for (let more = !settings.isLarge; more;) {
     const page = await getJson(`${address}/metrics.json?after=${cursor}`);
     takePoints(page.points, page.cursor);
     more = page.more;
   }
   document.querySelector("[data-chart-empty]").hidden = charts.size > 0;
+  if (zoom) refineHistory();
 }
 
 // A long past comes in buckets; a closer look asks for finer ones.
-async function loadHistory() {
-  const query = new URLSearchParams({ up_to: settings.upToSeq, weight: options.weight, buckets: 1500 });
-  if (zoom && options.axis === "step") {
-    query.set("from", Math.floor(zoom[0]));
-    query.set("to", Math.ceil(zoom[1]));
+async function loadHistory(range) {
+  historyTurn += 1;
+  const turn = historyTurn;
+  for (const name of [...settings.names].sort((a, b) => (rank(a) < rank(b) ? -1 : 1))) {
+    await loadHistoryOf(name, range);
+    if (turn !== historyTurn) return;
   }
-  const { series } = await getJson(`${address}/series.json?${query}`);
-  for (const history of series) {
-    const chart = chartOf(history.name);
-    if (!chart.series.history) numValues += history.num_values.reduce((sum, n) => sum + n, 0);
-    chart.series.setHistory(history);
+}
+
+async function loadHistoryOf(name, range) {
+  const query = new URLSearchParams({ name, up_to: settings.upToSeq, weight: options.weight, buckets: 1500 });
+  if (range && options.axis === "step") {
+    query.set("from", Math.floor(range[0]));
+    query.set("to", Math.ceil(range[1]));
   }
+  const { series: [history] } = await getJson(`${address}/series.json?${query}`);
+  const { series } = chartOf(name);
+  const before = series.numValues;
+  series.setHistory(history);
+  numValues += series.numValues - before;
   grid.dataset.numValues = numValues;
   scheduleDraw();
 }
 
 let historyTimer = null;
+let historyTurn = 0;
 
 function refineHistory() {
   if (!settings.isLarge) return;
   clearTimeout(historyTimer);
-  historyTimer = setTimeout(() => loadHistory().catch(showProblem), 200);
+  historyTimer = setTimeout(() => loadHistory(zoom).catch(showProblem), 200);
 }
 
 // Charts ------------------------------------------------------------------------------------------

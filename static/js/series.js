@@ -155,6 +155,10 @@ export class Series {
     for (let index = 0; past && index < past.step.length; index += 1) {
       this.#see(past.step[index], past.low[index], past.mean[index], past.num_nonfinite[index]);
     }
+    if (past) {
+      [this.facts.first, this.facts.last] = [past.first_value, past.last_value];
+      this.facts.isRough = past.width > 1;
+    }
     for (let index = 0; index < this.step.length; index += 1) this.#seeValue(this.step[index], this.value[index]);
   }
 
@@ -166,7 +170,7 @@ export class Series {
 
 // What the words under a chart are made of.
 function noFacts() {
-  return { first: null, last: null, lowest: null, lowestStep: 0, numBad: 0, firstBad: null };
+  return { first: null, last: null, lowest: null, lowestStep: 0, numBad: 0, firstBad: null, isRough: false };
 }
 
 class Buckets {

@@ -2,7 +2,8 @@
 
     sdk_scenarios.py NAME [NAME ...]     or     sdk_scenarios.py all     or     sdk_scenarios.py list
 
-Every scenario prints one JSON line of facts; what they should be is for the caller to judge. The
+Every scenario prints one JSON line of facts; what they should be is for the caller to judge. One that
+raises prints its traceback as "failed", and the exit status is 1. The
 server and the key come from MINT_BASE_URL, MINT_API_KEY, TINKER_BASE_URL and TINKER_API_KEY, the base
 model from SCENARIO_MODEL. Runs with the published mint, this project's mint and tinker 0.38.
 """
@@ -11,11 +12,13 @@ model from SCENARIO_MODEL. Runs with the published mint, this project's mint and
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
 import sys
 import time
+import traceback
 
 try:
     import mint as sdk
@@ -225,7 +228,7 @@ def loss_falls():
         last_step = client.optim_step(adam)
     sums = [future.result().metrics["loss:sum"] for future in futures]
     last_step.result()
-    return {"loss_sums": sums, "fell": all(x > y for x, y in zip(sums, sums[1:], strict=False))}
+    return {"loss_sums": sums, "fell": all(x > y for x, y in itertools.pairwise(sums))}
 
 
 def accumulation():
@@ -639,15 +642,21 @@ SCENARIOS = {
 def main(names):
     if names == ["list"]:
         sys.stdout.write("\n".join(SCENARIOS) + "\n")
-        return
+        return 0
+    num_failed = 0
     for name in SCENARIOS if names == ["all"] else names:
-        started_at = time.monotonic()
-        facts = SCENARIOS[name]()
         line = {"scenario": name, "sdk": f"{sdk.__name__} {sdk.__version__}"}
-        line |= {"took_s": round(time.monotonic() - started_at, 3), **facts}
+        started_at = time.monotonic()
+        try:
+            line |= SCENARIOS[name]()
+        except Exception:  # noqa: BLE001 - the others are to run all the same
+            line["failed"] = traceback.format_exc()
+            num_failed += 1
+        line["took_s"] = round(time.monotonic() - started_at, 3)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+    return 1 if num_failed else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -10,10 +10,12 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
+from django.contrib.auth.hashers import make_password
 from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 from django.utils import timezone
@@ -48,11 +50,16 @@ def make_user(name: str = "admin", password: str = "") -> User:
     """Return a user, with a password if one is given."""
     user, _ = User.objects.get_or_create(username=name)
     if password:
-        user.set_password(password)
+        user.password = _hashed(password)
     else:
         user.set_unusable_password()
     user.save()
     return user
+
+
+@lru_cache
+def _hashed(password: str) -> str:
+    return make_password(password)
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:

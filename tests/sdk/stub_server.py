@@ -23,6 +23,7 @@ from stub_protobuf import read_forward_backward, write_forward_backward_output, 
 BASE_MODEL = "mintweb/tiny"
 GUIDE_MODEL = "Qwen/Qwen3-0.6B"
 VOCABULARY = 1000
+LOSS_FUNCTIONS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 NEVER_HELD = ("create_model", "load_weights")
 POLL_S = 2.0
 NOW = "2026-01-02T03:04:05Z"
@@ -78,7 +79,7 @@ class State:
     def _guarded(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             return getattr(self, f"run_{path.replace('/', '_')}")(body)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             return {"error": str(error), "category": "user"}
 
     def run_create_model(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -100,16 +101,15 @@ class State:
         return output
 
     def _forward(self, run: Run, body: dict[str, Any]) -> dict[str, Any]:
+        if body["loss_fn"] not in LOSS_FUNCTIONS:
+            raise ValueError(f"unknown loss_fn {body['loss_fn']!r}")
         outputs, loss_sum, weight_sum = [], 0.0, 0.0
+        config = body.get("loss_fn_config") or {}
         for datum in body["data"]:
             inputs = {name: tensor["data"] for name, tensor in datum["loss_fn_inputs"].items()}
             logprobs = [logprob(token, run.steps) for token in inputs["target_tokens"]]
-            if body["loss_fn"] == "cross_entropy":
-                loss_sum -= sum(p * w for p, w in zip(logprobs, inputs["weights"], strict=True))
-                weight_sum += sum(inputs["weights"])
-            else:
-                pairs = zip(logprobs, inputs["logprobs"], inputs["advantages"], strict=True)
-                loss_sum -= sum(math.exp(p - q) * a for p, q, a in pairs)
+            loss_sum += loss_of(body["loss_fn"], logprobs, inputs, config)
+            weight_sum += sum(inputs.get("weights", ()))
             outputs.append({"logprobs": {"data": logprobs, "dtype": "float32", "shape": [len(logprobs)]}})
         metrics = {"loss:sum": loss_sum}
         if body["loss_fn"] == "cross_entropy":
@@ -136,12 +136,15 @@ class State:
     def _save(self, body: dict[str, Any], kind: str, name: str) -> str:
         run = self.runs[body["model_id"]]
         path = f"tinker://{body['model_id']}/{kind}/{name}"
-        self.checkpoints[path] = {
+        if path in self.checkpoints and not body.get("overwrite"):
+            raise ValueError(f"checkpoint {name!r} exists")
+        owner = {
             "run": body["model_id"],
             "id": f"{kind}/{name}",
             "public": False,
-            "ttl": None,
+            "ttl": body.get("ttl_seconds"),
         }
+        self.checkpoints[path] = owner
         self.checkpoints[path] |= {"steps": run.steps, "moments": run.moments, "rank": run.rank}
         return path
 
@@ -158,7 +161,9 @@ class State:
         prompt = [token for chunk in body["prompt"]["chunks"] for token in chunk["tokens"]]
         steps = self.samplers[body["sampling_session_id"]]["steps"]
         params = body["sampling_params"]
-        start, stop = params.get("seed") or 0, params.get("stop") or []
+        start, stop = params.get("seed") or 0, list(params.get("stop") or [])
+        for token in prompt:
+            logprob(token, steps)
         sequences = []
         for sample in range(body["num_samples"]):
             tokens = [(start + sample + i) % 100 for i in range(params.get("max_tokens") or 8)]
@@ -191,10 +196,34 @@ def logprob(token: int, steps: int) -> float:
     return -2.0 / (1 + steps) - (token % 7) / 10
 
 
+def loss_of(
+    loss_fn: str, logprobs: list[float], inputs: dict[str, list[float]], config: dict[str, float]
+) -> float:
+    """Return the loss sum of one datum."""
+    if loss_fn == "cross_entropy":
+        return -sum(p * w for p, w in zip(logprobs, inputs["weights"], strict=True))
+    low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
+    total = 0.0
+    for p, q, a in zip(logprobs, inputs["logprobs"], inputs["advantages"], strict=True):
+        ratio = math.exp(p - q)
+        clipped = min(max(ratio, low), high)
+        match loss_fn:
+            case "importance_sampling":
+                total -= ratio * a
+            case "ppo":
+                total -= min(ratio * a, clipped * a)
+            case "cispo":
+                total -= clipped * p * a
+            case "dro":
+                total -= p * a - config["beta"] / 2 * (p - q) ** 2
+    return total
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request. Routes by the part of the path behind /api/v1/."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     state: State
 
     def log_message(self, *args: object) -> None:
@@ -227,7 +256,10 @@ class Handler(BaseHTTPRequestHandler):
             if hasattr(self.state, f"run_{path.replace('/', '_')}"):
                 self.reply(self.state.submit(path, body))
             elif path.startswith("training_runs/"):
-                self.reply(self.one_run(method, path, body))
+                try:
+                    self.reply(self.one_run(method, path, body))
+                except KeyError:
+                    self.reply({"detail": "not found"}, 404)
             else:
                 self.reply(self.listing(path) or self.immediate(path, body))
 

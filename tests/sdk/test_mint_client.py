@@ -213,3 +213,16 @@ def test_the_training_example(run_client: RunClient, tokenizer: Path, tmp_path: 
     assert len(losses) == 6
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1] + 0.5
+
+
+@pytest.mark.parametrize("own_mint", [True, False])
+def test_every_scenario_for_the_real_server_runs(
+    run_client: RunClient, tokenizer: Path, own_mint: bool
+) -> None:
+    script = ROOT / "tests" / "e2e" / "sdk_scenarios.py"
+    with running(tokenizer) as (url, _):
+        process = run_client(script, "all", url=url, own_mint=own_mint, PYTHONWARNINGS="default")
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [line["failed"] for line in lines if "failed" in line] == []
+    assert process.returncode == 0, process.stderr
+    assert len(lines) == 29

@@ -69,7 +69,9 @@ class Instance:
     def processes(self, part: str = "") -> list[int]:
         """Return the living processes that were started for this data folder and have `part` in their command."""
         mark = f"MINTWEB_DATA_DIR={self.data_dir}".encode()
-        return [pid for pid in all_processes() if mark in environment(pid) and part.encode() in command(pid)]
+        folder = str(self.data_dir).encode()  # Redis writes its title over its environment
+        ours = [pid for pid in all_processes() if mark in environment(pid) or folder in command(pid)]
+        return [pid for pid in ours if part.encode() in command(pid)]
 
 
 def all_processes() -> list[int]:

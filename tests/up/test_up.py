@@ -186,10 +186,11 @@ def test_nothing_outlives_a_killed_up(make_instance: MakeInstance) -> None:
     assert instance.stop() == 0
 
 
-def test_an_interrupt_while_starting_stops_what_has_begun(make_instance: MakeInstance) -> None:
+@pytest.mark.parametrize("part", ["bin/initdb", "bin/postgres -D", "--queues=gpu"])
+def test_an_interrupt_while_starting_stops_what_has_begun(make_instance: MakeInstance, part: str) -> None:
     instance = make_instance()
     instance.launch()
-    wait_for(lambda: instance.processes("bin/postgres"), 60, instance.describe)
+    wait_for(lambda: instance.processes(part), 60, instance.describe)
     assert instance.stop(signal.SIGINT) == 0
     assert instance.processes() == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import BaseCommand
-from django.db import connections
+from django.db import DatabaseError, connections
 
 from mintweb import embedded, probes, programs
 from mintweb.supervision import POLL_S, Supervisor
@@ -23,6 +24,7 @@ from runs.services import accounts, keys
 GIVE_UP_AFTER_ENDS = 5  # of one program in a row, before everything is ready
 REMIND_EVERY_S = 15.0
 ASK_EVERY_S = 0.25
+OPEN_FILES = 65_536  # one per websocket and long-poll
 
 
 class StartFailed(Exception):
@@ -41,6 +43,7 @@ class Command(BaseCommand):
         self._stopping = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._interrupt)
+        allow_many_connections()
         try:
             probes.check_data_folder()
             with embedded.exclusive(settings.DATA_DIR):
@@ -50,17 +53,21 @@ class Command(BaseCommand):
         except (embedded.EmbeddedServerError, probes.NotAnswering, StartFailed) as error:
             self.stderr.write(f"mintweb: {error}.")
             sys.exit(2)
+        except KeyboardInterrupt:
+            self._say("stopped")
 
     def _run(self) -> None:
         supervisor = Supervisor(settings.LOG_DIR, say=self._say)
-        databases = programs.databases()
-        services = programs.services()
+        databases: list[str] = []
+        services: list[str] = []
         try:
-            for program in databases:
+            for program in programs.databases():
+                databases.append(program.name)
                 supervisor.start(program)
             wait_for_databases(supervisor)
-            call_command("migrate", verbosity=0, interactive=False)
-            for program in services:
+            migrate()
+            for program in programs.services():
+                services.append(program.name)
                 supervisor.start(program)
             welcome = welcome_lines()
             connections.close_all()
@@ -71,15 +78,13 @@ class Command(BaseCommand):
                 supervisor.poll()
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            self._say(
-                f"{self._signal_name}: stopping once current operations are finished (Ctrl-C again: at once)"
-            )
+            self._say(f"{self._signal_name}: stopping once current operations are finished (again: at once)")
+            raise
         finally:
             self._stopping = True
             connections.close_all()
-            supervisor.stop([program.name for program in services], hurry=lambda: self._num_interrupts > 1)
-            supervisor.stop([program.name for program in databases])
-        self._say("stopped")
+            supervisor.stop(services, hurry=lambda: self._num_interrupts > 1)
+            supervisor.stop(databases)
 
     def _wait_until_ready(self, supervisor: Supervisor) -> None:
         remind_at = time.monotonic() + REMIND_EVERY_S
@@ -120,6 +125,24 @@ def wait_for_databases(supervisor: Supervisor) -> None:
         embedded.wait_for_postgres(settings.DATA_DIR, is_alive=lambda: supervisor.is_alive("postgres"))
     else:
         probes.check_database()
+
+
+def migrate() -> None:
+    """Bring the tables up to date."""
+    try:
+        call_command("migrate", verbosity=0, interactive=False)
+    except DatabaseError as error:
+        raise StartFailed(
+            f"the tables cannot be brought up to date ({' '.join(str(error).split())})"
+        ) from error
+
+
+def allow_many_connections() -> None:
+    """Raise the limit of open files, which every process started from here inherits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def welcome_lines() -> str:

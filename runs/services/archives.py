@@ -1,0 +1,49 @@
+"""A checkpoint's adapter as one tar file, under an address that is its own permission for a quarter of an hour."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import Final
+
+from django.core.signing import BadSignature, TimestampSigner
+
+from runs.exceptions import NotFound
+from runs.models import Checkpoint
+from runs.services import checkpoints
+
+LIFETIME_S: Final = 900
+_CHUNK_BYTES: Final = 1 << 20
+_signer = TimestampSigner(salt="checkpoint-archive")
+
+
+def sign(checkpoint: Checkpoint) -> str:
+    """Return a token that opens this checkpoint's archive for whoever has it."""
+    return _signer.sign(str(checkpoint.pk))
+
+
+def opened_by(token: str) -> Checkpoint:
+    """Return the checkpoint that a token opens.
+
+    Raises:
+        NotFound: the token is not ours or too old, or the checkpoint was deleted.
+    """
+    try:
+        pk = _signer.unsign(token, max_age=LIFETIME_S)
+    except BadSignature as error:
+        raise NotFound("this download address is not valid or no longer valid") from error
+    checkpoint = Checkpoint.objects.filter(pk=pk).first()
+    if checkpoint is None:
+        raise NotFound("this checkpoint was deleted")
+    return checkpoint
+
+
+def tar(checkpoint: Checkpoint) -> Iterator[bytes]:
+    """Yield a tar file of the adapter's files while they are read."""
+    for name, file in checkpoints.files(checkpoint, with_optimizer=False):
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = file.size, int(checkpoint.created_at.timestamp()), 0o644
+        yield info.tobuf(tarfile.USTAR_FORMAT)
+        yield from file.chunks(_CHUNK_BYTES)
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)

@@ -1,0 +1,58 @@
+"""The other end of a websocket, over ASGI without a network (channels.testing needs daphne for the same)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+from asgiref.testing import ApplicationCommunicator
+
+from mintweb.asgi import application
+
+
+class Socket(ApplicationCommunicator):  # type: ignore[misc]
+    """One browser's socket."""
+
+    is_open = False
+    close_code = 0
+
+    def __init__(self, path: str, *, headers: list[tuple[bytes, bytes]]) -> None:
+        scope = {"type": "websocket", "path": path, "raw_path": quote(path).encode(), "query_string": b""}
+        super().__init__(application, {**scope, "headers": headers, "subprotocols": []})
+
+    async def open(self) -> None:
+        """Shake hands; `is_open` tells whether that worked."""
+        await self.send_input({"type": "websocket.connect"})
+        reply = await self.receive_output(timeout=20)
+        self.is_open = reply["type"] == "websocket.accept"
+        self.close_code = reply.get("code", 0)
+
+    async def say(self, text: str) -> None:
+        """Send a text."""
+        await self.send_input({"type": "websocket.receive", "text": text})
+
+    async def say_json(self, message: object) -> None:
+        """Send a message as JSON."""
+        await self.say(json.dumps(message))
+
+    async def hear(self) -> dict[str, Any]:
+        """Return the next message."""
+        reply = await self.receive_output(timeout=20)
+        assert reply["type"] == "websocket.send", reply
+        message: dict[str, Any] = json.loads(reply["text"])
+        return message
+
+    async def closing_code(self) -> int:
+        """Return with which code the server ends the socket."""
+        while True:
+            reply = await self.receive_output(timeout=20)
+            if reply["type"] == "websocket.close":
+                self.is_open = False
+                return int(reply["code"])
+
+    async def leave(self) -> None:
+        """Close from the browser's side."""
+        if self.is_open:
+            await self.send_input({"type": "websocket.disconnect", "code": 1000})
+        await self.wait(timeout=20)

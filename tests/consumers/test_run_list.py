@@ -1,0 +1,93 @@
+"""The socket of the runs list: rows that changed, and new runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import transaction
+
+from runs import consumers, events
+from runs.models import TrainingRun, User
+from tests.consumers.conftest import Open
+from tests.consumers.sockets import Socket
+from tests.pages import seed
+
+pytestmark = pytest.mark.django_db(transaction=True)
+PATH = "/ws/runs/"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 0.5)
+
+
+async def hear_rows(socket: Socket) -> list[dict[str, Any]]:
+    while True:
+        message = await socket.hear()
+        if message["rows"]:
+            rows: list[dict[str, Any]] = message["rows"]
+            return rows
+
+
+def change(run: TrainingRun, name: str) -> None:
+    with transaction.atomic():
+        TrainingRun.objects.filter(pk=run.pk).update(name=name)
+        events.run_changed(run.pk, run.owner_id, run.public_id)
+
+
+async def test_a_changed_row_is_sent_as_the_page_renders_it(connect: Open, run: TrainingRun) -> None:
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [run.public_id], "is_first_page": True})
+    assert [row["run"] for row in await hear_rows(socket)] == [run.public_id]
+    await sync_to_async(change)(run, "<b>renamed</b>")
+    (row,) = await hear_rows(socket)
+    assert "&lt;b&gt;renamed&lt;/b&gt;" in row["html"]
+    assert row["is_new"] is False
+
+
+async def test_an_unchanged_row_is_not_sent_again(connect: Open, run: TrainingRun) -> None:
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [run.public_id], "is_first_page": True})
+    await hear_rows(socket)
+    for _ in range(3):
+        assert (await socket.hear())["rows"] == []
+
+
+@pytest.mark.parametrize("is_first_page", [True, False])
+async def test_a_new_run_appears_on_the_first_page_alone(connect: Open, run: TrainingRun, is_first_page: bool) -> None:
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [run.public_id], "is_first_page": is_first_page})
+    await hear_rows(socket)
+    user = await User.objects.aget(username="alice")
+    new = await sync_to_async(seed.make_run)(user, name="brand new")
+    if is_first_page:
+        (row,) = await hear_rows(socket)
+        assert (row["run"], row["is_new"]) == (new.public_id, True)
+    else:
+        assert (await socket.hear())["rows"] == []
+
+
+async def test_the_first_run_of_all_is_heard(connect: Open) -> None:
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [], "is_first_page": True})
+    await socket.hear()
+    user = await User.objects.aget(username="alice")
+    await sync_to_async(seed.make_run)(user)
+    assert (await hear_rows(socket))[0]["is_new"] is True
+
+
+async def test_other_peoples_rows_are_never_sent(connect: Open, run: TrainingRun) -> None:
+    bob = await sync_to_async(seed.make_user)("bob")
+    theirs = await sync_to_async(seed.make_run)(bob, name="bob's")
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [theirs.public_id, run.public_id], "is_first_page": True})
+    assert [row["run"] for row in await hear_rows(socket)] == [run.public_id]
+
+
+@pytest.mark.parametrize("message", ['{"rows": 1}', '{"rows": [1]}', "{}", "x"])
+async def test_a_bad_message_ends_the_socket(connect: Open, message: str) -> None:
+    socket = await connect(PATH)
+    await socket.say(message)
+    assert await socket.closing_code() == consumers.BAD_MESSAGE

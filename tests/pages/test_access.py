@@ -1,0 +1,136 @@
+"""What every page promises: a login, the owner alone, a token on every change, the security headers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.test import Client
+from django.urls import URLPattern
+
+from runs import urls
+from runs.models import Checkpoint, TrainingRun, User
+from runs.services import keys
+from tests.pages import seed
+
+pytestmark = pytest.mark.django_db
+POST_ONLY = {
+    "logout",
+    "run-rename",
+    "checkpoint-delete",
+    "checkpoint-delete-many",
+    "checkpoint-keep",
+    "key-create",
+    "key-revoke",
+    "password-change",
+}
+POSTS_TOO = {"login", "login-link"}
+OF_A_RUN = {
+    "run-detail",
+    "run-panels",
+    "run-rename",
+    "run-metrics",
+    "run-metrics-csv",
+    "run-series",
+    "checkpoint-download",
+    "checkpoint-delete",
+    "checkpoint-keep",
+}
+
+
+@pytest.fixture
+def theirs(bob: User) -> Checkpoint:
+    run = seed.make_run(bob, name="bob's secret")
+    seed.add_values(run, seed.curve(3))
+    return seed.add_checkpoint(run, "first")
+
+
+def address(pattern: URLPattern, checkpoint: Checkpoint, key_pk: int) -> str:
+    from django.urls import reverse
+
+    values: dict[str, Any] = {
+        "run_id": checkpoint.run.public_id,
+        "kind": checkpoint.kind,
+        "name": checkpoint.name,
+        "pk": key_pk,
+        "token": "x",
+    }
+    assert pattern.name
+    return reverse(pattern.name, kwargs={name: values[name] for name in pattern.pattern.converters})
+
+
+def test_every_route_declares_a_policy() -> None:
+    assert {pattern.callback.policy for pattern in urls.page_urls} == {"public", "owner"}
+    for pattern in urls.socket_routes:
+        assert pattern.callback.consumer_class.policy == "owner"
+
+
+@pytest.mark.parametrize("pattern", urls.page_urls, ids=lambda pattern: pattern.name)
+def test_a_stranger_is_sent_to_the_login(client: Client, theirs: Checkpoint, pattern: URLPattern) -> None:
+    reply = client.generic("POST" if pattern.name in POST_ONLY else "GET", address(pattern, theirs, 1))
+    if pattern.callback.policy == "public":
+        assert reply.status_code in (200, 302)
+    else:
+        assert reply.status_code == 302
+        assert reply["location"].startswith("/login/?next=")
+
+
+@pytest.mark.parametrize("name", sorted(OF_A_RUN))
+def test_what_is_not_yours_looks_as_if_it_were_missing(page: Client, theirs: Checkpoint, name: str) -> None:
+    pattern = next(pattern for pattern in urls.page_urls if pattern.name == name)
+    path = address(pattern, theirs, 1)
+    method = "POST" if name in POST_ONLY else "GET"
+    missing = path.replace(theirs.run.public_id, "00000000-0000-4000-8000-000000000000:train:0")
+    reply, reply_missing = page.generic(method, path), page.generic(method, missing)
+    assert reply.status_code == reply_missing.status_code == 404
+    assert b"bob" not in reply.content
+    assert Checkpoint.objects.filter(pk=theirs.pk).exists()
+    assert TrainingRun.objects.get(pk=theirs.run.pk).name == "bob's secret"
+
+
+def test_somebody_elses_key_cannot_be_revoked(page: Client, bob: User) -> None:
+    key, _ = keys.create_key(bob, "bob's")
+    assert page.post(f"/settings/keys/{key.pk}/revoke").status_code == 404
+    key.refresh_from_db()
+    assert key.revoked_at is None
+
+
+@pytest.mark.parametrize(
+    "pattern", [p for p in urls.page_urls if p.name in POST_ONLY | POSTS_TOO], ids=lambda pattern: pattern.name
+)
+def test_a_change_without_a_token_is_refused(alice: User, pattern: URLPattern) -> None:
+    run = seed.make_run(alice, name="kept")
+    checkpoint = seed.add_checkpoint(run, "first")
+    key, _ = keys.create_key(alice, "key")
+    strict = Client(enforce_csrf_checks=True)
+    strict.force_login(alice)
+    reply = strict.post(address(pattern, checkpoint, key.pk), {"name": "changed", "path": "x"})
+    assert reply.status_code == 403
+    assert b"out of date" in reply.content
+    assert Checkpoint.objects.filter(pk=checkpoint.pk).exists()
+
+
+@pytest.mark.parametrize("pattern", [p for p in urls.page_urls if p.name in POST_ONLY], ids=lambda p: p.name)
+def test_a_change_needs_a_post(page: Client, alice: User, pattern: URLPattern) -> None:
+    checkpoint = seed.add_checkpoint(seed.make_run(alice), "first")
+    assert page.get(address(pattern, checkpoint, 1)).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/runs/", "/checkpoints/", "/workers/", "/settings/", "/login/x/", "/nothing/"])
+def test_every_page_forbids_foreign_and_inline_code(page: Client, path: str) -> None:
+    reply = page.get(path)
+    policy = reply["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert reply["x-content-type-options"] == "nosniff"
+    text = reply.content.decode()
+    assert " style=" not in text
+    assert " on" + "click=" not in text
+    assert "<script>" not in text
+
+
+def test_a_missing_page_says_so(page: Client) -> None:
+    reply = page.get("/nothing/")
+    assert reply.status_code == 404
+    assert b"There is nothing here" in reply.content

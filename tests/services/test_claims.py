@@ -1,0 +1,209 @@
+"""Claims: each run has one owner, a new owner has a higher fence, operations are taken in order."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from pytest_django.fixtures import Settings
+
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, Operation, TrainingRun, User
+from runs.services import claims, commits, operations, workers
+from tests.services import rows
+from tests.services.hand_worker import HandWorker, applied, commit_of
+from tests.services.races import race
+
+MODELS = [rows.BASE_MODEL]
+
+
+def test_a_claim_raises_the_fence_and_names_the_owner(run: TrainingRun, worker: HandWorker) -> None:
+    (held,) = claims.claim_runs(worker.row, MODELS)
+    run.refresh_from_db()
+    assert (held.pk, held.fence, held.applied_seq) == (run.pk, 1, -1)
+    assert (run.fence, run.worker_id) == (1, worker.row.pk)
+    assert (held.lora_rank, held.lora_seed, held.public_id) == (run.lora_rank, run.lora_seed, run.public_id)
+
+
+def test_each_new_claim_raises_the_fence_again(run: TrainingRun, worker: HandWorker) -> None:
+    for fence in (1, 2, 3):
+        (held,) = claims.claim_runs(worker.row, MODELS)
+        assert held.fence == fence
+        claims.release_run(run.pk, worker.row)
+
+
+def test_only_free_runs_with_work_for_the_workers_models_are_claimed(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    assert claims.claim_runs(worker.row, ["other/model"]) == []
+    worker.finish(Operation.objects.get(run=run, seq=0).pk)
+    assert claims.claim_runs(HandWorker().row, MODELS) == []  # it has an owner
+    claims.release_run(run.pk, worker.row)
+    assert claims.claim_runs(worker.row, MODELS) == []  # it has no work
+    rows.optim_step(run, 1)
+    assert [held.pk for held in claims.claim_runs(worker.row, MODELS)] == [run.pk]
+
+
+def test_only_the_owner_can_release(run: TrainingRun, worker: HandWorker) -> None:
+    worker.hold(run)
+    claims.release_run(run.pk, HandWorker().row)
+    run.refresh_from_db()
+    assert run.worker_id == worker.row.pk
+
+
+@pytest.mark.django_db(transaction=True)
+def test_racing_workers_claim_each_run_once(alice: User, worker: HandWorker) -> None:
+    made = {rows.make_run(alice).pk for _ in range(24)}
+    rivals = [HandWorker().row for _ in range(4)]
+    claimed = race([partial(claims.claim_runs, rival, MODELS) for rival in rivals])
+    pks = [held.pk for part in claimed for held in part]
+    assert sorted(pks) == sorted(made)
+    assert set(TrainingRun.objects.values_list("fence", flat=True)) == {1}
+
+
+def test_a_run_of_a_dead_worker_is_free_even_if_nobody_set_it_free(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    """A zombie may claim between its burial and the moment it notices, and then end."""
+    zombie = HandWorker()
+    workers.stop(zombie.row)
+    assert zombie.hold(run).fence == 1
+    assert worker.hold(run).fence == 2
+    assert claims.claim_runs(zombie.row, MODELS) == []
+
+
+def test_operations_are_taken_in_seq_order_after_the_last_taken(run: TrainingRun, worker: HandWorker) -> None:
+    for seq in (4, 2, 1, 3):
+        rows.optim_step(run, seq)
+    worker.hold(run)
+    taken = claims.take_operations(worker.row, {run.pk: -1}, limit=3)
+    assert [op.seq for op in taken] == [0, 1, 2]
+    assert [op.seq for op in claims.take_operations(worker.row, {run.pk: 2}, limit=9)] == [3, 4]
+    assert claims.take_operations(worker.row, {}, limit=9) == []
+
+
+def test_operations_of_several_runs_are_grouped_by_run(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    other = rows.make_run(alice)
+    for seq in (1, 2, 3):
+        rows.optim_step(run, seq)
+        rows.optim_step(other, seq)
+    taken = claims.take_operations(worker.row, {other.pk: 0, run.pk: 1}, limit=2)
+    assert [(op.run_pk, op.seq) for op in taken] == [(run.pk, 2), (run.pk, 3), (other.pk, 1), (other.pk, 2)]
+
+
+def test_each_taking_counts_an_attempt_and_notes_the_start(run: TrainingRun, worker: HandWorker) -> None:
+    for attempts in (1, 2, 3):
+        (taken,) = claims.take_operations(worker.row, {run.pk: -1}, limit=1)
+        assert taken.attempts == attempts
+    row = Operation.objects.get(pk=taken.pk)
+    assert (row.attempts, row.worker_id) == (3, worker.row.pk)
+    assert row.started_at is not None
+    assert taken.waited_s >= 0
+
+
+def test_a_refused_operation_is_taken_only_to_pass_its_seq(run: TrainingRun, worker: HandWorker) -> None:
+    operations.reject(run, seq=1, kind=Operation.Kind.OPTIM_STEP, error=RequestInvalid("no"))
+    rows.optim_step(run, 2)
+    taken = claims.take_operations(worker.row, {run.pk: 0}, limit=9)
+    assert [(op.seq, op.is_rejected) for op in taken] == [(1, True), (2, False)]
+
+
+def test_a_payload_in_storage_is_taken_whole(
+    run: TrainingRun, worker: HandWorker, settings: Settings
+) -> None:
+    payload = b"x" * (settings.INLINE_PAYLOAD_BYTES + 1)
+    operations.submit(
+        run, operations.Submission(kind=Operation.Kind.FORWARD, seq=1, payload=payload, num_tokens=5)
+    )
+    (taken,) = claims.take_operations(worker.row, {run.pk: 0}, limit=1)
+    assert (taken.payload, taken.num_tokens, taken.kind) == (payload, 5, "forward")
+
+
+def test_samples_are_taken_once_and_oldest_first(alice: User, worker: HandWorker) -> None:
+    session = rows.make_sampling_session(alice)
+    pks = [rows.sample(session, seq) for seq in (5, 1, 9)]
+    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=2)] == pks[:2]
+    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=9)] == pks[2:]
+    assert claims.take_samples(HandWorker().row, MODELS, limit=9) == []
+    assert claims.take_samples(worker.row, ["other/model"], limit=9) == []
+
+
+def test_samples_of_a_dead_worker_are_taken_again(alice: User, worker: HandWorker) -> None:
+    pk = rows.sample(rows.make_sampling_session(alice), 0)
+    claims.take_samples(worker.row, MODELS, limit=9)
+    workers.stop(worker.row)
+    (again,) = claims.take_samples(HandWorker().row, MODELS, limit=9)
+    assert (again.pk, again.attempts) == (pk, 2)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_racing_workers_take_each_sample_once(alice: User, worker: HandWorker) -> None:
+    session = rows.make_sampling_session(alice)
+    made = [rows.sample(session, seq) for seq in range(40)]
+    rivals = [HandWorker().row for _ in range(4)]
+    taken = race([partial(claims.take_samples, rival, MODELS, limit=20) for rival in rivals])
+    first = [sample.pk for part in taken for sample in part]
+    rest = [sample.pk for sample in claims.take_samples(worker.row, MODELS, limit=99)]
+    assert sorted(first + rest) == made
+
+
+def test_a_sample_knows_where_its_weights_are(alice: User, run: TrainingRun, worker: HandWorker) -> None:
+    checkpoint = rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER)
+    rows.sample(rows.make_sampling_session(alice, checkpoint), 0)
+    rows.sample(rows.make_sampling_session(alice), 0)
+    of_checkpoint, of_base = claims.take_samples(worker.row, MODELS, limit=9)
+    assert (of_checkpoint.checkpoint_directory, of_checkpoint.is_lost) == (checkpoint.directory, False)
+    assert (of_base.checkpoint_directory, of_base.is_lost) == ("", False)
+
+
+def test_a_sample_of_deleted_weights_is_marked_lost(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    checkpoint = rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER)
+    rows.sample(rows.make_sampling_session(alice, checkpoint), 0)
+    checkpoint.delete()
+    (taken,) = claims.take_samples(worker.row, MODELS, limit=9)
+    assert taken.is_lost
+
+
+def test_applied_operations_come_back_for_replay_without_an_attempt(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    operations.reject(run, seq=1, kind=Operation.Kind.OPTIM_STEP, error=RequestInvalid("no"))
+    pk = rows.optim_step(run, 2)
+    rows.optim_step(run, 3)
+    worker.finish(pk, commits.Result(body=b"answer"))
+    replayed = list(claims.applied_operations(run.pk, after_seq=0, up_to_seq=2))
+    assert [(op.seq, op.is_rejected, op.result, op.attempts) for op in replayed] == [
+        (1, True, None, 0),
+        (2, False, b"answer", 0),
+    ]
+    assert Operation.objects.get(pk=pk).attempts == 0
+
+
+def test_snapshots_are_offered_newest_first_up_to_what_was_applied(run: TrainingRun) -> None:
+    for seq, fence in ((10, 1), (20, 1), (20, 2)):
+        commits.register_snapshot(run.pk, fence=fence, seq=seq, directory=f"s/{seq}-{fence}", size_bytes=1)
+    assert claims.latest_snapshots(run.pk, up_to_seq=25) == [(20, "s/20-2"), (20, "s/20-1")]
+    assert claims.latest_snapshots(run.pk, up_to_seq=15) == []
+
+
+def test_checkpoint_exists_asks_for_kind_and_name(run: TrainingRun) -> None:
+    rows.make_checkpoint(run, "one")
+    assert claims.checkpoint_exists(run.pk, kind="weights", name="one")
+    assert not claims.checkpoint_exists(run.pk, kind="sampler_weights", name="one")
+    assert not claims.checkpoint_exists(run.pk, kind="weights", name="two")
+
+
+def test_a_skipped_seq_becomes_a_row_when_it_is_passed(run: TrainingRun, worker: HandWorker) -> None:
+    late = rows.optim_step(run, 3)
+    held = worker.hold(run)
+    create = Operation.objects.get(run=run, seq=0)
+    cycle = [applied(create.pk, 0), applied(None, 1), applied(None, 2), applied(late, 3)]
+    assert commits.commit_all([commit_of(held, cycle)]) == [True]
+    found = list(
+        Operation.objects.filter(run=run, seq__in=(1, 2)).values_list("kind", "state", "error_category")
+    )
+    assert found == [("skipped", "failed", "user")] * 2

@@ -1,0 +1,129 @@
+"""Workers: two signs of life, both by the database alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import psycopg
+import pytest
+from django.db import connection
+from django.db.models import F
+from django.db.models.functions import Now
+
+from runs.models import TrainingRun, Worker
+from runs.services import workers
+from tests.services.hand_worker import HandWorker
+
+HOUR = timedelta(hours=1)
+Connection = psycopg.Connection[tuple[object, ...]]
+
+
+@pytest.fixture
+def lock(worker: HandWorker) -> Iterator[Connection]:
+    """Hold the worker's lock on a connection of its own, as the worker process does."""
+    Worker.objects.filter(pk=worker.row.pk).update(started_at=F("started_at") - HOUR)
+    with psycopg.connect(**connection.get_connection_params(), autocommit=True) as held:
+        held.execute("SELECT pg_advisory_lock(%s, %s)", [workers.LOCK_CLASS, worker.row.pk])
+        yield held
+
+
+def let_lease_end(worker: HandWorker) -> None:
+    Worker.objects.filter(pk=worker.row.pk).update(lease_until=Now() - timedelta(seconds=1))
+
+
+def test_a_new_worker_is_live_for_its_lease(worker: HandWorker) -> None:
+    assert list(workers.live()) == [worker.row]
+    rest = Worker.objects.filter(
+        lease_until__gt=Now() + timedelta(seconds=workers.LEASE_S - 5),
+        lease_until__lte=Now() + timedelta(seconds=workers.LEASE_S + 5),
+    )
+    assert rest.count() == 1
+
+
+def test_the_living_are_not_buried(worker: HandWorker, run: TrainingRun, lock: Connection) -> None:
+    worker.hold(run)
+    assert workers.bury_dead() == []
+    run.refresh_from_db()
+    assert run.worker_id == worker.row.pk
+
+
+def test_a_closed_lock_connection_means_death_at_once(
+    worker: HandWorker, run: TrainingRun, lock: Connection
+) -> None:
+    worker.hold(run)
+    lock.close()
+    deadline_tries = 200  # the server needs a moment to notice the closed socket
+    assert any(workers.bury_dead() == [worker.row] for _ in range(deadline_tries))
+    run.refresh_from_db()
+    assert run.worker_id is None
+    assert not workers.live().exists()
+    assert HandWorker().hold(run).fence == 2
+
+
+def test_a_lease_that_ran_out_means_death_though_the_lock_is_held(
+    worker: HandWorker, run: TrainingRun, lock: Connection
+) -> None:
+    """A stopped process or a frozen machine keeps its connection."""
+    worker.hold(run)
+    let_lease_end(worker)
+    assert workers.bury_dead() == [worker.row]
+    run.refresh_from_db()
+    assert run.worker_id is None
+
+
+def test_a_worker_that_just_started_may_not_have_its_lock_yet(worker: HandWorker) -> None:
+    assert workers.bury_dead() == []
+    Worker.objects.filter(pk=worker.row.pk).update(started_at=F("started_at") - HOUR)
+    assert workers.bury_dead() == [worker.row]
+
+
+def test_the_dead_are_buried_once(worker: HandWorker, lock: Connection) -> None:
+    let_lease_end(worker)
+    assert workers.bury_dead() == [worker.row]
+    assert workers.bury_dead() == []
+
+
+def test_the_check_leaves_the_lock_free(worker: HandWorker, lock: Connection) -> None:
+    lock.close()
+    for _ in range(3):
+        workers.bury_dead()
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = %s", [workers.LOCK_CLASS]
+        )
+        assert cursor.fetchone() == (0,)
+
+
+def test_a_renewal_pushes_the_lease_out(worker: HandWorker) -> None:
+    let_lease_end(worker)
+    assert workers.renew(worker.row, busy_share=0.5)
+    worker.row.refresh_from_db()
+    assert worker.row.busy_share == 0.5
+    assert list(workers.live()) == [worker.row]
+
+
+def test_a_buried_worker_is_told_at_its_next_renewal(worker: HandWorker, lock: Connection) -> None:
+    let_lease_end(worker)
+    workers.bury_dead()
+    assert not workers.renew(worker.row, busy_share=0.0)
+    assert not workers.live().exists()
+
+
+def test_a_worker_that_stops_sets_its_runs_free(worker: HandWorker, run: TrainingRun) -> None:
+    worker.hold(run)
+    workers.stop(worker.row)
+    run.refresh_from_db()
+    assert run.worker_id is None
+    assert not workers.live().exists()
+
+
+def test_the_living_come_first_with_what_they_hold(worker: HandWorker, run: TrainingRun) -> None:
+    dead = HandWorker()
+    workers.stop(dead.row)
+    worker.hold(run)
+    found = workers.recent(limit=5)
+    assert [(row.pk, row.is_alive, row.num_runs) for row in found] == [  # type: ignore[attr-defined]
+        (worker.row.pk, True, 1),
+        (dead.row.pk, False, 0),
+    ]
