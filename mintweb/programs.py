@@ -1,41 +1,101 @@
-"""The programs that make up a running mintweb, with their command lines; `manage.py up` keeps them running."""
+"""The programs that make up a running mintweb, and the configuration by which supervisord keeps them running."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from configparser import RawConfigParser
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from django.conf import settings
 
 from mintweb import embedded
-from mintweb.supervision import Program, dying_with_parent
 
 # A worker finishes its current operation before it stops; one operation is at most a slice of 20 s and a snapshot.
-WORKER_STOP_TIMEOUT_S = 60.0
+WORKER_STOP_TIMEOUT_S = 60
+NUM_RETRIES = 4  # of a program that ends before it is steady; with pauses of 1, 2, 3 and 4 seconds
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program to keep running; it starts again at once when it ends after `steady_after_s`, else with a pause."""
+
+    name: str
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: signal.Signals = signal.SIGTERM
+    stop_timeout_s: int = 10
+    steady_after_s: int = 10
+
+
+def control_socket() -> Path:
+    """Return where supervisord answers; only its owner can reach it."""
+    return embedded.socket_dir(settings.DATA_DIR) / "up.sock"
+
+
+def supervisord() -> tuple[str, ...]:
+    """Write supervisord's configuration and return its command line.
+
+    Raises:
+        EmbeddedServerError: a database cannot be set up.
+    """
+    here, folder = "%(here)s", settings.DATA_DIR / "run"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    settings.LOG_DIR.mkdir(mode=0o700, exist_ok=True)
+    sections: dict[str, dict[str, object]] = {
+        "supervisord": {
+            "nodaemon": "true",
+            "silent": "true",
+            "nocleanup": "true",
+            "minprocs": 1,
+            "logfile": f"{here}/../logs/supervisord.log",
+            "pidfile": f"{here}/supervisord.pid",
+        },
+        "rpcinterface:supervisor": {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
+    }
+    for group, members in (("databases", databases()), ("services", services())):
+        names = ",".join(program.name for program in members)
+        if names:
+            sections[f"group:{group}"] = {"programs": names, "priority": 1 if group == "databases" else 2}
+        for program in members:
+            sections[f"program:{program.name}"] = {
+                **_section(program),
+                "autostart": "true" if group == "databases" else "false",
+                "stdout_logfile": f"{here}/../logs/{program.name}.log",
+            }
+    control_socket().unlink(missing_ok=True)
+    sections["unix_http_server"] = {"file": str(control_socket()).replace(str(folder), here)}
+    config = RawConfigParser()
+    config.read_dict(sections)
+    file = folder / "supervisord.conf"
+    file.touch(mode=0o600)
+    with file.open("w", encoding="utf-8") as output:
+        config.write(output)
+    return _python("supervisor.supervisord", "--configuration", str(file))
 
 
 def databases() -> list[Program]:
     """Return the database servers that run from wheels; none when DATABASE_URL and REDIS_URL are given."""
     programs = []
+    redis = embedded.prepare_redis(settings.DATA_DIR)  # makes the folder of the sockets in any case
     if settings.EMBEDDED_REDIS:
-        programs.append(
-            Program(
-                "redis",
-                tuple(embedded.prepare_redis(settings.DATA_DIR)),
-                prepare=lambda: embedded.prepare_redis(settings.DATA_DIR),
-            )
-        )
+        programs.append(Program("redis", tuple(redis), steady_after_s=1))
     if settings.EMBEDDED_POSTGRES:
         programs.append(
             Program(
                 "postgres",
                 tuple(embedded.prepare_postgres(settings.DATA_DIR)),
                 stop_signal=signal.SIGINT,
-                stop_timeout_s=embedded.STOP_TIMEOUT_S,
-                prepare=lambda: embedded.prepare_postgres(settings.DATA_DIR),
+                stop_timeout_s=int(embedded.STOP_TIMEOUT_S),
+                steady_after_s=1,
             )
         )
     return programs
@@ -137,4 +197,25 @@ def _celery(command: str, *options: str) -> tuple[str, ...]:
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
-    return dying_with_parent([sys.executable, "-m", module, *arguments])
+    # The kernel ends it when the process that started it ends, however that happens.
+    setpriv = shutil.which("setpriv")
+    dying = (setpriv, "--pdeathsig", "KILL") if setpriv else ()
+    return (*dying, sys.executable, "-m", module, *arguments)
+
+
+def _section(program: Program) -> dict[str, object]:
+    # supervisord expands %, and takes a # or ; after a blank for a comment even between quotes.
+    command = shlex.join(program.command).replace("%", "%%").replace(" #", " ''#").replace(" ;", " '';")
+    return {
+        "command": command,
+        "environment": ",".join(f'{name}="{value}"' for name, value in program.env.items()),
+        "autorestart": "true",
+        "startsecs": program.steady_after_s,
+        "startretries": NUM_RETRIES,
+        "stopsignal": program.stop_signal.name,
+        "stopwaitsecs": program.stop_timeout_s,
+        "killasgroup": "true",
+        "redirect_stderr": "true",
+        "stdout_logfile_maxbytes": "32MB",
+        "stdout_logfile_backups": 1,
+    }

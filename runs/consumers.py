@@ -216,6 +216,7 @@ class RunListConsumer(LiveConsumer):
     def _open(self) -> str:
         self._watched: list[str] = []
         self._takes_new = False
+        self._owes_answer = True
         self._newest_pk: int | None = None
         self._sent: dict[str, str] = {}
         return events.owner_group(self.user.pk)
@@ -232,16 +233,18 @@ class RunListConsumer(LiveConsumer):
         self._takes_new = message.get("is_first_page") is True
         self._newest_pk = None
         self._sent = {}
+        self._owes_answer = True
 
     async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
-        wanted = None if is_self_check or not self._sent else hinted
+        wanted = None if is_self_check or self._owes_answer else hinted
         rendered = await in_thread(lambda: self._render(wanted))
         changed = {run_id: html for run_id, html in rendered.items() if self._sent.get(run_id) != html}
         self._sent.update(changed)
         new = [run_id for run_id in changed if run_id not in self._watched]
         self._watched += new
         rows = [{"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()]
-        if rows or is_self_check:
+        if rows or is_self_check or self._owes_answer:
+            self._owes_answer = False
             await self.send(json.dumps({"rows": rows}, separators=(",", ":")))
 
     def _render(self, hinted: Iterable[str] | None) -> dict[str, str]:

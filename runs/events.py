@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final, TypedDict
 
+import redis.exceptions
 from asgiref.sync import async_to_sync
 from celery import current_app
 from channels.layers import get_channel_layer
@@ -125,7 +126,7 @@ class _PageHints:
         try:
             async_to_sync(layer.group_send)(run_group(run_pk), message)
             async_to_sync(layer.group_send)(owner_group(owner_pk), message)
-        except (OSError, ConnectionError) as error:
+        except (OSError, redis.exceptions.RedisError) as error:
             logger.warning("no page hint for run %s: %s", public_id, error)
 
 

@@ -36,8 +36,8 @@ class Engine:
         on_gpu = base.device.type == "cuda"
         self._base = base
         self._adapters: dict[str, Adapter] = {}
-        head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=4096 if on_gpu else 512)
-        self._trainer = Trainer(base, head, token_budget=16384 if on_gpu else 2048)
+        head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
+        self._trainer = Trainer(base, head, token_budget=_token_budget(base))
         self.sampler = Sampler(
             base,
             head,
@@ -207,6 +207,21 @@ class Engine:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _token_budget(base: BaseModel) -> int:
+    """Return the rows of one training batch: 2048 fill a CPU, a GPU takes what half its memory holds.
+
+    Fixed at load, because the cut of a job decides its last bits. The estimate is what autograd
+    keeps per row: about 12 hidden and 4 intermediate vectors a layer.
+    """
+    if base.device.type != "cuda":
+        return 2048
+    config = base.config
+    widths = 12 * config.hidden_size + 4 * config.intermediate_size
+    row_bytes = int(config.num_hidden_layers * widths * base.dtype.itemsize)
+    fitting = max(1, _free_bytes(base.device) // 2 // row_bytes)
+    return min(16384, max(1024, 1 << (fitting.bit_length() - 1)))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 Each takes (logprobs, inputs, config) of equal shape and returns the loss terms, whose sum is the
 loss; autograd gives the gradient. Called by logprobs on trained positions only.
-Source: the vendor's documented formulas, see `docs/` (losses).
+Notation: p log-probability now, q that of the sampler (`logprobs`), A `advantages`, w `weights`.
+Source: the formulas that the SDK documents for its loss_fn names.
 """
 
 from __future__ import annotations

@@ -240,13 +240,16 @@ class Sampler:
         draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]
         tokens, logprobs = choose(logits_SV, draws)
         outcomes: list[SampleOutcome] = []
+        ended: set[int] = set()
+        failed: set[str] = set()
         for continuation, token, logprob in zip(continuations, tokens, logprobs, strict=True):
             active, request_id = continuation.active, continuation.active.request.request_id
-            if continuation not in self._running:
-                continue  # its request has just failed
+            if request_id in failed:
+                continue
             if not math.isfinite(logprob):
                 self._cache.clear([c.slot for c in self._running if c.active is active])
                 self.cancel(request_id)
+                failed.add(request_id)
                 outcomes.append((request_id, NonFiniteError("the model's log-probabilities are not finite")))
                 continue
             reason: StopReason | None = StopReason.LENGTH
@@ -254,9 +257,10 @@ class Sampler:
                 reason = continuation.append(token, logprob, self._decoder)
             if reason is not None:
                 active.finish(continuation, reason)
-                self._running.remove(continuation)
+                ended.add(continuation.slot)
             if active.is_done:
                 outcomes.append((request_id, active.result()))
+        self._running = [c for c in self._running if c.slot not in ended]
         return outcomes
 
 

@@ -253,5 +253,6 @@ def documents(split: Split, *, seed: int) -> Iterator[Document]:
     rng = random.Random(f"{split}:{seed}")  # noqa: S311 - text, not secrets
     while True:
         document = _write(rng)
-        if split_of(document.text) is split:
+        # A draw of nothing but yes and no answers leaves a plain-facts document empty.
+        if document.text and split_of(document.text) is split:
             yield document

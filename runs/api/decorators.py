@@ -302,10 +302,14 @@ async def _send(reply: Reply, send: Send) -> None:
     headers.append((b"x-content-type-options", b"nosniff"))
     if reply.status != 204:
         headers.append((b"content-type", reply.content_type.encode()))
-    if reply.status != 204 and reply.parts is None:
-        headers.append((b"content-length", str(len(reply.body)).encode()))
+        if reply.parts is None:
+            headers.append((b"content-length", str(len(reply.body)).encode()))
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    parts = iter(()) if reply.parts is None else reply.parts
+    if reply.parts is not None:
+        await _send_parts(reply.parts, send)
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+async def _send_parts(parts: Iterator[bytes], send: Send) -> None:
     while (part := await in_thread(lambda: next(parts, None))) is not None:
         await send({"type": "http.response.body", "body": part, "more_body": True})
-    await send({"type": "http.response.body", "body": reply.body})

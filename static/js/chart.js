@@ -272,8 +272,10 @@ function padded(from, to) {
 
 function yRange(min, max, isLog) {
   if (min === null || max === null) return isLog ? [0.1, 1] : [0, 1];
-  if (isLog) return min === max ? [min / 2, max * 2] : [min / (max / min) ** 0.06, max * (max / min) ** 0.06];
-  const space = (max - min) * 0.07 || Math.abs(max) * 0.1 || 1;
+  // Rounding in the average makes a constant vary in its last digits; such a range has no ticks.
+  const isConstant = max - min <= 1e-7 * Math.max(Math.abs(min), Math.abs(max));
+  if (isLog) return isConstant ? [min / 2, max * 2] : [min / (max / min) ** 0.06, max * (max / min) ** 0.06];
+  const space = isConstant ? Math.abs(max) * 0.1 || 1 : (max - min) * 0.07;
   // Measures that cannot be negative do not get an axis below zero.
   return [min >= 0 ? Math.max(min - space, 0) : min - space, max + space];
 }
@@ -292,11 +294,9 @@ function linearTicks(min, max) {
   const rough = (max - min) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= rough * 0.999);
-  const ticks = [];
-  for (let index = Math.ceil(min / step - 1e-9); index * step <= max + step * 1e-9; index += 1) {
-    ticks.push(Number((index * step).toPrecision(12)));
-  }
-  return ticks;
+  const first = Math.ceil(min / step - 1e-9);
+  const number = Math.min(Math.floor(max / step + 1e-9) - first + 1, 12);
+  return Array.from({ length: Math.max(number, 0) }, (_, index) => Number(((first + index) * step).toPrecision(12)));
 }
 
 function tickStep(ticks, index) {

@@ -85,6 +85,7 @@ def calls(owned: Owned) -> list[Call]:
         post("client/dynamic_config", names=False),
         post("telemetry", {"events": []}, names=False),
         get("healthz", names=False),
+        get("archives/1:unsigned:token", names=False),
         post("auth/token", names=False),
         get("auth/apikey/me", names=False),
         get("get_server_capabilities", names=False),

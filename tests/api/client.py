@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx
 
-from mintweb.asgi import application
+from mintweb import asgi
 from runs.models import Operation, Session, TrainingRun, User
 from runs.services import keys, sessions
 from tests.services import rows
 
 BASE = "/api/v1/"
 Body = dict[str, Any] | bytes | None
+application: Any = asgi.application
 
 
 def http() -> httpx.AsyncClient:
@@ -51,7 +52,8 @@ class Actor:
 
     async def request(self, method: str, path: str, body: Body = None, **headers: str) -> httpx.Response:
         """Send a request to a path under /api/v1/."""
-        return await send(method, BASE + path, body, x_api_key=self.key, **headers)
+        sent: dict[str, str] = {"x_api_key": self.key} | headers
+        return await send(method, BASE + path, body, **sent)
 
     async def post(self, path: str, body: Body = None, **headers: str) -> httpx.Response:
         """Send a POST."""

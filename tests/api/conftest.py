@@ -28,7 +28,7 @@ def database(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Itera
     """Let tests commit; at the end close what the API's threads hold open, so that the database can be dropped."""
     with django_db_blocker.unblock():
         if not connection.settings_dict["NAME"].startswith(TEST_DATABASE_PREFIX):  # only these tests run
-            setup_databases(verbosity=0, interactive=False, aliases=["default"], keepdb=True)
+            setup_databases(verbosity=0, interactive=False, keepdb=True)
         yield
         with connection.cursor() as cursor:
             cursor.execute(

@@ -52,7 +52,6 @@ class Socket(ApplicationCommunicator):  # type: ignore[misc]
                 return int(reply["code"])
 
     async def leave(self) -> None:
-        """Close from the browser's side."""
-        if self.is_open:
-            await self.send_input({"type": "websocket.disconnect", "code": 1000})
+        """Close from the browser's side, or tell that the server's closing has arrived."""
+        await self.send_input({"type": "websocket.disconnect", "code": 1000})
         await self.wait(timeout=20)

@@ -103,6 +103,13 @@ def load_engine(model_directory: Callable[[str], Path]) -> Callable[..., Engine]
 
 
 @pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def engine(load_engine: Callable[..., Engine]) -> Engine:
     return load_engine()
 

@@ -113,8 +113,16 @@ def generate(model: torch.nn.Module, prompt: np.ndarray, num_tokens: int) -> tup
     return new.numpy(), logprobs[len(prompt) - 1 : -1].gather(1, new[:, None])[:, 0].numpy()
 
 
-def test_a_request_does_not_depend_on_its_neighbours(engine: Engine) -> None:
-    """Every bit stays, whoever joins before, beside or after, in 8 random mixes."""
+@pytest.mark.parametrize(("num_threads", "num_mixes"), [(1, 8), (2, 2)])
+def test_a_request_does_not_depend_on_its_neighbours(
+    num_threads: int,
+    num_mixes: int,
+    model_directory: Callable[[str], Path],
+    set_threads: Callable[[int], None],
+) -> None:
+    """Every bit stays, whoever joins before, beside or after. The engine probes its row counts at load."""
+    set_threads(num_threads)
+    engine = Engine.load(model_directory("qwen3"), device="cpu", dtype="float32")
     for i in range(3):
         make_adapter(engine, f"n{i}", LoraSpec(rank=2 + i, seed=i))
         engine.keep_sampler(f"n{i}", f"n{i}")
@@ -125,7 +133,7 @@ def test_a_request_does_not_depend_on_its_neighbours(engine: Engine) -> None:
         request = make_request(f"r{i}", int(rng.integers(1, 40)), sampler_id=f"n{i % 3}", params=params)
         requests.append(replace(request, num_samples=1 + i % 2, prompt_logprobs=i % 4 == 0))
     alone = {request.request_id: sample_one(engine, request) for request in requests}
-    for _ in range(8):
+    for _ in range(num_mixes):
         outcomes: dict[str, SampleResult | EngineError] = {}
         for i in rng.permutation(len(requests))[: rng.integers(2, 12)]:
             engine.sampler.submit(requests[i])

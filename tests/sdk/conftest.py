@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sdk_paths import ROOT, RunClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.sdk.sdk_paths import ROOT, RunClient
 
 KEYS = {"tml": "tml-test-key", "sk": "sk-mint-test-key"}
 TEMPLATE = (

@@ -6,11 +6,9 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-Field = tuple[int, int | bytes]
 
-
-def fields(message: bytes) -> Iterator[Field]:
-    """Yield (number, value) of each field of a message."""
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of each field of a message; a value is an int or bytes."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)

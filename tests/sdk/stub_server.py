@@ -18,7 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from stub_protobuf import read_forward_backward, write_forward_backward_output, write_sample_response
+from tests.sdk.stub_protobuf import (
+    read_forward_backward,
+    write_forward_backward_output,
+    write_sample_response,
+)
 
 BASE_MODEL = "mintweb/tiny"
 GUIDE_MODEL = "Qwen/Qwen3-0.6B"
@@ -78,9 +82,10 @@ class State:
 
     def _guarded(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            return getattr(self, f"run_{path.replace('/', '_')}")(body)
+            result: dict[str, Any] = getattr(self, f"run_{path.replace('/', '_')}")(body)
         except (ValueError, KeyError) as error:
             return {"error": str(error), "category": "user"}
+        return result
 
     def run_create_model(self, body: dict[str, Any]) -> dict[str, Any]:
         if body["base_model"] not in (BASE_MODEL, GUIDE_MODEL):
@@ -389,7 +394,7 @@ def token() -> str:
     """Return an unsigned web token, good for an hour."""
     now = int(time.time())
     claims = {"iat": now, "exp": now + 3600, "sub": "admin", "org_id": "org", "email": "admin@localhost"}
-    parts = ({"alg": "none"}, claims, {})
+    parts: list[dict[str, Any]] = [{"alg": "none"}, claims, {}]
     return ".".join(
         base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts
     )

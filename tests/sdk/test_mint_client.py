@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdk_paths import ROOT, RunClient
-from stub_server import State, running
+
+from tests.sdk.sdk_paths import ROOT, RunClient
+from tests.sdk.stub_server import State, running
 
 CASES = Path(__file__).parent / "client_cases.py"
 GOOD_LOGPROBS = [-2.0 - 0.2, -2.0 - 0.3, -2.0 - 0.4]

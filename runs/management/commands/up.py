@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import re
 import resource
 import signal
+import subprocess
 import sys
 import time
+import xmlrpc.client
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,13 +22,14 @@ from django.core.management.base import BaseCommand
 from django.db import DatabaseError, connections
 
 from mintweb import embedded, probes, programs
-from mintweb.supervision import POLL_S, Supervisor
 from runs.exceptions import NotAuthenticated
 from runs.services import accounts, keys
+from supervisor.childutils import getRPCInterface
 
-GIVE_UP_AFTER_ENDS = 5  # of one program in a row, before everything is ready
 REMIND_EVERY_S = 15.0
+# supervisord notices that a program ended when it is asked something, else within two seconds.
 ASK_EVERY_S = 0.25
+LOUD_LINE = re.compile(rb"^[\d:, -]{19,23} (WARNING|ERROR|CRITICAL|WARN (exited|killing)) ")
 OPEN_FILES = 65_536  # one per websocket and long-poll
 
 
@@ -57,52 +63,77 @@ class Command(BaseCommand):
             self._say("stopped")
 
     def _run(self) -> None:
-        supervisor = Supervisor(settings.LOG_DIR, say=self._say)
-        databases: list[str] = []
-        services: list[str] = []
+        command = programs.supervisord()
+        self._num_bytes_read = {log: log.stat().st_size for log in settings.LOG_DIR.glob("*.log")}
+        # From the main thread: it ends with the thread that started it. In a session of its own: out of Ctrl-C's reach.
+        supervisord = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
-            for program in programs.databases():
-                databases.append(program.name)
-                supervisor.start(program)
-            wait_for_databases(supervisor)
+            wait_for_supervisord(supervisord)
+            wait_for_databases()
             migrate()
-            for program in programs.services():
-                services.append(program.name)
-                supervisor.start(program)
+            ask("startProcessGroup", "services", False)
             welcome = welcome_lines()
             connections.close_all()
-            self._wait_until_ready(supervisor)
+            self._wait_until_ready()
             self.stdout.write(welcome)
             self.stdout.flush()
             while True:
-                supervisor.poll()
-                time.sleep(POLL_S)
+                self._watch()
         except KeyboardInterrupt:
             self._say(f"{self._signal_name}: stopping once current operations are finished (again: at once)")
             raise
         finally:
             self._stopping = True
             connections.close_all()
-            supervisor.stop(services, hurry=lambda: self._num_interrupts > 1)
-            supervisor.stop(databases)
+            with suppress(probes.NotAnswering):
+                self._stop("services")
+                self._stop("databases")
+                ask("shutdown")
+            supervisord.terminate()
+            supervisord.wait()
 
-    def _wait_until_ready(self, supervisor: Supervisor) -> None:
+    def _wait_until_ready(self) -> None:
         remind_at = time.monotonic() + REMIND_EVERY_S
         while True:
-            supervisor.poll()
-            failing = supervisor.failing(num_ends=GIVE_UP_AFTER_ENDS)
-            if failing is not None:
-                raise StartFailed(
-                    f"{failing} ended {GIVE_UP_AFTER_ENDS} times while starting, at last with: "
-                    f"{supervisor.last_line(failing)[:300]} (see {settings.LOG_DIR / failing}.log)"
-                )
+            self._watch()
             try:
                 return probes.check_ready()
             except probes.NotAnswering as error:
                 if time.monotonic() > remind_at:
                     self._say(f"still starting: {error}")
                     remind_at += REMIND_EVERY_S
-                time.sleep(ASK_EVERY_S)
+
+    def _watch(self) -> None:
+        self._repeat_warnings()
+        for name, state in states().items():
+            if state == "FATAL":
+                log = settings.LOG_DIR / f"{name}.log"
+                raise StartFailed(
+                    f"{name} ended {programs.NUM_RETRIES + 1} times soon after its start, at last with: "
+                    f"{last_line(log)[:300]} (see {log})"
+                )
+        time.sleep(ASK_EVERY_S)
+
+    def _stop(self, group: str) -> None:
+        if not states(group):
+            return
+        ask("stopProcessGroup", group, False)
+        while {"STARTING", "RUNNING", "STOPPING"} & set(states(group).values()):
+            if group == "services" and self._num_interrupts > 1:
+                ask("signalProcessGroup", group, "KILL")
+            self._repeat_warnings()
+            time.sleep(0.05)
+
+    def _repeat_warnings(self) -> None:
+        for log in settings.LOG_DIR.glob("*.log"):
+            with suppress(FileNotFoundError), log.open("rb") as file:  # a log may be turned at any time
+                begin = self._num_bytes_read.get(log, 0)
+                begin = begin if begin <= os.fstat(file.fileno()).st_size else 0
+                file.seek(begin)
+                lines = [line for line in file if line.endswith(b"\n")]
+                self._num_bytes_read[log] = begin + sum(map(len, lines))
+                for line in filter(LOUD_LINE.match, lines):
+                    self._say(f"{log.stem}: {line.decode('utf-8', errors='replace').rstrip()[:300]}")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += 1
@@ -115,14 +146,52 @@ class Command(BaseCommand):
         self.stderr.write(f"mintweb: {line}", self.style.NOTICE if self.stderr.isatty() else None)
 
 
-def wait_for_databases(supervisor: Supervisor) -> None:
+def ask(method: str, *arguments: object) -> Any:
+    """Call a method of supervisord; they are listed at http://supervisord.org/api.html."""
+    try:
+        with getRPCInterface({"SUPERVISOR_SERVER_URL": f"unix://{programs.control_socket()}"}) as server:
+            return getattr(server.supervisor, method)(*arguments)
+    except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+        raise probes.NotAnswering(
+            f"supervisord does not answer ({error}); see {settings.LOG_DIR / 'supervisord.log'}"
+        ) from error
+
+
+def states(group: str = "") -> dict[str, str]:
+    """Return the state in which supervisord holds each program, of one group or all."""
+    infos = ask("getAllProcessInfo")
+    return {info["name"]: info["statename"] for info in infos if group in {"", info["group"]}}
+
+
+def last_line(log: Path) -> str:
+    """Return the last line that a program wrote."""
+    lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if log.exists() else []
+    return lines[-1].strip() if lines else "it wrote nothing"
+
+
+def wait_for_supervisord(process: subprocess.Popen[bytes]) -> None:
+    """Return when it answers."""
+    while True:
+        try:
+            ask("getState")
+        except probes.NotAnswering:
+            if process.poll() is not None:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def wait_for_databases() -> None:
     """Return when both databases answer, whether they are ours or given by an address."""
     if settings.EMBEDDED_REDIS:
         embedded.wait_for_redis(settings.DATA_DIR)
     else:
         probes.check_redis()
     if settings.EMBEDDED_POSTGRES:
-        embedded.wait_for_postgres(settings.DATA_DIR, is_alive=lambda: supervisor.is_alive("postgres"))
+        embedded.wait_for_postgres(
+            settings.DATA_DIR, is_alive=lambda: states()["postgres"] not in {"BACKOFF", "FATAL"}
+        )
     else:
         probes.check_database()
 

@@ -1,0 +1,87 @@
+"""The database goes away and comes back: clients are told to wait, waiting requests are still answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import connection
+
+from runs.api import futures
+from runs.api.decorators import in_thread
+from runs.models import TrainingRun
+from tests.api import bodies
+from tests.api.client import Actor, error_of
+from tests.services.hand_worker import HandWorker
+
+WITHIN_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def _reconnect() -> Iterator[None]:
+    """Drop this thread's connection, which the outage has ended."""
+    yield
+    connection.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition with a deadline."""
+    async with asyncio.timeout(WITHIN_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def database_away() -> AsyncIterator[None]:
+    """Refuse connections to the test database and end those there are, as a restart does."""
+    parameters = connection.get_connection_params()
+    name = parameters["dbname"]
+    direct: dict[str, Any] = {
+        key: parameters[key] for key in ("host", "port", "user", "password") if parameters.get(key)
+    }
+    direct["dbname"] = "postgres"
+    async with await psycopg.AsyncConnection.connect(**direct, autocommit=True) as outside:
+        await outside.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS false')
+        try:
+            await outside.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+            )
+            yield
+        finally:
+            await outside.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
+            await sync_to_async(connection.close)()
+
+
+async def test_while_the_database_is_away_clients_are_told_to_wait(alice: Actor, run: TrainingRun) -> None:
+    body = bodies.optim_step(run, 1)
+    async with database_away():
+        replies = [
+            await alice.post("optim_step", body),
+            await alice.post("retrieve_future", {"request_id": "op-1"}),
+            await alice.get("training_runs"),
+            await Actor(alice.user, "tml-unknown").get("training_runs"),
+        ]
+    for reply in replies:
+        assert error_of(reply, 429)["code"] == "rate_limited"
+        assert reply.headers["retry-after"] == "1"
+    assert (await alice.post("optim_step", body)).status_code == 200
+
+
+async def test_waiting_requests_are_answered_after_the_database_was_away(
+    alice: Actor, run: TrainingRun, worker: HandWorker
+) -> None:
+    step = await alice.submit("optim_step", bodies.optim_step(run, 1))
+    polling = asyncio.create_task(alice.poll(step))
+    await until(lambda: bool(futures._waiters._events))
+    async with database_away():
+        await asyncio.sleep(3 * futures._LOOK_S)  # long enough for a look at the rows to fail
+    assert not polling.done()
+    assert not any(task.done() for task in futures._waiters._tasks)  # both ways of waking, each enough alone
+    await in_thread(lambda: worker.finish(step))
+    async with asyncio.timeout(WITHIN_S):
+        assert (await polling).status_code == 200

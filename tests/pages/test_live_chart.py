@@ -1,0 +1,379 @@
+"""The pages in a real browser against a real server: live, complete after every interruption, and never stalled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from django.conf import settings
+from django.db import connection, connections, transaction
+from django.test import Client
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from runs import events
+from runs.models import Metric, TrainingRun, User
+from runs.services import accounts
+from tests.pages import seed
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.e2e,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+WATCH = """
+window.problems = [];
+window.longest = {task: 0, frame: 0};
+addEventListener("securitypolicyviolation", (event) => problems.push(`CSP: ${event.violatedDirective} ${event.blockedURI}`));
+addEventListener("error", (event) => problems.push(`error: ${event.message}`));
+addEventListener("unhandledrejection", (event) => problems.push(`rejection: ${event.reason}`));
+window.alert = () => problems.push("a script from data ran");
+new PerformanceObserver((list) => {
+  for (const {duration} of list.getEntries()) longest.task = Math.max(longest.task, duration);
+}).observe({entryTypes: ["longtask"]});
+let lastFrame = performance.now();
+requestAnimationFrame(function frame(now) {
+  longest.frame = Math.max(longest.frame, now - lastFrame);
+  lastFrame = now;
+  requestAnimationFrame(frame);
+});
+"""
+
+
+class Server:
+    """The web process on a port of its own; it can be stopped and started again."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait for it."""
+        database = connection.settings_dict
+        url = f"postgresql://{database['USER']}@/{database['NAME']}?host={quote(database['HOST'], safe='/')}"
+        command = [sys.executable, "-m", "uvicorn", "mintweb.asgi:application", "--port", str(self.port)]
+        self._process = subprocess.Popen(
+            [*command, "--log-level", "warning", "--no-access-log"],
+            env={**os.environ, "DATABASE_URL": url},
+            cwd=settings.BASE_DIR,
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.address}/health", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(transactional_db: None) -> Iterator[Server]:
+    server = Server()
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with pytest.MonkeyPatch.context() as environment, sync_playwright() as playwright:
+        # Playwright keeps an event loop in this thread, which Django would take for asynchronous code.
+        environment.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def alice(transactional_db: None) -> User:
+    return seed.make_user("alice", "a good long password")
+
+
+@pytest.fixture
+def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
+    """Return alice's browser tab, which fails the test on any error or violation of the content policy."""
+    client = Client()
+    client.force_login(alice)
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=server.address)
+    value = client.cookies["mintweb_session"].value
+    context.add_cookies([{"name": "mintweb_session", "value": value, "url": server.address}])
+    tab = context.new_page()
+    tab.add_init_script(WATCH)
+    messages: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        # The browser itself says this when the server is gone, and the page comes back from it.
+        if message.type in ("error", "warning") and "ERR_CONNECTION_REFUSED" not in message.text:
+            messages.append(message.text)
+
+    tab.on("console", note)
+    yield tab
+    problems = [] if tab.url == "about:blank" else tab.evaluate("window.problems")
+    context.close()
+    assert problems == []
+    assert messages == []
+
+
+def add_steps(run: TrainingRun, steps: Sequence[int], *, step_s: float = 1.0) -> None:
+    values = [(2 * step, step, {"loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_s": 5e3}) for step in steps]
+    with transaction.atomic():
+        seed.add_values(run, values, step_s=step_s)
+        events.run_changed(run.pk, run.owner_id, run.public_id)
+
+
+def open_run(tab: Page, run: TrainingRun) -> None:
+    tab.goto(f"/runs/{quote(run.public_id)}/")
+
+
+def expect_values(tab: Page, run: TrainingRun, *, timeout_s: float = 30) -> None:
+    """Wait until the page holds exactly what is stored, and check every step of one chart."""
+    number = Metric.objects.filter(run=run).count()
+    grid = tab.locator("[data-chart-grid]")
+    expect(grid).to_have_attribute("data-num-values", str(number), timeout=1000 * timeout_s)
+    stored = set(Metric.objects.filter(run=run).values_list("name", flat=True))
+    for name in stored:
+        expected = str(Metric.objects.filter(run=run, name=name).count())
+        expect(tab.locator(f'[data-metric="{name}"]')).to_have_attribute("data-num-values", expected)
+
+
+def shown_steps(tab: Page) -> list[int]:
+    """Return the steps of the loss chart's table, oldest first."""
+    table = tab.locator('[data-metric="loss"]')
+    if table.locator("table").count() == 0:
+        table.get_by_role("button", name="Table").click()
+    cells = table.locator("tbody tr td:first-child").all_text_contents()
+    return [int(cell.replace("\u202f", "")) for cell in reversed(cells)]
+
+
+def test_a_value_arrives_while_the_page_is_open(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice, name="watched")
+    open_run(tab, run)
+    expect(tab.get_by_text("No values yet")).to_be_visible()
+    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
+    for last in range(1, 4):
+        add_steps(run, [last])
+        expect_values(tab, run, timeout_s=20)
+    assert shown_steps(tab) == [1, 2, 3]
+    expect(tab.locator("[data-part=facts]")).to_contain_text("0.6667")
+    expect(tab.locator('[data-metric="loss"] canvas')).to_be_visible()
+
+
+def test_a_reload_shows_the_same_values(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    add_steps(run, range(1, 61))
+    open_run(tab, run)
+    expect_values(tab, run)
+    before = shown_steps(tab)
+    add_steps(run, range(61, 71))
+    expect_values(tab, run)
+    tab.reload()
+    expect_values(tab, run)
+    assert before == list(range(1, 61))
+    assert shown_steps(tab) == list(range(1, 71))
+
+
+def test_a_restarted_server_costs_no_value_and_doubles_none(tab: Page, server: Server, alice: User) -> None:
+    run = seed.make_run(alice)
+    add_steps(run, range(1, 21))
+    open_run(tab, run)
+    expect_values(tab, run)
+    for first in (21, 41):
+        server.kill()
+        add_steps(run, range(first, first + 10))
+        expect(tab.get_by_role("status").filter(has_text="Reconnecting")).to_be_visible(timeout=20_000)
+        server.start()
+        add_steps(run, range(first + 10, first + 20))
+        expect_values(tab, run, timeout_s=60)
+    assert shown_steps(tab) == list(range(1, 61))
+
+
+def test_a_page_left_and_returned_to_catches_up(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    add_steps(run, range(1, 11))
+    open_run(tab, run)
+    expect_values(tab, run)
+    tab.goto("about:blank")
+    add_steps(run, range(11, 31))
+    tab.go_back()
+    expect_values(tab, run, timeout_s=60)
+    assert shown_steps(tab) == list(range(1, 31))
+
+
+def test_a_long_run_is_drawn_from_buckets_and_goes_on_live(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    seed.add_values(run, seed.curve(13_000, spike_at=[7000], nan_at=[9000]))
+    open_run(tab, run)
+    expect_values(tab, run)
+    chart = tab.locator('[data-metric="loss"]')
+    expect(chart).to_contain_text("1 not finite")
+    expect(chart).to_contain_text("steps a point")
+    add_steps(run, range(13_001, 13_011))
+    expect_values(tab, run)
+
+
+def test_zoom_follow_log_and_keys(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    add_steps(run, range(1, 201))
+    open_run(tab, run)
+    expect_values(tab, run)
+    over = tab.locator('[data-metric="loss"] .u-over')
+    over.wait_for()
+    box = over.bounding_box()
+    assert box is not None
+    tab.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 50, steps=4)
+    tab.mouse.up()
+    follow = tab.get_by_role("button", name="ollow")
+    expect(follow).to_be_visible()
+    assert 45 < shown_steps(tab)[0] < 55
+    assert "zoom=" in tab.url
+    add_steps(run, range(201, 211))
+    expect(follow).to_contain_text("40 new values")
+    follow.click()
+    expect(follow).to_be_hidden()
+    assert shown_steps(tab)[-1] == 210
+    tab.get_by_label("Log y").check()
+    tab.get_by_label("x", exact=True).select_option("time")
+    plot = tab.get_by_role("img", name="Loss per token")
+    plot.focus()
+    plot.press("ArrowLeft")
+    expect(tab.locator('[data-metric="learning_rate"] .chart-readout')).to_contain_text("1.000e-4")
+
+
+def test_hostile_names_are_text(tab: Page, alice: User, tmp_path_factory: pytest.TempPathFactory) -> None:
+    payload = "<img src=x onerror=alert(1)>"
+    tokenizer = seed.make_base_model(tmp_path_factory.mktemp("tokenizer"))
+    run = seed.make_run(alice, name=payload, user_metadata={payload: payload})
+    seed.add_values(run, [(1, 1, {payload: 1.0, "constructor": 2.0, "__proto__": 3.0}), (2, 2, {payload: 1.0})])
+    seed.add_sample(run, tokenizer.encode(payload).ids, [tokenizer.encode(payload).ids])
+    open_run(tab, run)
+    expect(tab.locator("[data-chart-grid]")).to_have_attribute("data-num-values", "4")
+    expect(tab.get_by_role("heading", name=payload, level=3)).to_be_visible()
+    expect(tab.locator(".sample-text")).to_contain_text(payload)
+    tab.goto("/runs/")
+    expect(tab.get_by_role("link", name=payload)).to_be_visible()
+    events.run_changed(run.pk, run.owner_id, run.public_id)
+    assert tab.locator("img[src=x]").count() == 0
+
+
+def test_the_list_is_live_and_moves_by_keys(tab: Page, alice: User) -> None:
+    first = seed.make_run(alice, name="first")
+    tab.goto("/runs/")
+    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
+    add_steps(first, range(1, 6))
+    row = tab.locator(f'[data-run="{first.public_id}"]')
+    expect(row).to_contain_text("0.4000", timeout=20_000)
+    expect(row).to_contain_text("running")
+    expect(row.locator("svg")).to_be_visible()
+    seed.make_run(alice, name="second")
+    expect(tab.locator("[data-run]").first).to_contain_text("second", timeout=20_000)
+    tab.keyboard.press("/")
+    expect(tab.get_by_role("searchbox")).to_be_focused()
+    tab.get_by_role("searchbox").blur()
+    tab.keyboard.press("?")
+    expect(tab.get_by_role("heading", name="Keyboard")).to_be_visible()
+    tab.keyboard.press("Escape")
+    for key in ("j", "j", "Enter"):
+        tab.keyboard.press(key)
+    tab.wait_for_url("**/runs/*train*/")
+    expect(tab.get_by_role("heading", level=1)).to_contain_text("first")
+
+
+def test_the_first_run_takes_the_place_of_the_instructions(tab: Page, alice: User) -> None:
+    tab.goto("/runs/")
+    expect(tab.get_by_role("heading", name="Run your own loop")).to_be_visible()
+    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
+    seed.make_run(alice, name="here I am")
+    expect(tab.get_by_role("link", name="here I am")).to_be_visible(timeout=20_000)
+
+
+def test_a_login_link_signs_in_and_a_theme_stays(browser: Browser, server: Server, alice: User) -> None:
+    context = browser.new_context(base_url=server.address)
+    tab = context.new_page()
+    tab.goto(f"/login/{accounts.create_login_link(alice)}/")
+    tab.get_by_role("button", name="Sign in").click()
+    tab.wait_for_url("**/runs/")
+    tab.goto("/settings/")
+    tab.get_by_label("Dark").check()
+    tab.reload()
+    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+    tab.get_by_role("button", name="Sign out").click()
+    tab.wait_for_url("**/login/")
+    context.close()
+
+
+class Trainers:
+    """Eight runs that commit as fast workers do: together some 2,000 values a second."""
+
+    def __init__(self, runs: Sequence[TrainingRun]) -> None:
+        self._runs = runs
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self.num_values = 0
+
+    def __enter__(self) -> Trainers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        step = 1
+        while not self._stop.wait(0.2):
+            for run in self._runs:
+                add_steps(run, range(step, step + 12), step_s=0.02)
+                self.num_values += 4 * 12
+            step += 12
+        connections.close_all()
+
+
+def measure(tab: Page, prepare: Callable[[], Any]) -> dict[str, float]:
+    prepare()
+    tab.wait_for_timeout(1500)
+    tab.evaluate("window.longest = {task: 0, frame: 0}")
+    tab.wait_for_timeout(6000)
+    found: dict[str, float] = tab.evaluate("window.longest")
+    return found
+
+
+def test_eight_fast_runs_do_not_stall_the_pages(tab: Page, alice: User, record_property: Callable[..., None]) -> None:
+    runs = [seed.make_run(alice, name=f"fast {n}") for n in range(8)]
+    with Trainers(runs) as trainers:
+        began = time.monotonic()
+        on_run = measure(tab, lambda: open_run(tab, runs[3]))
+        on_list = measure(tab, lambda: tab.goto("/runs/"))
+        rate = trainers.num_values / (time.monotonic() - began)
+    record_property("measured", {"values_per_s": rate, "run_page": on_run, "list_page": on_list})
+    assert rate > 500
+    assert on_run["task"] < 300
+    assert on_list["task"] < 300
+    assert on_run["frame"] < 1000
+    assert on_list["frame"] < 1000
+    open_run(tab, runs[3])
+    expect_values(tab, runs[3])

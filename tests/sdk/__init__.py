@@ -1,0 +1,1 @@
+"""The mint client package, over both supported tinker versions."""
