@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ from bench.companion import serve
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import AdamParams, Datum, ForwardBackward, LoraSpec, OptimStep
 
-_PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
+_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+_MICRO_TOKENS = 1024
 _ADAM = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.0}
 _held: dict[str, Any] = {}
+Padded: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def use_model(directory: str) -> dict[str, int]:
@@ -53,25 +55,30 @@ def peft_loop(batches: Sequence[dict[str, int]], steps: int, rank: int) -> float
     key = f"peft-{rank}"
     if key not in _held:
         _held[key] = PeftRuns(str(_held["directory"]), [rank])
-    padded = [pad(batch(one)) for one in batches]
+    padded = [[pad(batch(one).sequences())] for one in batches]
     begin = time.perf_counter()
     for step in range(steps):
         _held[key].step([padded[step % len(padded)]])
     return time.perf_counter() - begin
 
 
-def engine_rounds(batches: Sequence[dict[str, int]], ranks: Sequence[int], rounds: int) -> dict[str, list[float]]:
+def engine_rounds(
+    batches: Sequence[dict[str, int]], ranks: Sequence[int], rounds: int
+) -> dict[str, list[float]]:
     """Return the seconds of one training step of all runs, by PEFT and by the engine, alternating.
 
-    PEFT takes run after run, switching adapters; the engine takes all runs packed. One run's step is
-    forward, backward and optimizer.
+    PEFT takes run after run, switching adapters, either each batch as one padded rectangle or sorted by
+    length into rectangles of a bounded size; the engine takes all runs packed. A run's step is forward,
+    backward and optimizer.
     """
     peft = PeftRuns(str(_held["directory"]), ranks)
     engine = EngineRuns(str(_held["directory"]), ranks)
-    padded = [pad(batch(one)) for one in batches]
+    whole = [[pad(batch(one).sequences())] for one in batches]
+    sorted_ = [[pad(part) for part in micro_batches(batch(one).sequences())] for one in batches]
     data = [engine_data(batch(one)) for one in batches]
     candidates: dict[str, Callable[[], object]] = {
-        "peft": lambda: peft.step(padded),
+        "peft": lambda: peft.step(whole),
+        "peft_sorted": lambda: peft.step(sorted_),
         "engine": lambda: engine.step(data),
     }
     for run in candidates.values():
@@ -99,20 +106,23 @@ class PeftRuns:
         self._model.train()
         self._optimizers = [self._optimizer(name) for name in self._names]
 
-    def step(self, padded: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Take one training step of each run, one after another."""
-        for name, optimizer, (tokens_BT, targets_BT, mask_BT) in zip(
-            self._names, self._optimizers, padded, strict=True
-        ):
+    def step(self, parts_of_runs: Sequence[Sequence[Padded]]) -> None:
+        """Take one training step of each run, one after another; the gradients of a run's parts add up."""
+        for name, optimizer, parts in zip(self._names, self._optimizers, parts_of_runs, strict=True):
             if len(self._names) > 1:
                 self._model.set_adapter(name)
-            logits_BTV = self._model(input_ids=tokens_BT, attention_mask=mask_BT).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum"
-            )
-            loss.backward()
+            for part in parts:
+                self._add_gradient(part)
             optimizer.step()
             optimizer.zero_grad()
+
+    def _add_gradient(self, part: Padded) -> None:
+        tokens_BT, targets_BT, mask_BT = part
+        logits_BTV = self._model(input_ids=tokens_BT, attention_mask=mask_BT).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+        )
+        loss.backward()
 
     def _optimizer(self, name: str) -> torch.optim.AdamW:
         own = [parameter for key, parameter in self._model.named_parameters() if f".{name}." in key]
@@ -141,9 +151,18 @@ class EngineRuns:
                 raise outcome
 
 
-def pad(of: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def micro_batches(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Return the sequences sorted by length, in parts whose rectangles have a bounded number of tokens."""
+    parts: list[list[list[int]]] = [[]]
+    for sequence in sorted(sequences, key=len):
+        if parts[-1] and (len(parts[-1]) + 1) * len(sequence) > _MICRO_TOKENS:
+            parts.append([])
+        parts[-1].append(sequence)
+    return parts
+
+
+def pad(sequences: Sequence[list[int]]) -> Padded:
     """Return tokens_BT, targets_BT (-100 where padded) and mask_BT."""
-    sequences = of.sequences()
     length = max(map(len, sequences)) - 1
     tokens_BT = torch.zeros(len(sequences), length, dtype=torch.int64)
     targets_BT = torch.full_like(tokens_BT, -100)

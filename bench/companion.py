@@ -41,7 +41,8 @@ class Companion:
         Raises:
             RuntimeError: the function failed or the process ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([question, arguments], default=_plain) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()

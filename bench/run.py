@@ -26,7 +26,10 @@ _SHIPPED = ROOT / "gpuworker" / "tiny" / "model"
 def main() -> int:
     """Return 0 if every figure with a target was reached."""
     options = _options()
-    with tempfile.TemporaryDirectory(prefix="mintweb-bench-") as work_dir, _lab(options, Path(work_dir)) as lab:
+    with (
+        tempfile.TemporaryDirectory(prefix="mintweb-bench-") as work_dir,
+        _lab(options, Path(work_dir)) as lab,
+    ):
         load_before = os.getloadavg()[0]
         rows: list[Row] = []
         for name in options.only or MEASUREMENTS:
@@ -49,8 +52,12 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measure mintweb.")
-    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="a measurement; may be given more than once")
-    parser.add_argument("--rounds", type=int, default=5, help="how often the candidates alternate (default: 5)")
+    parser.add_argument(
+        "--only", action="append", choices=MEASUREMENTS, help="a measurement; may be given more than once"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often the candidates alternate (default: 5)"
+    )
     parser.add_argument("--base-model", type=Path, help="a model folder instead of mintweb/tiny")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results.json")

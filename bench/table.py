@@ -45,7 +45,9 @@ def ratio_row(
     )
 
 
-def limit_row(measurement: str, what: str, value: float, *, at_most: float, unit: str = "", note: str = "") -> Row:
+def limit_row(
+    measurement: str, what: str, value: float, *, at_most: float, unit: str = "", note: str = ""
+) -> Row:
     """Return a figure that must not exceed a limit."""
     form = "{:.1f}" if unit == "ms" else "{:.2g}"
     return Row(

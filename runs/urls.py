@@ -31,9 +31,19 @@ page_urls: list[URLPattern] = [
     path("runs/<str:run_id>/metrics.json", run_data.values, name="run-metrics"),
     path("runs/<str:run_id>/metrics.csv", run_data.as_csv, name="run-metrics-csv"),
     path("runs/<str:run_id>/series.json", run_data.series, name="run-series"),
-    path("runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/download", checkpoints.download, name="checkpoint-download"),
-    path("runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/delete", checkpoints.delete, name="checkpoint-delete"),
-    path("runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/keep", checkpoints.keep, name="checkpoint-keep"),
+    path(
+        "runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/download",
+        checkpoints.download,
+        name="checkpoint-download",
+    ),
+    path(
+        "runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/delete",
+        checkpoints.delete,
+        name="checkpoint-delete",
+    ),
+    path(
+        "runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/keep", checkpoints.keep, name="checkpoint-keep"
+    ),
     path("checkpoints/", checkpoints.checkpoint_list, name="checkpoint-list"),
     path("checkpoints/delete", checkpoints.delete_many, name="checkpoint-delete-many"),
     path("workers/", workers.worker_list, name="worker-list"),

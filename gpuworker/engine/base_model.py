@@ -27,6 +27,13 @@ from gpuworker.engine.lora import Attention, Route, RoutedLinear, Segment
 from gpuworker.engine.row_probe import find_row_step
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_NEEDED_SETTINGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -82,7 +89,8 @@ class BaseModel:
         """Return the size of the keys and values of one token in all layers."""
         config = self.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        num_values = 2 * config.num_hidden_layers * num_heads * size
         return int(num_values) * dtype.itemsize
 
     def hidden(self, rows: PackedRows) -> Tensor:
@@ -149,6 +157,9 @@ def _read_config(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"config.json of {directory} cannot be used: {error}") from error
+    for name in _NEEDED_SETTINGS:
+        if not isinstance(getattr(config, name, None), int):
+            raise BaseModelError(f"config.json of {directory} has no {name}: not a plain language model")
     for rope in _rope_settings(getattr(config, "rope_parameters", None) or {}):
         if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:
             raise BaseModelError(
@@ -174,7 +185,7 @@ def _read_model(directory: Path, config: Any, dtype: torch.dtype) -> nn.Module:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"the weights of {directory} cannot be loaded: {error}") from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:

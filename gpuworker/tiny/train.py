@@ -90,7 +90,7 @@ class Settings:
     """The settings of one training run; the defaults made the shipped model."""
 
     seed: int = 1
-    num_steps: int = 1750
+    num_steps: int = 2100
     step_tokens: int = 4096
     row_tokens: int = 512
     # The last share of steps reads long rows, so that every position up to the model's limit has been trained.

@@ -237,6 +237,7 @@ async def _while_connected(view: Coroutine[Any, Any, Reply], receive: Receive) -
     finally:
         answering.cancel()
         leaving.cancel()
+        await asyncio.wait((answering, leaving))
 
 
 async def _disconnect(receive: Receive) -> None:

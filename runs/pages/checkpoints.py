@@ -89,7 +89,9 @@ def delete(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRespo
 def delete_many(request: HttpRequest) -> HttpResponseBase:
     """Delete the chosen checkpoints with their files."""
     user = _user(request)
-    chosen = [access.get_checkpoint(user, ids.parse_path(path)) for path in request.POST.getlist("path")[:MAX_ROWS]]
+    chosen = [
+        access.get_checkpoint(user, ids.parse_path(path)) for path in request.POST.getlist("path")[:MAX_ROWS]
+    ]
     for checkpoint in chosen:
         service.delete(checkpoint)
     messages.success(request, f"{len(chosen)} checkpoint{'s were' if len(chosen) != 1 else ' was'} deleted.")
@@ -135,7 +137,9 @@ def _row(checkpoint: Checkpoint) -> CheckpointRow:
 
 async def _tar(checkpoint: Checkpoint) -> AsyncIterator[bytes]:
     """Yield a tar archive whose names are the bare file names of the adapter."""
-    parts = _tar_parts(service.files(checkpoint, with_optimizer=False), mtime=checkpoint.created_at.timestamp())
+    parts = _tar_parts(
+        service.files(checkpoint, with_optimizer=False), mtime=checkpoint.created_at.timestamp()
+    )
     while (part := await sync_to_async(next)(parts, None)) is not None:
         yield part
 
@@ -166,5 +170,3 @@ def _how_long(label: str) -> str:
 def _user(request: HttpRequest) -> User:
     user: User = request.user  # type: ignore[assignment]
     return user
-
-

@@ -75,7 +75,9 @@ def as_csv(request: HttpRequest, run_id: str) -> HttpResponseBase:
     run = _run(request, run_id)
     name = request.GET.get("name", "")
     # The file ends where the run stood when it was asked for, or a running one would never end.
-    response = StreamingHttpResponse(_csv(run, name, metrics.last_seq(run)), content_type="text/csv; charset=utf-8")
+    response = StreamingHttpResponse(
+        _csv(run, name, metrics.last_seq(run)), content_type="text/csv; charset=utf-8"
+    )
     session, _, number = run.public_id.partition(":train:")
     response["Content-Disposition"] = f'attachment; filename="metrics-{session[:8]}-{number}.csv"'
     return response

@@ -93,7 +93,9 @@ def _text_of(row: Operation, tokenizer: Any) -> SampleText | None:
         prompt=_decode(tokenizer, prompt[-MAX_PROMPT_TOKENS:], num_tokens=len(prompt)),
         sequences=[
             Continuation(
-                text=_decode(tokenizer, sequence.tokens.tolist()[:MAX_TOKENS], num_tokens=len(sequence.tokens)),
+                text=_decode(
+                    tokenizer, sequence.tokens.tolist()[:MAX_TOKENS], num_tokens=len(sequence.tokens)
+                ),
                 stop_reason=sequence.stop_reason,
             )
             for sequence in output.sequences[:MAX_SEQUENCES]
@@ -106,7 +108,9 @@ def _decode(tokenizer: Any, tokens: Sequence[int], *, num_tokens: int) -> Text:
     num_hidden = num_tokens - len(tokens)
     if tokenizer is None:
         words = " ".join(str(token) for token in tokens)
-        return Text(pieces=[Piece(text=words, is_special=False)], num_tokens=num_tokens, num_hidden=num_hidden)
+        return Text(
+            pieces=[Piece(text=words, is_special=False)], num_tokens=num_tokens, num_hidden=num_hidden
+        )
     special = _special_tokens(tokenizer)
     pieces = [
         Piece(text=_join(tokenizer, list(group), is_special=is_special), is_special=is_special)
@@ -123,7 +127,9 @@ def _join(tokenizer: Any, tokens: list[int], *, is_special: bool) -> str:
 
 
 def _special_tokens(tokenizer: Any) -> frozenset[int]:
-    return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return frozenset(
+        number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    )
 
 
 def _tokenizer_of(base_model: str) -> Any:

@@ -19,6 +19,10 @@ MAX_ROWS: Final = 20
 def worker_list(request: HttpRequest) -> HttpResponseBase:
     """Show the workers and base models."""
     found = workers.recent(limit=MAX_ROWS)
-    context = {"workers": found, "models": base_models.available(), "has_worker": any(w.is_alive for w in found)}
+    context = {
+        "workers": found,
+        "models": base_models.available(),
+        "has_worker": any(w.is_alive for w in found),
+    }
     template = "workers/_workers.html" if "part" in request.GET else "workers/worker_list.html"
     return render(request, template, context)

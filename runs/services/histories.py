@@ -89,7 +89,9 @@ def history(
     chosen = np.flatnonzero((steps >= low) & (steps <= high))
     chosen = chosen[np.argsort(steps[chosen], kind="stable")]
     shown = _Values(step=steps[chosen], value=values[chosen], time_s=times[chosen], smooth=smooth[chosen])
-    return _bucketed(name, shown, num_buckets=num_buckets, smoothing=smoothing, finite=values[np.isfinite(values)])
+    return _bucketed(
+        name, shown, num_buckets=num_buckets, smoothing=smoothing, finite=values[np.isfinite(values)]
+    )
 
 
 def smoothed(steps: Ints, values: Floats, *, weight: float) -> tuple[Floats, Smoothing]:
@@ -116,7 +118,9 @@ def _read(run: TrainingRun, name: str, up_to_seq: int) -> tuple[Ints, Floats, Fl
     return table[:, 0].astype(np.int64), table[:, 1], table[:, 2]
 
 
-def _bucketed(name: str, shown: _Values, *, num_buckets: int, smoothing: Smoothing, finite: Floats) -> History:
+def _bucketed(
+    name: str, shown: _Values, *, num_buckets: int, smoothing: Smoothing, finite: Floats
+) -> History:
     width = _width(shown.step, num_buckets)
     starts = _starts(shown.step, width)
     is_finite = np.isfinite(shown.value)
@@ -165,4 +169,6 @@ def _reduce(function: np.ufunc, values: Floats, starts: Ints) -> Floats:
 
 
 def _or_none(values: Floats, num_finite: Floats) -> Column:
-    return [value if count else None for value, count in zip(values.tolist(), num_finite.tolist(), strict=True)]
+    return [
+        value if count else None for value, count in zip(values.tolist(), num_finite.tolist(), strict=True)
+    ]

@@ -27,7 +27,9 @@ export class LiveSocket {
     document.addEventListener("visibilitychange", () => {
       if (!document.hidden) this.#hurry();
     });
-    addEventListener("pagehide", () => this.#socket?.close());
+    addEventListener("pagehide", () => {
+      if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.close();
+    });
     addEventListener("pageshow", (event) => {
       if (event.persisted) this.#hurry();
     });

@@ -52,8 +52,7 @@ class Actor:
 
     async def request(self, method: str, path: str, body: Body = None, **headers: str) -> httpx.Response:
         """Send a request to a path under /api/v1/."""
-        sent: dict[str, str] = {"x_api_key": self.key} | headers
-        return await send(method, BASE + path, body, **sent)
+        return await send(method, BASE + path, body, x_api_key=self.key, **headers)
 
     async def post(self, path: str, body: Body = None, **headers: str) -> httpx.Response:
         """Send a POST."""
@@ -61,7 +60,7 @@ class Actor:
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
         """Send a GET."""
-        return await self.request("GET", path, **headers)
+        return await self.request("GET", path, None, **headers)
 
     async def submit(self, path: str, body: Body) -> int:
         """Send a POST that must be taken, and return the operation's number."""

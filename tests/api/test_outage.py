@@ -54,7 +54,7 @@ async def database_away() -> AsyncIterator[None]:
             yield
         finally:
             await outside.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
-            await sync_to_async(connection.close)()
+            await sync_to_async(lambda: connection.close())()  # that of Django's async queries
 
 
 async def test_while_the_database_is_away_clients_are_told_to_wait(alice: Actor, run: TrainingRun) -> None:

@@ -39,7 +39,9 @@ async def connect(cookie: str) -> AsyncIterator[Open]:
     """Return a function that opens a socket; all are closed after the test."""
     opened: list[Socket] = []
 
-    async def open_socket(path: str, *, with_cookie: str = cookie, origin: str = "http://localhost") -> Socket:
+    async def open_socket(
+        path: str, *, with_cookie: str = cookie, origin: str = "http://localhost"
+    ) -> Socket:
         headers = [(b"host", b"localhost"), (b"origin", origin.encode())]
         if with_cookie:
             headers.append((b"cookie", f"mintweb_session={with_cookie}".encode()))

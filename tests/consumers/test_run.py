@@ -33,7 +33,9 @@ async def hear_points(socket: Socket, number: int) -> list[list[Any]]:
 
 def add_steps(run: TrainingRun, first: int, last: int) -> None:
     with transaction.atomic():
-        seed.add_values(run, [(2 * n, n, {"loss": 1 / n, "grad_norm": math.nan}) for n in range(first, last + 1)])
+        seed.add_values(
+            run, [(2 * n, n, {"loss": 1 / n, "grad_norm": math.nan}) for n in range(first, last + 1)]
+        )
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
@@ -114,7 +116,9 @@ async def test_asking_again_from_an_older_cursor_sends_it_again(connect: Open, r
     assert {point[0] for point in await hear_points(socket, 5)} == {10}
 
 
-@pytest.mark.parametrize("message", ['{"after": "x"}', '{"after": -2}', "[]", "nonsense", '{"after": true}', "{}"])
+@pytest.mark.parametrize(
+    "message", ['{"after": "x"}', '{"after": -2}', "[]", "nonsense", '{"after": true}', "{}"]
+)
 async def test_a_bad_message_ends_the_socket(connect: Open, run: TrainingRun, message: str) -> None:
     socket = await connect(path(run))
     await socket.say(message)

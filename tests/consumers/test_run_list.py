@@ -56,7 +56,9 @@ async def test_an_unchanged_row_is_not_sent_again(connect: Open, run: TrainingRu
 
 
 @pytest.mark.parametrize("is_first_page", [True, False])
-async def test_a_new_run_appears_on_the_first_page_alone(connect: Open, run: TrainingRun, is_first_page: bool) -> None:
+async def test_a_new_run_appears_on_the_first_page_alone(
+    connect: Open, run: TrainingRun, is_first_page: bool
+) -> None:
     socket = await connect(PATH)
     await socket.say_json({"rows": [run.public_id], "is_first_page": is_first_page})
     await hear_rows(socket)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    GraniteConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from gpuworker.engine import base_model
 from gpuworker.engine.engine import Engine
@@ -80,6 +87,13 @@ def test_end_tokens_come_from_the_generation_config(
 
 def test_it_refuses_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_it_refuses_models_that_are_more_than_text(tmp_path: Path) -> None:
+    """Their settings lie one level down, under text_config."""
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="not a plain language model"):
         load(tmp_path)
 
 
@@ -167,8 +181,6 @@ def test_it_refuses_fused_projections_by_name(tmp_path: Path) -> None:
 
 def test_it_refuses_a_model_whose_logits_it_does_not_reproduce(tmp_path: Path) -> None:
     """Granite divides its logits by a constant, which the head here does not know."""
-    from transformers import GraniteConfig
-
     sizes = _small() | {"num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(
         GraniteConfig(**sizes, logits_scaling=4.0, initializer_range=0.3)

@@ -1,6 +1,6 @@
 """Rows as a few days of work leave them: for tests of pages and for the screenshots in the documentation.
 
-    python -m tests.pages.seed      fills the configured database for the user `admin`
+python -m tests.pages.seed      fills the configured database for the user `admin`
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from runs.schemas import tinker_pb2 as pb
 MODEL = "mintweb/tiny"
 START, END = "<|im_start|>", "<|im_end|>"
 STORIES = [
-    ("Tell me a story about a fox.", "A fox found a red ball by the river. She rolled it home and shared it with the owl."),
+    (
+        "Tell me a story about a fox.",
+        "A fox found a red ball by the river. She rolled it home and shared it with the owl.",
+    ),
     ("What colour is the sky at night?", "At night the sky is dark blue, and the stars are white."),
     ("Count from one to five.", "One, two, three, four, five."),
     ("Where does the bear sleep?", "The bear sleeps in a warm cave under the hill until the snow is gone."),
@@ -105,7 +108,9 @@ def make_worker(*, is_alive: bool = True, device: str = "cuda:0") -> Worker:
 
 def make_run(user: User, *, name: str = "", session: Session | None = None, **values: Any) -> TrainingRun:
     """Make a run without any operation."""
-    session = session or Session.objects.create(owner=user, public_id=ids.new_session_id(), sdk_version="0.38.0")
+    session = session or Session.objects.create(
+        owner=user, public_id=ids.new_session_id(), sdk_version="0.38.0"
+    )
     number = session.training_runs.count()
     defaults: dict[str, Any] = {
         "base_model": MODEL,
@@ -127,7 +132,11 @@ def make_run(user: User, *, name: str = "", session: Session | None = None, **va
 
 
 def add_values(
-    run: TrainingRun, rows: Iterable[tuple[int, int, Mapping[str, float]]], *, ends_at: datetime | None = None, step_s: float = 1.0
+    run: TrainingRun,
+    rows: Iterable[tuple[int, int, Mapping[str, float]]],
+    *,
+    ends_at: datetime | None = None,
+    step_s: float = 1.0,
 ) -> None:
     """Enter metric values, given as (seq, step, {name: value}), and move the run's head along."""
     listed = list(rows)
@@ -135,7 +144,11 @@ def add_values(
     Metric.objects.bulk_create(
         (
             Metric(
-                run=run, seq=seq, step=step, name=name, value=value,
+                run=run,
+                seq=seq,
+                step=step,
+                name=name,
+                value=value,
                 recorded_at=end - timedelta(seconds=step_s * (len(listed) - 1 - index)),
             )
             for index, (seq, step, values) in enumerate(listed)
@@ -155,20 +168,32 @@ def add_values(
 
 
 def curve(
-    num_steps: int, *, start: float = 3.1, floor: float = 0.9, seed: int = 0, spike_at: Sequence[int] = (), nan_at: Sequence[int] = ()
+    num_steps: int,
+    *,
+    start: float = 3.1,
+    floor: float = 0.9,
+    seed: int = 0,
+    spike_at: Sequence[int] = (),
+    nan_at: Sequence[int] = (),
 ) -> list[tuple[int, int, dict[str, float]]]:
     """Return values as a fine-tuning run has them; every step takes two operations."""
     draw = random.Random(seed)
     rows = []
     for step in range(1, num_steps + 1):
         share = step / num_steps
-        loss = floor + (start - floor) * math.exp(-5 * share) * (1 + draw.gauss(0, 0.05)) + abs(draw.gauss(0, 0.05))
+        loss = (
+            floor
+            + (start - floor) * math.exp(-5 * share) * (1 + draw.gauss(0, 0.05))
+            + abs(draw.gauss(0, 0.05))
+        )
         loss += 2.2 if step in spike_at else 0
         rate = 2e-4 * min(step / 30, 1) * (0.5 + 0.5 * math.cos(math.pi * share))
         values = {
             "loss": math.nan if step in nan_at else loss,
             "learning_rate": rate,
-            "grad_norm": (6.0 if step in spike_at else 0.4) + 1.6 * math.exp(-4 * share) + abs(draw.gauss(0, 0.12)),
+            "grad_norm": (6.0 if step in spike_at else 0.4)
+            + 1.6 * math.exp(-4 * share)
+            + abs(draw.gauss(0, 0.12)),
             "tokens_per_s": 5200 + 300 * math.sin(step / 40) + draw.gauss(0, 160),
             "step_time_s": 0.39 + abs(draw.gauss(0, 0.02)),
         }
@@ -189,7 +214,11 @@ def add_operations(run: TrainingRun, *, num_done: int = 16, num_queued: int = 2,
             run=run,
             seq=seq,
             kind=Operation.Kind.FORWARD_BACKWARD if seq % 2 else Operation.Kind.OPTIM_STEP,
-            state=Operation.State.FAILED if is_failed else Operation.State.DONE if is_done else Operation.State.QUEUED,
+            state=Operation.State.FAILED
+            if is_failed
+            else Operation.State.DONE
+            if is_done
+            else Operation.State.QUEUED,
             payload=b"{}",
             payload_digest=f"{run.pk}-{seq}",
             num_tokens=2048 if seq % 2 else 0,
@@ -202,7 +231,15 @@ def add_operations(run: TrainingRun, *, num_done: int = 16, num_queued: int = 2,
         )
 
 
-def add_checkpoint(run: TrainingRun, name: str, *, kind: str = "weights", step: int | None = None, days: int | None = None, age_h: float = 1.0) -> Checkpoint:
+def add_checkpoint(
+    run: TrainingRun,
+    name: str,
+    *,
+    kind: str = "weights",
+    step: int | None = None,
+    days: int | None = None,
+    age_h: float = 1.0,
+) -> Checkpoint:
     """Enter a checkpoint with real files."""
     directory = f"checkpoints/{run.pk}-{kind}-{name}"
     for file_name, content in (
@@ -228,7 +265,12 @@ def add_checkpoint(run: TrainingRun, name: str, *, kind: str = "weights", step: 
 
 
 def add_sample(
-    run: TrainingRun, prompt: Sequence[int], answers: Sequence[Sequence[int]], *, checkpoint: Checkpoint | None = None, **request: Any
+    run: TrainingRun,
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    *,
+    checkpoint: Checkpoint | None = None,
+    **request: Any,
 ) -> Operation:
     """Enter a finished sample, as the API stores it."""
     sampling, _ = SamplingSession.objects.get_or_create(
@@ -289,7 +331,12 @@ def fill(user: User, folder: Path) -> TrainingRun:
         ("baseline rank 8", 400, timedelta(days=3), {"state": "closed", "lora_rank": 8}),
         ("chat style, 2 epochs", 1200, timedelta(days=2), {"state": "closed"}),
         ("", 90, timedelta(days=1, hours=3), {"state": "closed", "source": "rest"}),
-        ("lr sweep 1e-3", 210, timedelta(hours=20), {"state": "failed", "error": "the loss is not finite at step 210 (learning rate 0.001)"}),
+        (
+            "lr sweep 1e-3",
+            210,
+            timedelta(hours=20),
+            {"state": "failed", "error": "the loss is not finite at step 210 (learning rate 0.001)"},
+        ),
         ("lr sweep 5e-4", 640, timedelta(hours=16), {"state": "closed"}),
         ("lr sweep 2e-4", 640, timedelta(hours=12), {"state": "closed"}),
         ("stories, browser run", 500, timedelta(hours=7), {"source": "browser", "state": "closed"}),
@@ -297,9 +344,15 @@ def fill(user: User, folder: Path) -> TrainingRun:
     ]
     for index, (name, num_steps, age, values) in enumerate(old):
         run = make_run(user, name=name, created_at=now - age - timedelta(minutes=30), **values)
-        add_values(run, curve(num_steps, seed=index, start=2.8 + 0.1 * index, floor=0.7 + 0.08 * index), ends_at=now - age)
+        add_values(
+            run,
+            curve(num_steps, seed=index, start=2.8 + 0.1 * index, floor=0.7 + 0.08 * index),
+            ends_at=now - age,
+        )
     for index, name in enumerate(["dpo-preference-v3", "math word problems"]):
-        run = make_run(user, name=name, created_at=now - timedelta(minutes=42 - 9 * index), worker=worker, lora_rank=32)
+        run = make_run(
+            user, name=name, created_at=now - timedelta(minutes=42 - 9 * index), worker=worker, lora_rank=32
+        )
         add_values(run, curve(700 + 150 * index, seed=20 + index, start=2.4, floor=0.55), step_s=0.4)
         add_operations(run)
     queued = make_run(user, name="queued behind the others", created_at=now - timedelta(seconds=70))
@@ -310,7 +363,10 @@ def fill(user: User, folder: Path) -> TrainingRun:
 def _main_run(user: User, worker: Worker, tokenizer: Tokenizer) -> TrainingRun:
     now = timezone.now()
     run = make_run(
-        user, name="story assistant, rank 16", created_at=now - timedelta(minutes=31), worker=worker,
+        user,
+        name="story assistant, rank 16",
+        created_at=now - timedelta(minutes=31),
+        worker=worker,
         user_metadata={"dataset": "stories-v2", "seed": "7"},
     )
     add_values(run, curve(1900, seed=3, spike_at=[702], nan_at=[1210, 1211]), step_s=0.9)
@@ -327,7 +383,9 @@ def _main_run(user: User, worker: Worker, tokenizer: Tokenizer) -> TrainingRun:
         ("saved", 1500, {"checkpoint": "step-001500"}),
     ):
         created_at = now - timedelta(seconds=0.9 * (run.step - step))
-        RunEvent.objects.create(run=run, seq=2 * step, step=step, kind=kind, detail=detail, created_at=created_at)
+        RunEvent.objects.create(
+            run=run, seq=2 * step, step=step, kind=kind, detail=detail, created_at=created_at
+        )
     return run
 
 

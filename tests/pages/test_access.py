@@ -96,7 +96,9 @@ def test_somebody_elses_key_cannot_be_revoked(page: Client, bob: User) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [p for p in urls.page_urls if p.name in POST_ONLY | POSTS_TOO], ids=lambda pattern: pattern.name
+    "pattern",
+    [p for p in urls.page_urls if p.name in POST_ONLY | POSTS_TOO],
+    ids=lambda pattern: pattern.name,
 )
 def test_a_change_without_a_token_is_refused(alice: User, pattern: URLPattern) -> None:
     run = seed.make_run(alice, name="kept")
@@ -116,7 +118,9 @@ def test_a_change_needs_a_post(page: Client, alice: User, pattern: URLPattern) -
     assert page.get(address(pattern, checkpoint, 1)).status_code == 405
 
 
-@pytest.mark.parametrize("path", ["/runs/", "/checkpoints/", "/workers/", "/settings/", "/login/x/", "/nothing/"])
+@pytest.mark.parametrize(
+    "path", ["/runs/", "/checkpoints/", "/workers/", "/settings/", "/login/x/", "/nothing/"]
+)
 def test_every_page_forbids_foreign_and_inline_code(page: Client, path: str) -> None:
     reply = page.get(path)
     policy = reply["content-security-policy"]

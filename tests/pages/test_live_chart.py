@@ -138,7 +138,10 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
 
 
 def add_steps(run: TrainingRun, steps: Sequence[int], *, step_s: float = 1.0) -> None:
-    values = [(2 * step, step, {"loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_s": 5e3}) for step in steps]
+    values = [
+        (2 * step, step, {"loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_s": 5e3})
+        for step in steps
+    ]
     with transaction.atomic():
         seed.add_values(run, values, step_s=step_s)
         events.run_changed(run.pk, run.owner_id, run.public_id)
@@ -257,7 +260,7 @@ def test_zoom_follow_log_and_keys(tab: Page, alice: User) -> None:
     expect(follow).to_be_hidden()
     assert shown_steps(tab)[-1] == 210
     tab.get_by_label("Log y").check()
-    tab.get_by_label("x", exact=True).select_option("time")
+    tab.get_by_label("x axis").select_option("time")
     plot = tab.get_by_role("img", name="Loss per token")
     plot.focus()
     plot.press("ArrowLeft")
@@ -268,7 +271,9 @@ def test_hostile_names_are_text(tab: Page, alice: User, tmp_path_factory: pytest
     payload = "<img src=x onerror=alert(1)>"
     tokenizer = seed.make_base_model(tmp_path_factory.mktemp("tokenizer"))
     run = seed.make_run(alice, name=payload, user_metadata={payload: payload})
-    seed.add_values(run, [(1, 1, {payload: 1.0, "constructor": 2.0, "__proto__": 3.0}), (2, 2, {payload: 1.0})])
+    seed.add_values(
+        run, [(1, 1, {payload: 1.0, "constructor": 2.0, "__proto__": 3.0}), (2, 2, {payload: 1.0})]
+    )
     seed.add_sample(run, tokenizer.encode(payload).ids, [tokenizer.encode(payload).ids])
     open_run(tab, run)
     expect(tab.locator("[data-chart-grid]")).to_have_attribute("data-num-values", "4")
@@ -362,7 +367,9 @@ def measure(tab: Page, prepare: Callable[[], Any]) -> dict[str, float]:
     return found
 
 
-def test_eight_fast_runs_do_not_stall_the_pages(tab: Page, alice: User, record_property: Callable[..., None]) -> None:
+def test_eight_fast_runs_do_not_stall_the_pages(
+    tab: Page, alice: User, record_property: Callable[..., None]
+) -> None:
     runs = [seed.make_run(alice, name=f"fast {n}") for n in range(8)]
     with Trainers(runs) as trainers:
         began = time.monotonic()

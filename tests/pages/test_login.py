@@ -41,7 +41,9 @@ def test_a_wrong_password_and_an_unknown_name_look_the_same(client: Client, alic
     assert b"do not match" in unknown.content
 
 
-def test_many_wrong_tries_lock_the_name_for_this_address_alone(client: Client, alice: User, bob: User) -> None:
+def test_many_wrong_tries_lock_the_name_for_this_address_alone(
+    client: Client, alice: User, bob: User
+) -> None:
     for _ in range(lockout.MAX_TRIES):
         assert sign_in(client, "alice", "no") == 403
     assert sign_in(client, "alice", PASSWORD) == 429

@@ -56,7 +56,15 @@ def test_it_shows_the_run(page: Client, run: TrainingRun) -> None:
     seed.add_checkpoint(run, "step-000030", days=7)
     RunEvent.objects.create(run=run, seq=1, step=12, kind="recovered", detail={"worker": "gpu-9"})
     text = page.get(f"/runs/{run.public_id}/").content.decode()
-    for expected in ("alice&#x27;s run", "rank 16", "step-000030", "recovered", "gpu-9", "forward_backward", "0.38.0"):
+    for expected in (
+        "alice&#x27;s run",
+        "rank 16",
+        "step-000030",
+        "recovered",
+        "gpu-9",
+        "forward_backward",
+        "0.38.0",
+    ):
         assert expected in text
     assert f"tinker://{run.public_id}/weights/step-000030" in text
 
@@ -89,7 +97,9 @@ def test_values_that_are_not_finite_are_words(page: Client, alice: User) -> None
     assert [point[4] for point in all_points(page, run)] == ["NaN", "Infinity", "-Infinity", 0.5]
 
 
-@pytest.mark.parametrize("query", ["metrics.json?after=x", "series.json?weight=1", "series.json?weight=nan", "series.json?from=a"])
+@pytest.mark.parametrize(
+    "query", ["metrics.json?after=x", "series.json?weight=1", "series.json?weight=nan", "series.json?from=a"]
+)
 def test_a_bad_question_is_refused(page: Client, run: TrainingRun, query: str) -> None:
     reply = page.get(f"/runs/{run.public_id}/{query}", headers={"accept": "application/json"})
     assert reply.status_code == 422
@@ -99,7 +109,9 @@ def test_a_bad_question_is_refused(page: Client, run: TrainingRun, query: str) -
 def test_buckets_hide_no_extreme(page: Client, alice: User) -> None:
     run = seed.make_run(alice)
     seed.add_values(run, seed.curve(3000, spike_at=[1777], nan_at=[5]))
-    series = page.get(f"/runs/{run.public_id}/series.json?name=loss&buckets=100&weight=0.9").json()["series"][0]
+    series = page.get(f"/runs/{run.public_id}/series.json?name=loss&buckets=100&weight=0.9").json()["series"][
+        0
+    ]
     stored = dict(Metric.objects.filter(run=run, name="loss").values_list("step", "value"))
     finite = [value for value in stored.values() if math.isfinite(value)]
     assert len(series["step"]) <= 100
@@ -129,7 +141,9 @@ def test_smoothing_sees_every_value_and_starts_unbiased(page: Client, alice: Use
 def test_a_closer_look_has_finer_buckets(page: Client, alice: User) -> None:
     run = seed.make_run(alice)
     seed.add_values(run, seed.curve(3000))
-    series = page.get(f"/runs/{run.public_id}/series.json?name=loss&buckets=100&from=1000&to=1050").json()["series"][0]
+    series = page.get(f"/runs/{run.public_id}/series.json?name=loss&buckets=100&from=1000&to=1050").json()[
+        "series"
+    ][0]
     assert series["width"] == 1
     assert series["step"] == list(range(1000, 1051))
 
@@ -145,7 +159,11 @@ def test_the_csv_holds_every_value_as_a_number(page: Client, alice: User) -> Non
     reply = page.get(f"/runs/{run.public_id}/metrics.csv")
     assert reply["content-disposition"].startswith("attachment;")
     rows = list(csv.DictReader(io.StringIO(streamed(reply).decode())))
-    assert [(row["name"], row["value"]) for row in rows] == [("'=cmd()", "2.0"), ("loss", "-1.5"), ("loss", "NaN")]
+    assert [(row["name"], row["value"]) for row in rows] == [
+        ("'=cmd()", "2.0"),
+        ("loss", "-1.5"),
+        ("loss", "NaN"),
+    ]
     chosen = streamed(page.get(f"/runs/{run.public_id}/metrics.csv?name=loss")).decode()
     assert "cmd" not in chosen
     assert chosen.count("\r\n") == 3
@@ -158,7 +176,9 @@ def test_a_run_is_renamed(page: Client, run: TrainingRun) -> None:
     assert run.name == "new name"
 
 
-def test_samples_are_text_with_special_tokens_set_apart(page: Client, run: TrainingRun, tokenizer: Tokenizer) -> None:
+def test_samples_are_text_with_special_tokens_set_apart(
+    page: Client, run: TrainingRun, tokenizer: Tokenizer
+) -> None:
     end = tokenizer.token_to_id(seed.END)
     answer = [*tokenizer.encode("The bear sleeps.").ids, end]
     seed.add_sample(run, seed.chat(tokenizer, "Where?"), [answer])
@@ -167,7 +187,9 @@ def test_samples_are_text_with_special_tokens_set_apart(page: Client, run: Train
     assert '<span class="special-token">&lt;|im_end|&gt;</span>' in text
 
 
-def test_samples_that_only_ask_for_logprobs_are_left_out(page: Client, run: TrainingRun, tokenizer: Tokenizer) -> None:
+def test_samples_that_only_ask_for_logprobs_are_left_out(
+    page: Client, run: TrainingRun, tokenizer: Tokenizer
+) -> None:
     seed.add_sample(run, [5, 6, 7], [[8]], prompt_logprobs=True, sampling_params={"max_tokens": 1})
     assert page.get(f"/runs/{run.public_id}/").context["samples"] == []
 
@@ -187,7 +209,9 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_hostile_texts_are_shown_as_text(page: Client, alice: User, tokenizer: Tokenizer, payload: str) -> None:
+def test_hostile_texts_are_shown_as_text(
+    page: Client, alice: User, tokenizer: Tokenizer, payload: str
+) -> None:
     run = seed.make_run(alice, name=payload, user_metadata={payload: payload}, error=payload)
     seed.add_values(run, [(1, 1, {payload[:64]: 1.0})])
     seed.add_operations(run, num_done=2, error=payload)

@@ -43,7 +43,16 @@ def test_it_shows_what_a_run_does(page: Client, alice: User) -> None:
     seed.add_operations(run)
     text = page.get("/runs/").content.decode()
     row = text[text.index('class="run-row"') :]
-    for expected in ("status-good", "running", "busy one", "badge-browser", "mintweb/tiny", "12.3k", "0.01508", "<polyline"):
+    for expected in (
+        "status-good",
+        "running",
+        "busy one",
+        "badge-browser",
+        "mintweb/tiny",
+        "12.3k",
+        "0.01508",
+        "<polyline",
+    ):
         assert expected in row
 
 
@@ -60,7 +69,9 @@ def test_pages_hold_every_run_once(page: Client, alice: User) -> None:
     session = seed.make_run(alice).session
     now = timezone.now()
     for index in range(2 * PAGE_SIZE + 5):
-        seed.make_run(alice, name=f"run {index}", session=session, created_at=now - timedelta(seconds=index // 3))
+        seed.make_run(
+            alice, name=f"run {index}", session=session, created_at=now - timedelta(seconds=index // 3)
+        )
     seen: list[str] = []
     query = ""
     for _ in range(3):
@@ -117,7 +128,7 @@ def test_a_base_model_that_failed_is_always_named(page: Client, alice: User, tmp
 
 def test_the_first_visit_shows_how_to_begin(page: Client, alice: User) -> None:
     text = page.get("/runs/").content.decode()
-    assert 'base_url=&quot;http://testserver&quot;' in text or 'base_url="http://testserver"' in text
+    assert "base_url=&quot;http://testserver&quot;" in text or 'base_url="http://testserver"' in text
     assert "Create an API key" in text
     assert "mintweb/tiny" in text
 

@@ -20,16 +20,16 @@ from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import BaseCommand
 from django.db import DatabaseError, connections
+from supervisor.childutils import getRPCInterface
 
 from mintweb import embedded, probes, programs
 from runs.exceptions import NotAuthenticated
 from runs.services import accounts, keys
-from supervisor.childutils import getRPCInterface
 
 REMIND_EVERY_S = 15.0
 # supervisord notices that a program ended when it is asked something, else within two seconds.
 ASK_EVERY_S = 0.25
-LOUD_LINE = re.compile(rb"^[\d:, -]{19,23} (WARNING|ERROR|CRITICAL|WARN (exited|killing)) ")
+LOUD_LINE = re.compile(rb"^[\d:, -]{19,23} (WARNING |ERROR |CRITICAL |WARN exited: |WARN killing )")
 OPEN_FILES = 65_536  # one per websocket and long-poll
 
 
