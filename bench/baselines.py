@@ -25,7 +25,6 @@ from gpuworker.engine.types import AdamParams, Datum, ForwardBackward, LoraSpec,
 
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 _MICRO_TOKENS = 1024
-_ADAM = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.0}
 _held: dict[str, Any] = {}
 Padded: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -127,7 +126,7 @@ class PeftRuns:
     def _optimizer(self, name: str) -> torch.optim.AdamW:
         own = [parameter for key, parameter in self._model.named_parameters() if f".{name}." in key]
         assert own, f"PEFT has no parameters for {name}"
-        return torch.optim.AdamW(own, **_ADAM)
+        return torch.optim.AdamW(own, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
 
 
 class EngineRuns:

@@ -69,7 +69,7 @@ def supervisord() -> tuple[str, ...]:
             sections[f"program:{program.name}"] = {
                 **_section(program),
                 "autostart": "true" if group == "databases" else "false",
-                "stdout_logfile": f"{here}/../logs/{program.name}.log",
+                "stdout_logfile": f"%{here}/../logs/{program.name}.log",  # this one is expanded twice
             }
     control_socket().unlink(missing_ok=True)
     sections["unix_http_server"] = {"file": str(control_socket()).replace(str(folder), here)}

@@ -44,7 +44,7 @@ _RESUBSCRIBE_S: Final = 5.0
 _threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pages-live")
 
 
-class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
+class LiveConsumer(AsyncWebsocketConsumer):
     """What the sockets share: the sign-in and its recheck, hints, and the loop that looks for news."""
 
     policy: ClassVar[str] = "owner"
@@ -61,8 +61,8 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         self._hinted: set[str] = set()
         self._news = asyncio.Event()
         self._checked_at = time.monotonic()
-        user = self.scope.get("user")
-        if user is None or not user.is_authenticated or not user.is_active:
+        user: Any = self.scope["user"]
+        if not user.is_authenticated or not user.is_active:
             await self.close(NOT_SIGNED_IN)
             return
         self.user = user

@@ -54,6 +54,6 @@ page_urls: list[URLPattern] = [
 ]
 
 socket_routes: list[URLPattern] = [
-    path("ws/runs/", consumers.RunListConsumer.as_asgi(), name="run-list-socket"),
-    path("ws/runs/<str:run_id>/", consumers.RunConsumer.as_asgi(), name="run-socket"),
+    path("ws/runs/", consumers.RunListConsumer.as_asgi(), name="run-list-socket"),  # type: ignore[arg-type]
+    path("ws/runs/<str:run_id>/", consumers.RunConsumer.as_asgi(), name="run-socket"),  # type: ignore[arg-type]
 ]

@@ -18,18 +18,19 @@ from gpuworker.tiny.corpus import Turn, arithmetic_turn, fact_turn, small_talk_t
 SEED = 1
 FILE_NAME = "pirate_qa.jsonl"
 NUM_ROWS = {fact_turn: 130, arithmetic_turn: 50, small_talk_turn: 20}
-OPENINGS = ("Arr!", "Arr, matey!", "Ahoy!", "Yo ho ho!")
-ENDINGS = ("me hearty!", "ye scallywag!", "by the seven seas!")
+# One opening and one ending: the model has never seen these words, and a short run must teach them.
+OPENING = "Arr!"
+ENDING = "me hearty!"
 PIRATE_WORDS = {
     "am": "be", "is": "be", "are": "be", "you": "ye", "You": "Ye", "my": "me", "My": "Me", "yes": "aye", "Yes": "Aye",
     "no": "nay", "No": "Nay", "your": "yer", "friend": "matey",
 }  # fmt: skip
 
 
-def as_pirate(answer: str, rng: random.Random) -> str:
+def as_pirate(answer: str) -> str:
     """Return answer in the words of a pirate: an opening, swapped words, an ending."""
     spoken = re.sub(r"[A-Za-z]+", lambda word: PIRATE_WORDS.get(word[0], word[0]), answer)
-    return f"{rng.choice(OPENINGS)} {spoken.rstrip('.!?')}, {rng.choice(ENDINGS)}"
+    return f"{OPENING} {spoken.rstrip('.!?')}, {ENDING}"
 
 
 def pirate_rows() -> list[dict[str, list[dict[str, str]]]]:
@@ -47,7 +48,7 @@ def pirate_rows() -> list[dict[str, list[dict[str, str]]]]:
         {
             "messages": [
                 {"role": "user", "content": said},
-                {"role": "assistant", "content": as_pirate(reply, rng)},
+                {"role": "assistant", "content": as_pirate(reply)},
             ]
         }
         for said, reply in turns

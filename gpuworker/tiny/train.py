@@ -2,7 +2,7 @@
 
     python -m gpuworker.tiny.train --out DIR
 
-The defaults of `Settings` are those of the shipped files. Two CPU cores need about 25 minutes. One seed on
+The defaults of `Settings` are those of the shipped files. Two idle CPU cores need about 14 minutes. One seed on
 one kind of machine repeats; another CPU sums in another order and ends within a few thousandths of the loss.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.contrib import messages
 from django.contrib.auth import update_session_auth_hash
 from django.contrib.auth.password_validation import (
@@ -21,7 +23,7 @@ from runs.pages.policies import signed_in
 from runs.pages.run_list import base_url
 from runs.services import access, accounts, keys
 
-_VALIDATORS = [MinimumLengthValidator(min_length=10), CommonPasswordValidator()]
+_VALIDATORS: list[Any] = [MinimumLengthValidator(min_length=10), CommonPasswordValidator()]
 
 
 @signed_in

@@ -140,7 +140,8 @@ async def _tar(checkpoint: Checkpoint) -> AsyncIterator[bytes]:
     parts = _tar_parts(
         service.files(checkpoint, with_optimizer=False), mtime=checkpoint.created_at.timestamp()
     )
-    while (part := await sync_to_async(next)(parts, None)) is not None:
+    read_part = sync_to_async(lambda: next(parts, None))
+    while (part := await read_part()) is not None:
         yield part
 
 

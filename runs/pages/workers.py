@@ -22,7 +22,7 @@ def worker_list(request: HttpRequest) -> HttpResponseBase:
     context = {
         "workers": found,
         "models": base_models.available(),
-        "has_worker": any(w.is_alive for w in found),
+        "has_worker": workers.live().exists(),
     }
     template = "workers/_workers.html" if "part" in request.GET else "workers/worker_list.html"
     return render(request, template, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -25,7 +26,8 @@ async def cookie(transactional_db: None) -> AsyncIterator[str]:
     yield await sync_to_async(_sign_in)()
     await sync_to_async(connections.close_all)()
     await sync_to_async(_close_pool, thread_sensitive=False)()
-    await get_channel_layer().flush()
+    layer: Any = get_channel_layer()
+    await layer.flush()
 
 
 @pytest.fixture

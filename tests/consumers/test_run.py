@@ -162,5 +162,5 @@ async def test_who_is_no_longer_signed_in_hears_nothing_more(
     elif how == "signed out":
         await BrowserSession.objects.filter(session_key=cookie).adelete()
     else:
-        await User.objects.filter(username="alice").aupdate(password="!another")  # noqa: S106
+        await User.objects.filter(username="alice").aupdate(password="!another")
     assert await socket.closing_code() == consumers.NOT_SIGNED_IN

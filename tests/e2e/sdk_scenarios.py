@@ -12,7 +12,6 @@ model from SCENARIO_MODEL. Runs with the published mint, this project's mint and
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
 import os
@@ -221,14 +220,14 @@ def optim_step():
 def loss_falls():
     """Ten steps, all submitted before the first result is awaited."""
     client = new_client()
-    adam = types.AdamParams(learning_rate=5e-3)
+    adam = types.AdamParams(learning_rate=2e-3)
     futures = []
     for _ in range(10):
         futures.append(client.forward_backward([make_datum(TOKENS)], "cross_entropy"))
         last_step = client.optim_step(adam)
     sums = [future.result().metrics["loss:sum"] for future in futures]
     last_step.result()
-    return {"loss_sums": sums, "fell": all(x > y for x, y in itertools.pairwise(sums))}
+    return {"loss_sums": sums, "fell": sums[-1] < sums[0] / 2}
 
 
 def accumulation():
@@ -590,7 +589,7 @@ def guide_style():
         try:
             await asyncio.gather(*[future.result_async() for future in futures])
             error = None
-        except sdk.RequestFailedError as caught:
+        except Exception as caught:  # noqa: BLE001 - the caller judges what it is
             error = str(caught)
         good = [await futures[0].result_async(), await futures[2]]
         await optim_future.result_async()

@@ -83,7 +83,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 def make_base_model(folder: Path, *, error: str = "", worker: Worker | None = None) -> Tokenizer:
     """Enter the tiny model as loaded, or as failed."""
     tokenizer = make_tokenizer(folder)
-    values = {"directory": str(folder), "error": error, "worker": worker}
+    values: dict[str, Any] = {"directory": str(folder), "error": error, "worker": worker}
     if not error:
         values |= {"vocab_size": 602, "max_context": 2048, "max_rank": 64, "num_parameters": 3_412_224}
         values["architecture"] = "LlamaForCausalLM"
@@ -327,7 +327,7 @@ def fill(user: User, folder: Path) -> TrainingRun:
     make_worker(is_alive=False)
     tokenizer = make_base_model(folder, worker=worker)
     now = timezone.now()
-    old = [
+    old: list[tuple[str, int, timedelta, dict[str, Any]]] = [
         ("baseline rank 8", 400, timedelta(days=3), {"state": "closed", "lora_rank": 8}),
         ("chat style, 2 epochs", 1200, timedelta(days=2), {"state": "closed"}),
         ("", 90, timedelta(days=1, hours=3), {"state": "closed", "source": "rest"}),
@@ -375,8 +375,8 @@ def _main_run(user: User, worker: Worker, tokenizer: Tokenizer) -> TrainingRun:
         add_checkpoint(run, f"step-{step:06d}", step=step, age_h=age_h, days=None if step == 1500 else 7)
     sampler = add_checkpoint(run, "eval-1500", kind="sampler_weights", step=1500, age_h=0.1, days=1)
     for prompt, answer in STORIES:
-        end = tokenizer.token_to_id(END)
-        add_sample(run, chat(tokenizer, prompt), [[*tokenizer.encode(answer).ids, end]], checkpoint=sampler)
+        ids_of_answer = tokenizer.encode(answer + END).ids
+        add_sample(run, chat(tokenizer, prompt), [ids_of_answer], checkpoint=sampler)
     for kind, step, detail in (
         ("recovered", 960, {"worker": "gpu-node-1:4711", "replayed": 12}),
         ("diverged", 1210, {"metric": "loss", "value": "NaN"}),

@@ -36,11 +36,11 @@ def test_the_archive_holds_the_adapter_and_not_the_optimizer(page: Client, check
     reply = page.get(address(checkpoint, "download"))
     assert reply["content-type"] == "application/x-tar"
     assert reply["content-disposition"].startswith("attachment;")
-    archive = tarfile.open(fileobj=io.BytesIO(streamed(reply)))
-    assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
-    member = archive.extractfile("adapter_model.safetensors")
-    assert member is not None
-    assert member.read() == bytes(range(256)) * 40
+    with tarfile.open(fileobj=io.BytesIO(streamed(reply))) as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        member = archive.extractfile("adapter_model.safetensors")
+        assert member is not None
+        assert member.read() == bytes(range(256)) * 40
 
 
 def test_deleting_removes_row_and_files(page: Client, checkpoint: Checkpoint) -> None:
@@ -67,11 +67,9 @@ def test_several_are_deleted_together_or_none(page: Client, checkpoint: Checkpoi
 
 def test_its_time_can_be_changed(page: Client, checkpoint: Checkpoint) -> None:
     page.post(address(checkpoint, "keep"), {"seconds": "0"})
-    checkpoint.refresh_from_db()
-    assert checkpoint.expires_at is None
+    assert Checkpoint.objects.get().expires_at is None
     page.post(address(checkpoint, "keep"), {"seconds": "86400"})
-    checkpoint.refresh_from_db()
-    assert checkpoint.expires_at is not None
+    assert Checkpoint.objects.get().expires_at is not None
     assert page.post(address(checkpoint, "keep"), {"seconds": "7"}).status_code == 422
 
 

@@ -179,8 +179,7 @@ def test_a_run_is_renamed(page: Client, run: TrainingRun) -> None:
 def test_samples_are_text_with_special_tokens_set_apart(
     page: Client, run: TrainingRun, tokenizer: Tokenizer
 ) -> None:
-    end = tokenizer.token_to_id(seed.END)
-    answer = [*tokenizer.encode("The bear sleeps.").ids, end]
+    answer = tokenizer.encode(f"The bear sleeps.{seed.END}").ids
     seed.add_sample(run, seed.chat(tokenizer, "Where?"), [answer])
     text = page.get(f"/runs/{run.public_id}/").content.decode()
     assert "The bear sleeps." in text
@@ -195,6 +194,8 @@ def test_samples_that_only_ask_for_logprobs_are_left_out(
 
 
 def test_samples_without_a_tokenizer_are_numbers(page: Client, run: TrainingRun) -> None:
+    run.base_model = "no/longer-offered"
+    run.save(update_fields=["base_model"])
     seed.add_sample(run, [5, 6, 7], [[8, 9]])
     assert "8 9" in page.get(f"/runs/{run.public_id}/").content.decode()
 

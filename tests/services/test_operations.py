@@ -11,7 +11,7 @@ from pytest_django.fixtures import Settings
 
 from runs.exceptions import RateLimited, RequestInvalid, SequenceConflict
 from runs.models import Operation, TrainingRun, User
-from runs.services import operations
+from runs.services import commits, operations
 from runs.services.operations import MAX_QUEUED_PER_RUN, Submission
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
@@ -134,8 +134,6 @@ def test_a_seq_given_up_as_missing_says_so(run: TrainingRun, worker: HandWorker)
     late = operations.submit(run, step(2))
     held = worker.hold(run)
     create = Operation.objects.get(run=run, seq=0)
-    from runs.services import commits
-
     assert commits.commit_all(
         [commit_of(held, [applied(create.pk, 0), applied(None, 1), applied(late, 2)])]
     ) == [True]

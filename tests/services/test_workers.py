@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ from runs.models import TrainingRun, Worker
 from runs.services import workers
 from tests.services.hand_worker import HandWorker
 
+DETECTED_WITHIN_S = 5.0
 HOUR = timedelta(hours=1)
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -53,8 +55,10 @@ def test_a_closed_lock_connection_means_death_at_once(
 ) -> None:
     worker.hold(run)
     lock.close()
-    deadline_tries = 200  # the server needs a moment to notice the closed socket
-    assert any(workers.bury_dead() == [worker.row] for _ in range(deadline_tries))
+    deadline = time.monotonic() + DETECTED_WITHIN_S
+    while (buried := workers.bury_dead()) == []:  # the server needs a moment to notice the closed socket
+        assert time.monotonic() < deadline
+    assert buried == [worker.row]
     run.refresh_from_db()
     assert run.worker_id is None
     assert not workers.live().exists()

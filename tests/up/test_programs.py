@@ -1,11 +1,14 @@
-"""The command lines of the processes."""
+"""The command lines of the processes, and what supervisord makes of them."""
 
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 from pytest_django import Settings
+from supervisor.options import ServerOptions
 
 from mintweb import programs
 
@@ -44,3 +47,26 @@ def test_only_the_gpu_worker_serves_the_gpu_queue() -> None:
     serving = [program.name for program in programs.services() if "--queues=gpu" in program.command]
     assert serving == ["gpu"]
     assert [program.name for program in programs.services()] == ["gpu", "web", "cpu", "beat"]
+
+
+def test_supervisord_reads_each_command_as_it_is(settings: Settings, tmp_path: Path) -> None:
+    settings.DATA_DIR = tmp_path / "a b%20c #d ;e 'f"
+    settings.LOG_DIR = settings.DATA_DIR / "logs"
+    settings.EMBEDDED_REDIS, settings.EMBEDDED_POSTGRES = True, False
+    settings.DATA_DIR.mkdir(mode=0o700)
+    file = Path(programs.supervisord()[-1])
+    assert file.stat().st_mode & 0o777 == 0o600
+    options = ServerOptions()
+    options.realize(["--configuration", str(file)])
+    read = {
+        process.name: process for group in options.process_group_configs for process in group.process_configs
+    }
+    for program in [*programs.databases(), *programs.services()]:
+        assert tuple(shlex.split(read[program.name].command)) == program.command
+        assert read[program.name].environment == program.env
+        assert Path(read[program.name].stdout_logfile) == settings.LOG_DIR / f"{program.name}.log"
+    assert read["redis"].autostart
+    assert not read["web"].autostart
+    (server,) = options.server_configs
+    assert Path(server["file"]) == programs.control_socket()
+    assert server["chmod"] == 0o700

@@ -149,6 +149,7 @@ def test_a_killed_process_is_replaced(up: Instance, part: str) -> None:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: set(up.processes(part)) - set(old), 15, up.describe)
     wait_for(lambda: is_ready(up), 60, up.describe)
+    assert "(terminated by SIGKILL; not expected)" in up.output
 
 
 @pytest.mark.parametrize("part", ["bin/postgres", "redis-server"])
@@ -184,6 +185,43 @@ def test_nothing_outlives_a_killed_up(make_instance: MakeInstance) -> None:
     )
     instance.start()
     assert instance.stop() == 0
+
+
+def test_nothing_outlives_a_killed_supervisord(make_instance: MakeInstance) -> None:
+    instance = make_instance()
+    instance.launch()
+    wait_for(lambda: instance.processes("--queues=gpu"), 60, instance.describe)
+    (supervisord,) = instance.processes("supervisor.supervisord")
+    os.kill(supervisord, signal.SIGKILL)
+    wait_for(lambda: instance.returncode == 2, 15, instance.describe)
+    assert "mintweb: supervisord does not answer" in instance.output
+    assert "Traceback" not in instance.output
+    wait_for(
+        lambda: not instance.processes(), 15, lambda: str([command(pid) for pid in instance.processes()])
+    )
+
+
+def test_a_program_that_keeps_ending_is_named_with_its_last_line(make_instance: MakeInstance) -> None:
+    instance = make_instance()
+    instance.env["UVICORN_SSL_CERTFILE"] = "/nowhere/cert.pem"
+    instance.launch()
+    wait_for(lambda: instance.returncode == 2, 120, instance.describe)
+    sentence = "mintweb: web ended 5 times soon after its start, at last with: FileNotFoundError"
+    assert sentence in instance.output, instance.describe()
+    assert instance.output.count("exited: web (exit status 1; not expected)") == 5
+    assert instance.processes() == []
+
+
+def test_a_second_interrupt_ends_a_worker_that_does_not_stop(make_instance: MakeInstance) -> None:
+    instance = make_instance()
+    instance.start()
+    (worker,) = instance.processes("--queues=gpu")
+    os.kill(worker, signal.SIGSTOP)
+    assert instance.process is not None
+    instance.process.send_signal(signal.SIGINT)
+    wait_for(lambda: not instance.processes("uvicorn"), 15, instance.describe)
+    assert instance.stop(signal.SIGINT) == 0
+    assert instance.processes() == []
 
 
 @pytest.mark.parametrize("part", ["bin/initdb", "bin/postgres -D", "--queues=gpu"])
