@@ -21,7 +21,9 @@ def start() -> None:
         os.environ.pop(name, None)
     from mintweb import embedded
 
-    os.environ["DATABASE_URL"], os.environ["REDIS_URL"] = _stack.enter_context(embedded.running(folder, durable=False))
+    os.environ["DATABASE_URL"], os.environ["REDIS_URL"] = _stack.enter_context(
+        embedded.running(folder, durable=False)
+    )
 
 
 def pytest_unconfigure() -> None:

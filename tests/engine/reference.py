@@ -59,7 +59,7 @@ def peft_logprobs(model: torch.nn.Module, datum: Datum) -> torch.Tensor:
     """Return log-probabilities of the targets, shaped like them, with autograd."""
     logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
     targets = torch.from_numpy(datum.target_tokens).reshape(len(datum.tokens), -1)
-    chosen = logits.log_softmax(-1).gather(1, targets)
+    chosen: torch.Tensor = logits.log_softmax(-1).gather(1, targets)
     return chosen.reshape(datum.target_tokens.shape)
 
 
@@ -68,10 +68,11 @@ def peft_cross_entropy(
 ) -> tuple[list[Float32Array], dict[str, LoraPair]]:
     """Return log-probabilities of each datum and the gradients of the summed loss."""
     logprobs = [peft_logprobs(model, datum) for datum in data]
-    loss = sum(
+    terms = [
         -(torch.from_numpy(datum.inputs["weights"]) * p).sum()
         for datum, p in zip(data, logprobs, strict=True)
-    )
+    ]
+    loss = torch.stack(terms).sum()
     model.zero_grad()
     loss.backward()
     gradients = {}

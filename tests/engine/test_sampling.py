@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,8 @@ def test_greedy_equals_transformers_generate_for_mixed_adapters(
         for name in ("one", None, "two")
     ]
     results = sample(engine, requests)
-    for name in (None, *states):
+    names: list[str | None] = [None, *states]
+    for name in names:
         model = load_reference(model_directory(architecture))
         if name is not None:
             model = peft_model(model, states[name])
@@ -96,7 +98,7 @@ def test_greedy_equals_transformers_generate_for_mixed_adapters(
             np.testing.assert_allclose(sequence.logprobs, logprobs, atol=3e-5, rtol=0)
 
 
-def generate(model: torch.nn.Module, prompt: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def generate(model: Any, prompt: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what transformers' own generate continues with, and its log-probabilities."""
     ids = torch.from_numpy(prompt)[None]
     full = model.generate(
@@ -228,7 +230,9 @@ def test_prompt_logprobs_match_transformers(engine: Engine, model_directory: Cal
     values, ids = expected[:-1].topk(3)
     assert result.topk_prompt_logprobs is not None
     np.testing.assert_array_equal(result.topk_prompt_logprobs.token_ids[0], [0, 0, 0])
-    np.testing.assert_array_equal(result.topk_prompt_logprobs.logprobs[0], np.float32([-99999] * 3))
+    np.testing.assert_array_equal(
+        result.topk_prompt_logprobs.logprobs[0], np.full(3, -99999, dtype=np.float32)
+    )
     np.testing.assert_array_equal(result.topk_prompt_logprobs.token_ids[1:], ids)
     np.testing.assert_allclose(result.topk_prompt_logprobs.logprobs[1:], values, atol=3e-5, rtol=0)
 

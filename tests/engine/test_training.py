@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def _bad_jobs() -> dict[str, tuple[ForwardBackward, type[EngineError], str]]:
     good = make_datum(np.random.default_rng(8), 4)
     job = ForwardBackward(adapter_id="bad", data=(good,), loss_fn="cross_entropy")
 
-    def with_datum(**changes: object) -> ForwardBackward:
+    def with_datum(**changes: Any) -> ForwardBackward:
         return replace(job, data=(good, replace(good, **changes)))
 
     inputs = dict(good.inputs)

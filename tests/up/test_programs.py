@@ -64,7 +64,7 @@ def test_supervisord_reads_each_command_as_it_is(settings: Settings, tmp_path: P
     for program in [*programs.databases(), *programs.services()]:
         assert tuple(shlex.split(read[program.name].command)) == program.command
         assert read[program.name].environment == program.env
-        assert Path(read[program.name].stdout_logfile) == settings.LOG_DIR / f"{program.name}.log"
+        assert Path(read[program.name].stdout_logfile).resolve() == settings.LOG_DIR / f"{program.name}.log"
     assert read["redis"].autostart
     assert not read["web"].autostart
     (server,) = options.server_configs

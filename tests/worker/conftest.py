@@ -168,11 +168,12 @@ def new_client(alice: User, base_model: str) -> Callable[..., Client]:
 
 def finished(operation_pk: int, *, deadline_s: float = DEADLINE_S) -> Operation:
     """Return the operation once it has its answer."""
-    return wait_for(
+    operation: Operation = wait_for(
         lambda: Operation.objects.filter(pk=operation_pk).exclude(state=Operation.State.QUEUED).first(),
         what=f"operation {operation_pk}",
         deadline_s=deadline_s,
     )
+    return operation
 
 
 def wait_for(condition: Callable[[], Any], *, what: str, deadline_s: float = DEADLINE_S) -> Any:
