@@ -175,7 +175,7 @@ def exactness(lab: Lab) -> list[Row]:
                 f"log-probabilities before any step against transformers, tinker {each}",
                 difference,
                 at_most=2e-5,
-                note=f"largest of {few.num_tokens}",
+                note=f"largest of {few.num_tokens} differences",
             )
         )
     lab.open_run(version, "exported", rank=_ODD_RANK)

@@ -41,11 +41,11 @@ def main() -> int:
                 print(f"  {row.what}: {row.measured} {row.note}", file=sys.stderr)
         machine = _machine(load_before, base_model=lab.base_model)
     table = markdown(rows)
-    print(table, *machine.items(), sep="\n")
+    facts = [f"* {name}: {value}" for name, value in machine.items()]
+    print(*facts, "", table, sep="\n")
     content = {"machine": machine, "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
     options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if options.write_docs:
-        facts = [f"* {name}: {value}" for name, value in machine.items()]
         write_between_markers(ROOT / "docs" / "benchmarks.md", "\n".join([*facts, "", table]))
     return 0 if all(row.is_met is not False for row in rows) else 1
 

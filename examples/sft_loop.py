@@ -1,9 +1,7 @@
-"""Fine-tunes the tiny model on questions and answers, with several batches always on their way.
+"""Teaches mintweb/tiny to answer like a pirate, with several batches always on their way.
 
-    MINT_BASE_URL=http://127.0.0.1:8000 MINT_API_KEY=tml-... python examples/sft_loop.py
-
-Runs with this project's mint, the published mint, and tinker itself (then TINKER_BASE_URL and
-TINKER_API_KEY). Also needs transformers and jinja2, for the tokenizer.
+Set MINT_BASE_URL and MINT_API_KEY (or TINKER_BASE_URL and TINKER_API_KEY) as `make up` prints them. Runs with
+the published mint, with this project's mint, and with tinker; needs transformers and jinja2 for the tokenizer.
 """
 
 import json
@@ -17,68 +15,52 @@ except ImportError:
     import tinker as sdk
 
 DATA = Path(os.environ.get("SFT_DATA", Path(__file__).parent / "data" / "pirate_qa.jsonl"))
-STEPS, BATCH_SIZE, SUBMIT_AHEAD = int(os.environ.get("SFT_STEPS", "40")), 8, 4
+STEPS, BATCH_SIZE, SUBMIT_AHEAD = int(os.environ.get("SFT_STEPS", "120")), 8, 4
 
 
-def ready(client):
-    """Newer SDKs return a future of a client, older ones the client itself."""
-    return client.result() if hasattr(client, "result") else client
+def ready(made):
+    return made.result() if hasattr(made, "result") else made  # tinker 0.38 returns futures of clients
 
 
-def render(tokenizer, messages):
-    """Return (prompt tokens, answer tokens)."""
+def render(messages):
+    """Return the tokens of the prompt and of the answer to it."""
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert full.startswith(prompt), "this chat template rewrites the prompt; pick another base model"
-    parts = (prompt, full.removeprefix(prompt))
-    return [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+    answer = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(prompt)
+    return [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
 
 
-def make_datum(prompt, answer):
-    """Train on the answer only. Position t of the input predicts position t + 1."""
-    weights = ([0.0] * len(prompt) + [1.0] * len(answer))[1:]
-    model_input = sdk.types.ModelInput.from_ints((prompt + answer)[:-1])
-    inputs = {"target_tokens": (prompt + answer)[1:], "weights": weights}
-    return sdk.types.Datum(model_input=model_input, loss_fn_inputs=inputs), sum(weights)
+def make_datum(messages):
+    """Train on the answer alone; position t of the input predicts token t + 1."""
+    prompt, answer = render(messages)
+    tokens, weights = prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
+    inputs = {"target_tokens": tokens[1:], "weights": weights[1:]}
+    return sdk.types.Datum(model_input=sdk.types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
-def sample(client, tokenizer, prompt):
+def ask(messages):
     sampler = ready(client.save_weights_and_get_sampling_client())
-    params = sdk.types.SamplingParams(max_tokens=48, temperature=0.0, seed=1)
-    reply = sampler.sample(sdk.types.ModelInput.from_ints(prompt), 1, params).result()
-    return tokenizer.decode(reply.sequences[0].tokens, skip_special_tokens=True).strip()
+    params = sdk.types.SamplingParams(max_tokens=48, temperature=0.0)
+    reply = sampler.sample(sdk.types.ModelInput.from_ints(render(messages)[0]), 1, params).result()
+    return tokenizer.decode(reply.sequences[0].tokens, skip_special_tokens=True)
 
 
-def report(step, future, optim_future, num_tokens):
-    loss = future.result().metrics["loss:sum"] / num_tokens
-    optim_future.result()
-    print(f"step {step:3d}  loss {loss:.4f}", flush=True)
+def report(step, future):
+    metrics = future.result().metrics
+    print(f"step {step:3d}  loss {metrics['loss:sum'] / metrics['loss_weight:sum']:.4f}", flush=True)
 
 
-def main():
-    client = ready(
-        sdk.ServiceClient().create_lora_training_client(base_model="mintweb/tiny", rank=16, seed=1)
-    )
-    tokenizer = client.get_tokenizer()
-    rows = [json.loads(line)["messages"] for line in DATA.read_text().splitlines() if line]
-    data = [make_datum(*render(tokenizer, messages)) for messages in rows]
-    question = rows[0][-2]["content"]
-    prompt = render(tokenizer, rows[0])[0]
-    print(f"before  {question} -> {sample(client, tokenizer, prompt)}")
+rows = [json.loads(line)["messages"] for line in DATA.read_text().splitlines() if line]
+client = ready(sdk.ServiceClient().create_lora_training_client(base_model="mintweb/tiny", rank=16, seed=1))
+tokenizer = client.get_tokenizer()
+print(f"before  {rows[0][-2]['content']} -> {ask(rows[0])}")
 
-    pending = deque()
-    for step in range(STEPS):
-        picked = [data[(step * BATCH_SIZE + i) % len(data)] for i in range(BATCH_SIZE)]
-        datums, num_tokens = zip(*picked, strict=True)
-        future = client.forward_backward(list(datums), "cross_entropy")
-        optim_future = client.optim_step(sdk.types.AdamParams(learning_rate=1e-3))
-        pending.append((step, future, optim_future, sum(num_tokens)))
-        if len(pending) > SUBMIT_AHEAD:
-            report(*pending.popleft())
-    for entry in pending:
-        report(*entry)
-    print(f"after   {question} -> {sample(client, tokenizer, prompt)}")
-
-
-if __name__ == "__main__":
-    main()
+pending = deque()
+for step in range(STEPS):
+    batch = [make_datum(rows[(step * BATCH_SIZE + i) % len(rows)]) for i in range(BATCH_SIZE)]
+    pending.append((step, client.forward_backward(batch, "cross_entropy")))
+    client.optim_step(sdk.types.AdamParams(learning_rate=1e-3))
+    if len(pending) > SUBMIT_AHEAD:
+        report(*pending.popleft())
+while pending:
+    report(*pending.popleft())
+print(f"after   {rows[0][-2]['content']} -> {ask(rows[0])}")

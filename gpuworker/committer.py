@@ -192,9 +192,9 @@ def _until_reachable(action: Callable[[], None]) -> None:
     """Repeat an action for as long as the database is away; a commit is safe to repeat."""
     while True:
         try:
-            close_old_connections()
             return action()
         except (OperationalError, InterfaceError) as error:
+            close_old_connections()
             logger.warning("the database did not take a commit, trying again: %s", error)
             time.sleep(_RETRY_S)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import psycopg
@@ -84,12 +85,12 @@ class Intake:
             self._wake.wait(SWEEP_S)
             self._wake.clear()
             try:
-                close_old_connections()
                 if time.monotonic() - last_sweep > SWEEP_S:
                     workers.bury_dead()
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:
+                close_old_connections()
                 logger.warning("no work can be taken, the database does not answer: %s", error)
                 time.sleep(0.5)
 
@@ -122,14 +123,18 @@ class Intake:
     def _room(self) -> dict[int, int]:
         with self._lock:
             seats = list(self.seats.values())
-        return {seat.run.pk: seat.taken_seq for seat in seats if len(seat.queue) < AHEAD and not seat.is_lost}
+        for seat in seats:
+            seat.may_have_more = len(seat.queue) >= AHEAD
+        return {seat.run.pk: seat.taken_seq for seat in seats if not seat.may_have_more and not seat.is_lost}
 
-    def _fill(self, taken: Iterable[TakenOperation]) -> None:
+    def _fill(self, taken: Sequence[TakenOperation]) -> None:
         waiting: set[int] = set()
+        counts = Counter(operation.run_pk for operation in taken)
         for operation in taken:
             seat = self.seats.get(operation.run_pk)
             if seat is None or operation.run_pk in waiting:
                 continue
+            seat.may_have_more = counts[operation.run_pk] >= AHEAD
             for skipped in self._gap_before(seat, operation):
                 self._append(seat, skipped)
             if operation.seq != seat.taken_seq + 1:

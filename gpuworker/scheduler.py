@@ -222,7 +222,7 @@ class Scheduler:
             if seat.is_closed:
                 self._committer.flush()
                 self._forget(seat)
-            elif len(seat.queue) < AHEAD // 2:
+            elif seat.may_have_more and len(seat.queue) < AHEAD // 2:
                 self._intake.wake()
 
     # Seats --------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ class Seat:
         self.step = run.step
         self.tally = Tally()
         self.is_restored = False
+        self.may_have_more = False
         self.is_lost = False
         self.is_closed = False
         self.last_used_at = time.monotonic()

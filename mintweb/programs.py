@@ -19,19 +19,20 @@ from mintweb import embedded
 
 # A worker finishes its current operation before it stops; one operation is at most a slice of 20 s and a snapshot.
 WORKER_STOP_TIMEOUT_S = 60
-NUM_RETRIES = 4  # of a program that ends before it is steady; with pauses of 1, 2, 3 and 4 seconds
+# A program that ended starts again at once; one that never becomes steady, after 1, 2, 3 and 4 seconds, then not again.
+NUM_RETRIES = 4
+DATABASE_STEADY_AFTER_S, SERVICE_STEADY_AFTER_S = 1, 10
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program to keep running; it starts again at once when it ends after `steady_after_s`, else with a pause."""
+    """One program to keep running."""
 
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: int = 10
-    steady_after_s: int = 10
 
 
 def control_socket() -> Path:
@@ -45,7 +46,7 @@ def supervisord() -> tuple[str, ...]:
     Raises:
         EmbeddedServerError: a database cannot be set up.
     """
-    here, folder = "%(here)s", settings.DATA_DIR / "run"
+    folder = settings.DATA_DIR / "run"
     folder.mkdir(mode=0o700, exist_ok=True)
     settings.LOG_DIR.mkdir(mode=0o700, exist_ok=True)
     sections: dict[str, dict[str, object]] = {
@@ -53,26 +54,26 @@ def supervisord() -> tuple[str, ...]:
             "nodaemon": "true",
             "silent": "true",
             "nocleanup": "true",
-            "minprocs": 1,
-            "logfile": f"{here}/../logs/supervisord.log",
-            "pidfile": f"{here}/supervisord.pid",
+            "logfile": "%(here)s/../logs/supervisord.log",
+            "pidfile": "%(here)s/supervisord.pid",
         },
         "rpcinterface:supervisor": {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
         },
     }
-    for group, members in (("databases", databases()), ("services", services())):
-        names = ",".join(program.name for program in members)
-        if names:
-            sections[f"group:{group}"] = {"programs": names, "priority": 1 if group == "databases" else 2}
-        for program in members:
-            sections[f"program:{program.name}"] = {
-                **_section(program),
-                "autostart": "true" if group == "databases" else "false",
-                "stdout_logfile": f"%{here}/../logs/{program.name}.log",  # this one is expanded twice
-            }
+    for name, members, group in (
+        (
+            "databases",
+            databases(),
+            {"priority": 1, "autostart": "true", "startsecs": DATABASE_STEADY_AFTER_S},
+        ),
+        ("services", services(), {"priority": 2, "autostart": "false", "startsecs": SERVICE_STEADY_AFTER_S}),
+    ):
+        if members:
+            sections[f"group:{name}"] = {"programs": ",".join(program.name for program in members), **group}
+        sections |= {f"program:{program.name}": {**_section(program), **group} for program in members}
     control_socket().unlink(missing_ok=True)
-    sections["unix_http_server"] = {"file": str(control_socket()).replace(str(folder), here)}
+    sections["unix_http_server"] = {"file": str(control_socket()).replace(str(folder), "%(here)s")}
     config = RawConfigParser()
     config.read_dict(sections)
     file = folder / "supervisord.conf"
@@ -87,7 +88,7 @@ def databases() -> list[Program]:
     programs = []
     redis = embedded.prepare_redis(settings.DATA_DIR)  # makes the folder of the sockets in any case
     if settings.EMBEDDED_REDIS:
-        programs.append(Program("redis", tuple(redis), steady_after_s=1))
+        programs.append(Program("redis", tuple(redis)))
     if settings.EMBEDDED_POSTGRES:
         programs.append(
             Program(
@@ -95,7 +96,6 @@ def databases() -> list[Program]:
                 tuple(embedded.prepare_postgres(settings.DATA_DIR)),
                 stop_signal=signal.SIGINT,
                 stop_timeout_s=int(embedded.STOP_TIMEOUT_S),
-                steady_after_s=1,
             )
         )
     return programs
@@ -210,12 +210,12 @@ def _section(program: Program) -> dict[str, object]:
         "command": command,
         "environment": ",".join(f'{name}="{value}"' for name, value in program.env.items()),
         "autorestart": "true",
-        "startsecs": program.steady_after_s,
         "startretries": NUM_RETRIES,
         "stopsignal": program.stop_signal.name,
         "stopwaitsecs": program.stop_timeout_s,
         "killasgroup": "true",
         "redirect_stderr": "true",
+        "stdout_logfile": f"%%(here)s/../logs/{program.name}.log",  # this option is expanded twice
         "stdout_logfile_maxbytes": "32MB",
         "stdout_logfile_backups": 1,
     }

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WORK_CHANNEL: Final = "mintweb_work"
 DONE_CHANNEL: Final = "mintweb_done"
+_NOTIFY_LIMIT: Final = 500
 _PAGE_HINT_INTERVAL_S: Final = 0.25
 _DRAIN_INTERVAL_S: Final = 1.0
 
@@ -50,18 +51,23 @@ def notify_work() -> None:
     """Ring for the GPU workers when the current transaction commits: by NOTIFY, and by Celery's drain task."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_notify(%s, '')", [WORK_CHANNEL])
-    transaction.on_commit(_drain_doorbell.ring)
+    ring_drain()
 
 
 def notify_done(operation_ids: Iterable[int]) -> None:
     """Wake the requests that wait for these operations when the current transaction commits."""
-    ids = list(operation_ids)
-    while ids:
-        part, ids = ids[:500], ids[500:]
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT pg_notify(%s, %s)", [DONE_CHANNEL, json.dumps(part, separators=(",", ":"))]
-            )
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_notify(%s, %s)", [DONE_CHANNEL, done_payload(operation_ids)])
+
+
+def done_payload(operation_ids: Iterable[int]) -> str:
+    """Return the text of a "done" notification; what does not fit is found by the waiters' own look."""
+    return json.dumps(list(operation_ids)[:_NOTIFY_LIMIT], separators=(",", ":"))
+
+
+def ring_drain() -> None:
+    """Send Celery's drain task soon after the current transaction commits."""
+    transaction.on_commit(_drain_doorbell.ring)
 
 
 def run_changed(run_pk: int, owner_pk: int, public_id: str) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,8 @@ Result = TypeVar("Result")
 _BODY_TIMEOUT_S: Final = 30
 _SHORT_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _DURATION: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_num_failures = 0
+_checked = threading.local()
 _threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="api")
 
 
@@ -171,7 +174,7 @@ class Endpoint:
         if self.needs_key:
             if not credential:
                 raise NotAuthenticated
-            user = await in_thread(lambda: keys.authenticate(credential))
+            user = keys.cached_user(credential) or await in_thread(lambda: keys.authenticate(credential))
         path_args: Mapping[str, str] = scope["url_route"]["kwargs"]
         if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
@@ -246,11 +249,18 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def _with_connection(call: Callable[[], Result]) -> Result:
-    close_old_connections()
+    """Make a database call with this thread's connection.
+
+    Connections are checked only after one of them has failed, since a check costs every call a round trip.
+    """
+    global _num_failures
+    if getattr(_checked, "num_failures", 0) != _num_failures:
+        _checked.num_failures = _num_failures
+        close_old_connections()
     try:
         return call()
-    except DatabaseError:
-        close_old_connections()
+    except (DatabaseError, InterfaceError):
+        _num_failures += 1
         raise
 
 

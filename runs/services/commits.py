@@ -19,7 +19,6 @@ from django.db import connection, transaction
 from runs import events, ids
 from runs.models import (
     Checkpoint,
-    Metric,
     Operation,
     RunEvent,
     SamplingSession,
@@ -30,22 +29,46 @@ from runs.models import (
 
 NUM_SNAPSHOTS_KEPT: Final = 2
 
-_ADVANCE = """
-UPDATE runs_trainingrun SET applied_seq = %s, step = %s, num_tokens = num_tokens + %s,
-  loss = COALESCE(%s, loss), tokens_per_s = COALESCE(%s, tokens_per_s),
-  state = %s, error = %s, last_applied_at = clock_timestamp()
-WHERE id = %s AND fence = %s AND applied_seq = %s
+# One statement, so one round trip: a worker's commits decide how soon a waiting client gets its answer.
+_COMMIT = """
+WITH run AS (
+  UPDATE runs_trainingrun r SET applied_seq = new.to_seq, step = new.step,
+    num_tokens = r.num_tokens + new.num_tokens, loss = COALESCE(new.loss, r.loss),
+    tokens_per_s = COALESCE(new.tokens_per_s, r.tokens_per_s),
+    state = new.state, error = new.error, last_applied_at = clock_timestamp()
+  FROM unnest(%(run)s::bigint[], %(fence)s::bigint[], %(from_seq)s::bigint[], %(to_seq)s::bigint[],
+    %(step)s::bigint[], %(num_tokens)s::bigint[], %(loss)s::float8[], %(tokens_per_s)s::float8[],
+    %(run_state)s::text[], %(run_error)s::text[], %(done)s::text[])
+    AS new(id, fence, from_seq, to_seq, step, num_tokens, loss, tokens_per_s, state, error, done)
+  WHERE r.id = new.id AND r.fence = new.fence AND r.applied_seq = new.from_seq
+  RETURNING r.id, r.owner_id, r.fence, new.done
+), finished AS (
+  UPDATE runs_operation o SET state = new.state, result = new.result, result_is_proto = new.is_proto,
+    error = new.error, error_category = new.category, fence = run.fence, finished_at = clock_timestamp()
+  FROM run JOIN unnest(%(op_run)s::bigint[], %(op)s::bigint[], %(op_state)s::text[], %(result)s::bytea[],
+    %(is_proto)s::bool[], %(op_error)s::text[], %(category)s::text[])
+    AS new(run_id, id, state, result, is_proto, error, category) ON new.run_id = run.id
+  WHERE o.id = new.id AND o.state = 'queued'
+), skipped AS (
+  INSERT INTO runs_operation (owner_id, run_id, seq, kind, state, payload_file, payload_digest, num_tokens,
+    result_is_proto, error, error_category, fence, attempts)
+  SELECT run.owner_id, run.id, new.seq, 'skipped', 'failed', '', '', 0, false,
+    'the client never sent this request', 'user', run.fence, 0
+  FROM run JOIN unnest(%(skip_run)s::bigint[], %(skip_seq)s::bigint[]) AS new(run_id, seq) ON new.run_id = run.id
+  ON CONFLICT DO NOTHING
+), measured AS (
+  INSERT INTO runs_metric (run_id, seq, name, step, value)
+  SELECT run.id, new.seq, new.name, new.step, new.value
+  FROM run JOIN unnest(%(metric_run)s::bigint[], %(metric_seq)s::bigint[], %(metric_name)s::text[],
+    %(metric_step)s::bigint[], %(metric_value)s::float8[]) AS new(run_id, seq, name, step, value)
+    ON new.run_id = run.id
+)
+SELECT run.id, pg_notify(%(channel)s, run.done) FROM run
 """
-_FINISH = """
+_FINISH_SAMPLE = """
 UPDATE runs_operation SET state = %s, result = %s, result_is_proto = %s, error = %s, error_category = %s,
-  fence = %s, finished_at = clock_timestamp()
+  finished_at = clock_timestamp()
 WHERE id = %s AND state = 'queued'
-"""
-_SKIP = """
-INSERT INTO runs_operation (owner_id, run_id, seq, kind, state, payload_file, payload_digest, num_tokens,
-  result_is_proto, error, error_category, fence, attempts)
-VALUES (%s, %s, %s, 'skipped', 'failed', '', '', 0, false, 'the client never sent this request', 'user', %s, 0)
-ON CONFLICT DO NOTHING
 """
 
 
@@ -113,8 +136,17 @@ class RunCommit:
 
 def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
     """Apply one cycle's effects on its runs in one transaction; false for a run another worker owns."""
+    if not runs:
+        return []
     with transaction.atomic():
-        return [_commit(run) for run in runs]
+        with connection.cursor() as cursor:
+            cursor.execute(_COMMIT, _columns(runs))
+            advanced = {row[0] for row in cursor.fetchall()}
+        for run in runs:
+            if run.run_pk in advanced:
+                _register_checkpoints(run)
+                events.run_changed(run.run_pk, run.owner_id, run.public_id)
+    return [run.run_pk in advanced or _was_committed(run) for run in runs]
 
 
 def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size_bytes: int) -> list[str]:
@@ -129,9 +161,8 @@ def commit_sample(operation_pk: int, result: Result) -> None:
     """Store a sample's answer; the first one written stands."""
     with transaction.atomic():
         with connection.cursor() as cursor:
-            state = Operation.State.FAILED if result.body is None else Operation.State.DONE
-            values = [state, result.body, result.is_proto, result.error, result.category, 0, operation_pk]
-            cursor.execute(_FINISH, values)
+            values = [_state_of(result), result.body, result.is_proto, result.error, result.category]
+            cursor.execute(_FINISH_SAMPLE, [*values, operation_pk])
             was_first = cursor.rowcount == 1
         if was_first:
             events.notify_done([operation_pk])
@@ -143,27 +174,47 @@ def add_event(run_pk: int, *, seq: int, step: int, kind: str, detail: Mapping[st
     RunEvent.objects.create(run_id=run_pk, seq=seq, step=step, kind=kind, detail=dict(detail))
 
 
-def _commit(run: RunCommit) -> bool:
-    if not _advance(run):
-        return _was_committed(run)
-    with connection.cursor() as cursor:
-        cursor.executemany(_SKIP, [_skip_values(run, op) for op in run.operations if op.pk is None])
-        cursor.executemany(_FINISH, [_finish_values(run, op) for op in run.operations if op.pk is not None])
-    _insert_metrics(run)
-    for op in run.operations:
-        if op.checkpoint is not None:
-            _register(run, op, op.checkpoint)
-    events.notify_done(op.pk for op in run.operations if op.pk is not None)
-    events.run_changed(run.run_pk, run.owner_id, run.public_id)
-    return True
+def _columns(runs: Sequence[RunCommit]) -> dict[str, Any]:
+    """Return the commit as columns, the form in which PostgreSQL takes many rows in one statement."""
+    ops = [(run, op) for run in runs for op in run.operations if op.pk is not None]
+    skips = [(run, op) for run in runs for op in run.operations if op.pk is None]
+    metrics = [(run, op, *item) for run in runs for op in run.operations for item in op.metrics.items()]
+    return {
+        "channel": events.DONE_CHANNEL,
+        "run": [run.run_pk for run in runs],
+        "fence": [run.fence for run in runs],
+        "from_seq": [run.from_seq for run in runs],
+        "to_seq": [run.to_seq for run in runs],
+        "step": [run.step for run in runs],
+        "num_tokens": [run.num_tokens for run in runs],
+        "loss": [_finite(run.loss) for run in runs],
+        "tokens_per_s": [run.tokens_per_s for run in runs],
+        "run_state": [run.state for run in runs],
+        "run_error": [run.error for run in runs],
+        "done": [events.done_payload(op.pk for op in run.operations if op.pk is not None) for run in runs],
+        "op_run": [run.run_pk for run, _ in ops],
+        "op": [op.pk for _, op in ops],
+        "op_state": [_state_of(op.result) for _, op in ops],
+        "result": [op.result.body for _, op in ops],
+        "is_proto": [op.result.is_proto for _, op in ops],
+        "op_error": [op.result.error for _, op in ops],
+        "category": [op.result.category for _, op in ops],
+        "skip_run": [run.run_pk for run, _ in skips],
+        "skip_seq": [op.seq for _, op in skips],
+        "metric_run": [run.run_pk for run, _, _, _ in metrics],
+        "metric_seq": [op.seq for _, op, _, _ in metrics],
+        "metric_name": [name for _, _, name, _ in metrics],
+        "metric_step": [op.step for _, op, _, _ in metrics],
+        "metric_value": [value for _, _, _, value in metrics],
+    }
 
 
-def _advance(run: RunCommit) -> bool:
-    loss = run.loss if run.loss is None or math.isfinite(run.loss) else None
-    values = [run.to_seq, run.step, run.num_tokens, loss, run.tokens_per_s, run.state, run.error]
-    with connection.cursor() as cursor:
-        cursor.execute(_ADVANCE, [*values, run.run_pk, run.fence, run.from_seq])
-        return bool(cursor.rowcount == 1)
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _state_of(result: Result) -> str:
+    return Operation.State.FAILED if result.body is None else Operation.State.DONE
 
 
 def _was_committed(run: RunCommit) -> bool:
@@ -171,22 +222,10 @@ def _was_committed(run: RunCommit) -> bool:
     return TrainingRun.objects.filter(pk=run.run_pk, fence=run.fence, applied_seq=run.to_seq).exists()
 
 
-def _skip_values(run: RunCommit, op: AppliedOperation) -> list[Any]:
-    return [run.owner_id, run.run_pk, op.seq, run.fence]
-
-
-def _finish_values(run: RunCommit, op: AppliedOperation) -> list[Any]:
-    result = op.result
-    state = Operation.State.FAILED if result.body is None else Operation.State.DONE
-    return [state, result.body, result.is_proto, result.error, result.category, run.fence, op.pk]
-
-
-def _insert_metrics(run: RunCommit) -> None:
-    Metric.objects.bulk_create(
-        Metric(run_id=run.run_pk, seq=op.seq, name=name, step=op.step, value=value)
-        for op in run.operations
-        for name, value in op.metrics.items()
-    )
+def _register_checkpoints(run: RunCommit) -> None:
+    for op in run.operations:
+        if op.checkpoint is not None:
+            _register(run, op, op.checkpoint)
 
 
 def _register(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models import Max
 
 from runs import events
@@ -26,6 +26,8 @@ INSERT INTO runs_operation
 VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, 0, 0)
 ON CONFLICT DO NOTHING RETURNING id
 """
+# The row and the doorbell in one round trip; the bell rings when it commits.
+_SUBMIT = f"WITH new AS ({_INSERT}) SELECT id, pg_notify(%s, '') FROM new"  # noqa: S608 - two constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,9 @@ def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
         str(error),
         "user",
     ]
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(_INSERT, values)
-        events.notify_work()
+    with connection.cursor() as cursor:
+        cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
+    events.ring_drain()
 
 
 def payload_of(payload: bytes | memoryview | None, payload_file: str) -> bytes:
@@ -135,13 +137,13 @@ def _insert(
     inline, file = _store(submission)
     values: list[Any] = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
     values += [Operation.State.QUEUED, inline, file, submission.digest, submission.num_tokens, "", ""]
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(_INSERT, values)
+    with connection.cursor() as cursor:
+        cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
         row = cursor.fetchone()
-        if row is not None:
-            events.notify_work()
-            return int(row[0])
-    return _existing(run, session, submission)
+    if row is None:
+        return _existing(run, session, submission)
+    events.ring_drain()
+    return int(row[0])
 
 
 def _store(submission: Submission) -> tuple[bytes | None, str]:

@@ -7,7 +7,11 @@ const TITLES = {
   learning_rate: "Learning rate",
   grad_norm: "Gradient norm",
   tokens_per_s: "Tokens per second",
-  step_time_s: "Step time in seconds",
+  step_time_s: "Compute time of a step in seconds",
+  client_gap_s: "Waiting for the client in seconds",
+  queue_wait_s: "Waiting in the queue in seconds",
+  loss_sum: "Loss, summed",
+  tokens: "Tokens of a step",
 };
 const MAX_TABLE_ROWS = 300;
 const LONE_POINTS = 40;

@@ -87,11 +87,11 @@ def test_greedy_equals_transformers_generate_for_mixed_adapters(
     ]
     results = sample(engine, requests)
     names: list[str | None] = [None, *states]
-    for name in names:
+    for held in names:
         model = load_reference(model_directory(architecture))
-        if name is not None:
-            model = peft_model(model, states[name])
-        for request in (r for r in requests if r.sampler_id == name):
+        if held is not None:
+            model = peft_model(model, states[held])
+        for request in (r for r in requests if r.sampler_id == held):
             sequence = results[request.request_id].sequences[0]
             expected, logprobs = generate(model, request.prompt, 12)
             np.testing.assert_array_equal(sequence.tokens, expected)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from django.db.models.functions import Now
 
-from runs.models import TrainingRun, User
+from runs.models import TrainingRun, User, Worker
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
+
+
+@pytest.fixture(autouse=True)
+def no_other_worker(db: None) -> None:
+    """End the workers that tests with real commits have left behind."""
+    Worker.objects.filter(stopped_at=None).update(stopped_at=Now())
 
 
 @pytest.fixture

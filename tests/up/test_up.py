@@ -149,7 +149,7 @@ def test_a_killed_process_is_replaced(up: Instance, part: str) -> None:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: set(up.processes(part)) - set(old), 15, up.describe)
     wait_for(lambda: is_ready(up), 60, up.describe)
-    assert "(terminated by SIGKILL; not expected)" in up.output
+    wait_for(lambda: "(terminated by SIGKILL; not expected)" in up.output, 10, up.describe)
 
 
 @pytest.mark.parametrize("part", ["bin/postgres", "redis-server"])
@@ -189,10 +189,8 @@ def test_nothing_outlives_a_killed_up(make_instance: MakeInstance) -> None:
 
 def test_nothing_outlives_a_killed_supervisord(make_instance: MakeInstance) -> None:
     instance = make_instance()
-    instance.launch()
-    wait_for(lambda: instance.processes("--queues=gpu"), 60, instance.describe)
-    (supervisord,) = instance.processes("supervisor.supervisord")
-    os.kill(supervisord, signal.SIGKILL)
+    instance.start()
+    os.kill(int((instance.data_dir / "run" / "supervisord.pid").read_text()), signal.SIGKILL)
     wait_for(lambda: instance.returncode == 2, 15, instance.describe)
     assert "mintweb: supervisord does not answer" in instance.output
     assert "Traceback" not in instance.output
@@ -208,7 +206,7 @@ def test_a_program_that_keeps_ending_is_named_with_its_last_line(make_instance: 
     wait_for(lambda: instance.returncode == 2, 120, instance.describe)
     sentence = "mintweb: web ended 5 times soon after its start, at last with: FileNotFoundError"
     assert sentence in instance.output, instance.describe()
-    assert instance.output.count("exited: web (exit status 1; not expected)") == 5
+    assert instance.output.count("exited: web (exit status 1; not expected)") >= 5
     assert instance.processes() == []
 
 

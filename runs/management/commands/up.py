@@ -108,9 +108,10 @@ class Command(BaseCommand):
         for name, state in states().items():
             if state == "FATAL":
                 log = settings.LOG_DIR / f"{name}.log"
+                last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
                 raise StartFailed(
                     f"{name} ended {programs.NUM_RETRIES + 1} times soon after its start, at last with: "
-                    f"{last_line(log)[:300]} (see {log})"
+                    f"{last_line[:300]} (see {log})"
                 )
         time.sleep(ASK_EVERY_S)
 
@@ -163,23 +164,14 @@ def states(group: str = "") -> dict[str, str]:
     return {info["name"]: info["statename"] for info in infos if group in {"", info["group"]}}
 
 
-def last_line(log: Path) -> str:
-    """Return the last line that a program wrote."""
-    lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if log.exists() else []
-    return lines[-1].strip() if lines else "it wrote nothing"
-
-
 def wait_for_supervisord(process: subprocess.Popen[bytes]) -> None:
     """Return when it answers."""
-    while True:
-        try:
+    while process.poll() is None:
+        with suppress(probes.NotAnswering):
             ask("getState")
-        except probes.NotAnswering:
-            if process.poll() is not None:
-                raise
-            time.sleep(0.02)
-        else:
             return
+        time.sleep(0.02)
+    raise StartFailed(f"supervisord does not start; see {settings.LOG_DIR / 'supervisord.log'}")
 
 
 def wait_for_databases() -> None:
