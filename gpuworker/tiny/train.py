@@ -3,7 +3,7 @@
     python -m gpuworker.tiny.train --out DIR
 
 The defaults of `Settings` are those of the shipped files. Two idle CPU cores need about 14 minutes. One seed on
-one kind of machine repeats; another CPU sums in another order and ends within a few thousandths of the loss.
+one kind of machine repeats; another CPU sums in another order and gets other bytes.
 """
 
 from __future__ import annotations
