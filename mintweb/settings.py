@@ -271,6 +271,8 @@ def env_base_models(name: str) -> dict[str, str]:
 
 BASE_MODELS = env_base_models("MINTWEB_BASE_MODELS")
 DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+# 0: one thread for small models, whose matrix products are too short to share, all cores for others.
+THREADS = env_int("MINTWEB_THREADS", 0, minimum=0, maximum=1024)
 DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16")
 
 # Logs --------------------------------------------------------------------------------------------------------
