@@ -86,7 +86,7 @@ class Intake:
             self._wake.clear()
             try:
                 if time.monotonic() - last_sweep > SWEEP_S:
-                    workers.bury_dead()
+                    workers.bury_dead(sparing=self._worker)
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:

@@ -25,7 +25,7 @@ from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
 from gpuworker.restore import restore
 from gpuworker.sample_desk import SampleDesk
-from gpuworker.seats import Load, PreparedOperation, Save, Seat
+from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
 from runs.services import claims
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Scheduler:
                 outcome = self._single(seat, head)
                 _advance(seat, head)
                 done[seat.run.pk].append(outcome)
-                if isinstance(head.request, Load):
+                if isinstance(head.request, Load) or (isinstance(head.request, Create) and head.request.load):
                     seat.replay_cost_s = REPLAY_BUDGET_S
 
     def _single(self, seat: Seat, operation: PreparedOperation) -> Outcome:
@@ -217,7 +217,7 @@ class Scheduler:
         )
         for seat in seats:
             seat.last_used_at = time.monotonic()
-            if seat.replay_cost_s > REPLAY_BUDGET_S and not seat.is_closed:
+            if seat.replay_cost_s >= REPLAY_BUDGET_S and not seat.is_closed:
                 self._snapshot(seat)
             if seat.is_closed:
                 self._committer.flush()

@@ -12,6 +12,7 @@ import threading
 from typing import Final
 
 from django.conf import settings
+from django.db import DatabaseError, InterfaceError, close_old_connections
 
 from gpuworker import boot
 from gpuworker.busy import BusyMeter
@@ -72,7 +73,11 @@ class GpuWorker:
             self._intake.ready.wait(IDLE_S)
             self._stopping.wait(_FALLBACK_GRACE_S)
             if not self.scheduler.is_draining and self._intake.ready.is_set():
-                self.drain_slice()
+                try:
+                    self.drain_slice()
+                except (DatabaseError, InterfaceError) as error:
+                    logger.warning("a slice ended early, the database does not answer: %s", error)
+                    close_old_connections()
 
     def _release(self, seat: Seat) -> None:
         if not seat.is_lost:

@@ -68,12 +68,7 @@ def parse_path(path: str, *, place: str = "path") -> CheckpointPath:
     """
     scheme, _, rest = path.partition("://")
     parts = rest.split("/")
-    if (
-        scheme not in ("tinker", "mint")
-        or len(parts) != 3
-        or not all(parts)
-        or parts[1] not in _CHECKPOINT_KINDS
-    ):
+    if scheme != "tinker" or len(parts) != 3 or not all(parts) or parts[1] not in _CHECKPOINT_KINDS:
         raise RequestInvalid(
             f"{path[:80]!r} is no checkpoint path; one looks like tinker://<run>/weights/<name> "
             "or tinker://<run>/sampler_weights/<name>",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from runs.exceptions import RequestInvalid
 from runs.schemas.problems import show
 
-CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
+_CHECKPOINT_KINDS = ("weights", "sampler_weights", "external_weights")
 
 MAX_INT64 = 2**63 - 1
 MAX_ID_CHARS = 200
@@ -34,49 +32,23 @@ def check_checkpoint_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class TinkerPath:
-    """A checkpoint's address; `str()` gives the wire form back."""
-
-    training_run_id: str
-    kind: CheckpointKind
-    name: str
-
-    def __str__(self) -> str:
-        return f"tinker://{self.training_run_id}/{self.kind}/{self.name}"
-
-    @property
-    def checkpoint_id(self) -> str:
-        """`weights/<name>`: what the endpoints call checkpoint_id."""
-        return f"{self.kind}/{self.name}"
-
-
-def parse_tinker_path(path: str, *, place: str = "path") -> TinkerPath:
-    """Return the parts of a `tinker://` path.
-
-    Raises:
-        RequestInvalid: it has not exactly three parts, or one of them is not allowed.
-    """
-    try:
-        return _split_path(path)
-    except ValueError as error:
-        raise RequestInvalid(str(error), place=place) from error
-
-
-def _split_path(path: str) -> TinkerPath:
+def _check_path(path: str) -> str:
+    """Return a `tinker://` path whose form is right; `runs.ids` takes it apart."""
     scheme, separator, rest = path.partition("://")
     parts = rest.split("/")
-    kinds: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
-    kind = next((kind for kind in kinds if parts[1:2] == [kind]), None)
-    if scheme != "tinker" or not separator or len(parts) != 3 or not parts[0] or kind is None:
+    if (
+        scheme != "tinker"
+        or not separator
+        or len(parts) != 3
+        or not parts[0]
+        or parts[1] not in _CHECKPOINT_KINDS
+    ):
         raise ValueError(f"must be {_PATH_RULE}, got {show(path)}")
     if len(parts[0]) > MAX_ID_CHARS:
         raise ValueError(f"the training run id in it must have at most {MAX_ID_CHARS} characters")
-    return TinkerPath(_printable(parts[0]), kind, check_checkpoint_name(parts[2]))
-
-
-def _check_path(path: str) -> str:
-    return str(_split_path(path))
+    _printable(parts[0])
+    check_checkpoint_name(parts[2])
+    return path
 
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_printable)]

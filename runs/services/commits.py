@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from django.db import connection, transaction
@@ -26,6 +27,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
+from runs.services import blobs
 
 NUM_SNAPSHOTS_KEPT: Final = 2
 
@@ -230,7 +232,7 @@ def _register_checkpoints(run: RunCommit) -> None:
 
 def _register(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:
     if new.overwrite:
-        Checkpoint.objects.filter(run_id=run.run_pk, kind=new.kind, name=new.name).delete()
+        _delete_namesakes(run, new)
     checkpoint = Checkpoint.objects.create(
         owner_id=run.owner_id,
         run_id=run.run_pk,
@@ -246,6 +248,14 @@ def _register(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:
     )
     if new.sampling_session_seq is not None:
         _open_sampling_session(run, checkpoint, new.sampling_session_seq)
+
+
+def _delete_namesakes(run: RunCommit, new: NewCheckpoint) -> None:
+    old = Checkpoint.objects.filter(run_id=run.run_pk, kind=new.kind, name=new.name)
+    folders = list(old.values_list("directory", flat=True))
+    old.delete()
+    for folder in folders:
+        transaction.on_commit(partial(blobs.delete_folder, folder))
 
 
 def _open_sampling_session(run: RunCommit, checkpoint: Checkpoint, seq_id: int) -> None:

@@ -53,9 +53,14 @@ def stop(worker: Worker) -> None:
     Worker.objects.filter(pk=worker.pk).update(stopped_at=Now())
 
 
-def bury_dead() -> list[Worker]:
-    """Enter the end of every worker whose lease ran out or whose lock is free; returns them."""
-    return [worker for worker in Worker.objects.filter(stopped_at=None) if _bury(worker)]
+def bury_dead(*, sparing: Worker | None = None) -> list[Worker]:
+    """Enter the end of every worker whose lease ran out or whose lock is free; returns them.
+
+    A worker spares itself: its own lock is free for a moment while it connects anew.
+    """
+    return [
+        worker for worker in Worker.objects.filter(stopped_at=None) if worker != sparing and _bury(worker)
+    ]
 
 
 def live() -> QuerySet[Worker]:

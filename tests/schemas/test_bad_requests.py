@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from runs import ids
 from runs.exceptions import RequestInvalid
-from runs.schemas import names, requests, sampling
+from runs.schemas import requests, sampling
 from runs.schemas.parsing import validate, validate_object
 
 LOAD = {"path": "tinker://run/weights/a", "optimizer": False}
@@ -242,9 +243,9 @@ def test_checkpoint_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["000080", "step_1000", "final", "v1.2", "A-b", "CON", "a.", "x" * 128])
 def test_good_checkpoint_names(name: str) -> None:
-    path = names.parse_tinker_path(f"tinker://s:train:0/sampler_weights/{name}")
-    assert (path.training_run_id, path.checkpoint_id) == ("s:train:0", f"sampler_weights/{name}")
-    assert str(path) == f"tinker://s:train:0/sampler_weights/{name}"
+    text = f"tinker://s:train:0/sampler_weights/{name}"
+    assert requests.WeightsInfo.model_validate({"tinker_path": text}).tinker_path == text
+    assert ids.parse_path(text) == ids.CheckpointPath("s:train:0", "sampler_weights", name)
 
 
 BAD_PATHS = [
@@ -259,9 +260,7 @@ BAD_PATHS = [
 
 @pytest.mark.parametrize("path", [*BAD_PATHS, "tinker://a/other/b", "tinker://a/weights/b/c", "a/weights/b"])
 def test_tinker_paths(path: str) -> None:
-    with pytest.raises(RequestInvalid, match="must be tinker://") as caught:
-        names.parse_tinker_path(path, place="model_path")
-    assert caught.value.place == "model_path"
+    check(requests.WeightsInfo, {"tinker_path": path}, "tinker_path", "must be tinker://")
 
 
 ONE_OF = [

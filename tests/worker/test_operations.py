@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
+from django.core.files.storage import default_storage
 from django.db.models import F
 
 from gpuworker.worker import GpuWorker
-from runs.models import Checkpoint, Metric, Operation, RunEvent, SamplingSession, TrainingRun
+from runs.models import Checkpoint, Metric, Operation, RunEvent, SamplingSession, Snapshot, TrainingRun
 from runs.schemas import requests, results
 from runs.schemas.sampling import Sample
-from runs.services import operations
+from runs.services import checkpoints, operations
 from runs.services.operations import GAP_PATIENCE_S, Submission
 from tests.worker.conftest import Client, finished, losses_of, wait_for
 
@@ -133,6 +135,8 @@ def test_a_checkpoint_name_is_taken_once_unless_overwritten(
     assert "exists" in finished(second).error
     assert finished(third).state == Operation.State.DONE
     assert Checkpoint.objects.get(run=client.run, name="a").seq == 3
+    folders = Path(default_storage.path(f"checkpoints/{client.run.pk}"))
+    wait_for(lambda: [f.name[:2] for f in folders.iterdir()] == ["3-"], what="the removal of the old files")
 
 
 def test_sampling_from_the_newest_weights(start_worker: Start, new_client: NewClient) -> None:
@@ -151,6 +155,27 @@ def test_sampling_from_the_newest_weights(start_worker: Start, new_client: NewCl
     output = results.decode_sample(bytes(operation.result or b""))
     assert output.sequences[0].tokens.tolist() == TOKENS[4:8]
     assert output.sequences[0].stop_reason == "length"
+
+
+def test_a_loaded_state_is_kept_even_when_its_checkpoint_goes(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker = start_worker()
+    client = new_client()
+    client.forward_backward(TOKENS)
+    client.optim_step()
+    path = json.loads(bytes(finished(client.save("kept")).result or b""))["path"]
+    checkpoint = Checkpoint.objects.get(run=client.run, name="kept")
+    other = new_client(seed=99)
+    finished(other.load(checkpoint.directory, path, optimizer=True))
+    expected = losses_of(finished(client.forward_backward(TOKENS)))
+    wait_for(lambda: Snapshot.objects.filter(run=other.run).exists(), what="the snapshot of the loaded state")
+    checkpoints.delete(checkpoint)
+    worker.stop()
+
+    start_worker()
+
+    assert losses_of(finished(other.forward_backward(TOKENS))) == expected
 
 
 def test_samples_of_deleted_weights_fail_in_words(start_worker: Start, new_client: NewClient) -> None:
