@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from django.db import InterfaceError, OperationalError, close_old_connections
-
 from gpuworker import payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
+from gpuworker.engine.exceptions import CheckpointError
 from gpuworker.engine.types import SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
 from gpuworker.seats import Seat
-from gpuworker.threads import database_thread
+from gpuworker.threads import database_thread, until_reachable
 from runs.models import TrainingRun
 from runs.services import blobs, commits
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 8
-_RETRY_S: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,9 @@ Item = Sequence[RunOutcome] | SampleOutcome | SnapshotOutcome
 class Committer:
     """Takes outcomes from the compute stage and makes them true, one item after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_lost: Callable[[], None], on_sample_end: Callable[[int], None]) -> None:
+        self._on_lost = on_lost
+        self._on_sample_end = on_sample_end
         self._items: queue.Queue[Item | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._thread = database_thread("committer", self._loop)
         self._thread.start()
@@ -84,28 +83,42 @@ class Committer:
     def _loop(self) -> None:
         while (item := self._items.get()) is not None:
             try:
-                _until_reachable(lambda item=item: _commit(item))  # type: ignore[misc]
-            except Exception:
-                logger.exception("an outcome could not be committed; its runs start anew from the log")
-                _give_up(item)
+                self._commit(item)
             finally:
                 self._items.task_done()
         self._items.task_done()
 
+    def _commit(self, item: Item) -> None:
+        if isinstance(item, SampleOutcome):
+            self._attempt(lambda: _commit_sample(item))
+            self._on_sample_end(item.operation_pk)
+        elif isinstance(item, SnapshotOutcome):
+            self._attempt(lambda: _commit_snapshot(item))
+        elif not self._attempt(lambda: _commit_cycle(item)):
+            for run in item:
+                run.seat.is_lost |= not self._attempt(lambda run=run: _commit_cycle([run]))  # type: ignore[misc]
+        if not isinstance(item, SampleOutcome | SnapshotOutcome) and any(run.seat.is_lost for run in item):
+            self._on_lost()
 
-def _commit(item: Item) -> None:
-    if isinstance(item, SampleOutcome):
-        answer = item.answer
-        if isinstance(answer, SampleResult):
-            answer = payloads.sample_result(answer, num_prompt_logprobs=item.num_prompt_logprobs)
-        commits.commit_sample(item.operation_pk, answer)
-    elif isinstance(item, SnapshotOutcome):
-        _commit_snapshot(item)
-    else:
-        _commit_cycle([run for run in item if not run.seat.is_lost])
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Do what an item asks, waiting for the database; false, with the reason logged, when that fails."""
+        try:
+            until_reachable(action)
+        except Exception:
+            logger.exception("an outcome could not be committed")
+            return False
+        return True
+
+
+def _commit_sample(item: SampleOutcome) -> None:
+    answer = item.answer
+    if isinstance(answer, SampleResult):
+        answer = payloads.sample_result(answer, num_prompt_logprobs=item.num_prompt_logprobs)
+    commits.commit_sample(item.operation_pk, answer)
 
 
 def _commit_cycle(runs: Sequence[RunOutcome]) -> None:
+    runs = [run for run in runs if not run.seat.is_lost]
     batch = [_run_commit(run) for run in runs]
     for run, commit, was_committed in zip(runs, batch, commits.commit_all(batch), strict=True):
         if was_committed:
@@ -120,7 +133,7 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
     if seat.is_lost:
         return
     directory = snapshots.new_directory("snapshots", seat.run.pk, item.seq, seat.run.fence)
-    size = snapshots.store(item.state, directory, base_model=seat.run.base_model)
+    size = snapshots.store(item.state, directory, seat)
     for old in commits.register_snapshot(
         seat.run.pk, fence=seat.run.fence, seq=item.seq, directory=directory, size_bytes=size
     ):
@@ -161,19 +174,25 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
     taken = outcome.operation.taken
     answer = outcome.answer
     result = answer if isinstance(answer, Result) else payloads.forward_backward_result(answer)
-    pending = outcome.checkpoint
+    checkpoint = None
+    if outcome.checkpoint is not None:
+        try:
+            checkpoint = _written(seat, outcome.checkpoint)
+        except (CheckpointError, OSError) as error:
+            logger.exception("a checkpoint of run %s could not be written", seat.run.public_id)
+            result = Result(error=f"the checkpoint could not be written: {error}", category="server")
     return AppliedOperation(
         pk=taken.pk if taken else None,
         seq=outcome.operation.seq,
         step=outcome.step,
         result=result,
         metrics=outcome.metrics,
-        checkpoint=_written(seat, pending) if pending else None,
+        checkpoint=checkpoint,
     )
 
 
 def _written(seat: Seat, pending: PendingCheckpoint) -> NewCheckpoint:
-    size = snapshots.store(pending.state, pending.directory, base_model=seat.run.base_model)
+    size = snapshots.store(pending.state, pending.directory, seat)
     save = pending.save
     return NewCheckpoint(
         kind=save.kind,
@@ -186,21 +205,3 @@ def _written(seat: Seat, pending: PendingCheckpoint) -> NewCheckpoint:
         user_metadata=save.user_metadata,
         sampling_session_seq=save.sampling_session_seq,
     )
-
-
-def _until_reachable(action: Callable[[], None]) -> None:
-    """Repeat an action for as long as the database is away; a commit is safe to repeat."""
-    while True:
-        try:
-            return action()
-        except (OperationalError, InterfaceError) as error:
-            close_old_connections()
-            logger.warning("the database did not take a commit, trying again: %s", error)
-            time.sleep(_RETRY_S)
-
-
-def _give_up(item: Item) -> None:
-    if isinstance(item, SampleOutcome):
-        return
-    for run in [item] if isinstance(item, SnapshotOutcome) else item:
-        run.seat.is_lost = True

@@ -21,7 +21,7 @@ from gpuworker.engine.types import (
     OptimStep,
     OptimStepResult,
 )
-from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Save, Seat, Unload
+from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Save, Seat, Unload, Unreadable
 from runs import ids
 from runs.schemas import responses
 from runs.services.commits import Result
@@ -92,16 +92,19 @@ def single(seat: Seat, operation: PreparedOperation) -> Outcome:
             return _save(seat, operation, request)
         if isinstance(request, Unload):
             return _unload(seat, operation)
+        if isinstance(request, Unreadable):
+            raise EngineError(request.error)
         assert isinstance(request, Consumed)
         return Outcome(operation=operation, step=seat.step, answer=Result(error="not used", category="user"))
     except EngineError as error:
-        is_first = isinstance(request, Create)
-        return _failed(seat, operation, error, failed_run=str(error) if is_first else "")
+        return failed(seat, operation, error)
 
 
 def failed(seat: Seat, operation: PreparedOperation, error: EngineError) -> Outcome:
-    """Return the outcome of an operation that could not be applied."""
-    return _failed(seat, operation, error)
+    """Return the outcome of an operation that could not be applied; a run whose creation fails has failed."""
+    failed_run = str(error) if isinstance(operation.request, Create) else ""
+    answer = payloads.error_result(error)
+    return Outcome(operation=operation, step=seat.step, answer=answer, failed_run=failed_run)
 
 
 def _job(turn: Turn) -> ForwardBackward:
@@ -119,7 +122,7 @@ def _forward_backward_outcome(
 ) -> Outcome:
     seat, operation = turn.seat, turn.operation
     if isinstance(answer, EngineError):
-        return _failed(seat, operation, answer)
+        return failed(seat, operation, answer)
     seat.replay_cost_s += compute_s
     if _job(turn).backward:
         waited_s = operation.taken.waited_s if operation.taken else 0.0
@@ -132,7 +135,7 @@ def _forward_backward_outcome(
 def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome:
     seat, operation = turn.seat, turn.operation
     if isinstance(answer, EngineError):
-        return _failed(seat, operation, answer)
+        return failed(seat, operation, answer)
     seat.step = answer.step
     metrics = seat.tally.close(answer, _step(turn).params.learning_rate)
     if answer.skipped:
@@ -216,9 +219,3 @@ def _unload(seat: Seat, operation: PreparedOperation) -> Outcome:
     seat.is_closed = True
     content = dict(responses.unload_model_result(seat.run.public_id))
     return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(content))
-
-
-def _failed(seat: Seat, operation: PreparedOperation, error: EngineError, *, failed_run: str = "") -> Outcome:
-    return Outcome(
-        operation=operation, step=seat.step, answer=payloads.error_result(error), failed_run=failed_run
-    )

@@ -18,7 +18,6 @@ from django.db import DatabaseError, InterfaceError, close_old_connections
 
 from gpuworker import payloads
 from gpuworker.engine.engine import Engine
-from gpuworker.leases import direct_parameters
 from gpuworker.seats import PreparedOperation, Seat
 from gpuworker.threads import database_thread
 from runs import events
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 SWEEP_S: Final = 2.0
 AHEAD: Final = 6
 _SAMPLES_AHEAD: Final = 64
+_MAX_SAMPLES: Final = 1024
 
 
 class Intake:
@@ -41,6 +41,7 @@ class Intake:
         self.ready = threading.Event()
         self.seats: dict[int, Seat] = {}
         self.samples: list[TakenSample] = []
+        self._held_samples: set[int] = set()
         self._worker = worker
         self._engines = engines
         self._wake = threading.Event()
@@ -77,7 +78,14 @@ class Intake:
         """Return the sample requests taken since the last call."""
         with self._lock:
             taken, self.samples = self.samples, []
+        if taken:
+            self._wake.set()
         return taken
+
+    def end_sample(self, operation_pk: int) -> None:
+        """Note that a sample has its answer, or is to be taken again."""
+        with self._lock:
+            self._held_samples.discard(operation_pk)
 
     def _loop(self) -> None:
         last_sweep = 0.0
@@ -97,7 +105,7 @@ class Intake:
     def _listen(self) -> None:
         while not self._stopping.is_set():
             try:
-                with psycopg.connect(**direct_parameters(), autocommit=True) as held:
+                with psycopg.connect(**events.direct_parameters(), autocommit=True) as held:
                     held.execute(f"LISTEN {events.WORK_CHANNEL}")
                     self._wake.set()
                     while not self._stopping.is_set():
@@ -108,15 +116,20 @@ class Intake:
                 time.sleep(1.0)
 
     def _collect(self) -> None:
-        for run in claims.claim_runs(self._worker, list(self._engines)):
+        with self._lock:
+            held, held_samples = list(self.seats), list(self._held_samples)
+        for run in claims.claim_runs(self._worker, list(self._engines), held=held):
             with self._lock:
                 self.seats[run.pk] = Seat(run, self._engines[run.base_model])
         taken = claims.take_operations(self._worker, self._room(), limit=AHEAD)
         self._fill(taken)
-        if len(self.samples) < _SAMPLES_AHEAD:
-            samples = claims.take_samples(self._worker, list(self._engines), limit=_SAMPLES_AHEAD)
+        if len(held_samples) < _MAX_SAMPLES:
+            samples = claims.take_samples(
+                self._worker, list(self._engines), limit=_SAMPLES_AHEAD, held=held_samples
+            )
             with self._lock:
                 self.samples += samples
+                self._held_samples |= {sample.pk for sample in samples}
             if samples:
                 self.ready.set()
 

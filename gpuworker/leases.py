@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import psycopg
-from django.db import DatabaseError, close_old_connections, connection
+from django.db import Error as DatabaseFailure
+from django.db import close_old_connections
 
 from gpuworker.threads import database_thread
+from runs import events
 from runs.models import Worker
 from runs.services import workers
 
 logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_MS = 5000
 
 
 class Lease:
@@ -39,11 +42,13 @@ class Lease:
 
     def _lock(self) -> psycopg.Connection[tuple[object, ...]]:
         held: psycopg.Connection[tuple[object, ...]] = psycopg.connect(
-            **direct_parameters(),
+            **events.direct_parameters(),
             autocommit=True,
             keepalives_idle=5,
             keepalives_interval=2,
             keepalives_count=3,
+            connect_timeout=5,
+            options=f"-c lock_timeout={LOCK_TIMEOUT_MS}",
         )
         held.execute("SELECT pg_advisory_lock(%s, %s)", [workers.LOCK_CLASS, self._worker.pk])
         return held
@@ -59,7 +64,7 @@ class Lease:
                     )
                     self._on_lost()
                     return
-            except (DatabaseError, psycopg.Error) as error:
+            except (DatabaseFailure, psycopg.Error) as error:
                 logger.warning("the lease could not be renewed: %s", error)
                 self._reconnect()
 
@@ -69,10 +74,3 @@ class Lease:
             self._lock_connection = self._lock()
         except psycopg.Error as error:
             logger.warning("the database is still not reachable: %s", error)
-
-
-def direct_parameters() -> dict[str, Any]:
-    """Return psycopg's connection parameters of Django's database, for connections that are held open."""
-    parameters = connection.get_connection_params()
-    names = ("dbname", "user", "password", "host", "port", "sslmode")
-    return {name: str(parameters[name]) for name in names if parameters.get(name)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,20 +23,26 @@ from gpuworker.engine.types import (
     SamplingParams,
     TopkLogprobs,
 )
-from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Request, Save, Unload
+from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Request, Save, Unload, Unreadable
 from runs.models import Checkpoint, Operation
 from runs.schemas import forward_backward, requests, results, sampling
 from runs.services.claims import TakenOperation, TakenSample
 from runs.services.commits import Result
+
+logger = logging.getLogger(__name__)
 
 EPHEMERAL_TTL_S: Final = 7 * 24 * 3600
 Kind = Operation.Kind
 
 
 def prepare(taken: TakenOperation, adapter_id: str) -> PreparedOperation:
-    """Decode an operation for the engine."""
-    request = Consumed() if taken.is_rejected else _request(taken, adapter_id)
-    return PreparedOperation(seq=taken.seq, request=request, taken=taken)
+    """Decode an operation for the engine; one that cannot be read becomes one that fails alone."""
+    try:
+        request = Consumed() if taken.is_rejected else _request(taken, adapter_id)
+    except Exception as error:
+        logger.exception("operation %s cannot be read", taken.pk)
+        request = Unreadable(f"the operation's payload cannot be read: {type(error).__name__}")
+    return PreparedOperation(seq=taken.seq, request=request, taken=replace(taken, inline=None))
 
 
 def skipped(seq: int) -> PreparedOperation:
@@ -185,7 +193,7 @@ def _save(taken: TakenOperation) -> Save:
     sampler = requests.from_canonical(requests.SaveWeightsForSampler, taken.payload)
     return Save(
         kind=Checkpoint.Kind.SAMPLER,
-        name=sampler.path or f"ephemeral-{taken.seq}",
+        name=sampler.path or f".{taken.seq}",  # no user's name starts with a dot
         ttl_seconds=sampler.ttl_seconds if sampler.path else EPHEMERAL_TTL_S,
         user_metadata=sampler.user_metadata or {},
         sampling_session_seq=None if sampler.path else sampler.sampling_session_seq_id,

@@ -15,6 +15,7 @@ from gpuworker.handlers import Outcome, Turn
 from gpuworker.seats import Consumed, PreparedOperation, Save, Seat
 from runs.services import claims, commits
 from runs.services.claims import TakenOperation
+from runs.services.commits import Result
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,19 @@ def _replay(seat: Seat, taken: TakenOperation) -> None:
     operation = payloads.prepare(taken, seat.adapter_id)
     if isinstance(operation.request, Consumed | Save):
         return
-    outcome = _apply(seat, operation)
-    answer = outcome.answer
+    answer = _apply(seat, operation).answer
+    if isinstance(answer, Result) and answer.body is None:
+        _note_divergence(seat, taken, f"it succeeded before and fails now: {answer.error}")
     if not isinstance(answer, ForwardBackwardResult) or taken.result is None:
         return
     if payloads.forward_backward_result(answer).body != taken.result:
-        logger.error("run %s diverged at operation %s", seat.run.public_id, taken.seq)
-        commits.add_event(seat.run.pk, seq=taken.seq, step=seat.step, kind="diverged", detail={})
+        _note_divergence(seat, taken, "its result is another one than before")
+
+
+def _note_divergence(seat: Seat, taken: TakenOperation, reason: str) -> None:
+    logger.error("run %s diverged at operation %s: %s", seat.run.public_id, taken.seq, reason)
+    detail = {"operation": taken.kind, "reason": reason}
+    commits.add_event(seat.run.pk, seq=taken.seq, step=seat.step, kind="diverged", detail=detail)
 
 
 def _apply(seat: Seat, operation: PreparedOperation) -> Outcome:

@@ -18,6 +18,7 @@ from runs.services.commits import Result
 logger = logging.getLogger(__name__)
 
 MAX_SAMPLERS: Final = 64
+MAX_ATTEMPTS: Final = 5
 
 
 class SampleDesk:
@@ -26,7 +27,7 @@ class SampleDesk:
     def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
         self._engines = engines
         self._committer = committer
-        self._num_prompt_logprobs: dict[int, int | None] = {}
+        self._open: dict[int, tuple[Engine, int | None]] = {}
         self._used: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     @property
@@ -38,11 +39,17 @@ class SampleDesk:
         """Put a request into its model's decode loop, or answer it with its error."""
         engine = self._engines[taken.base_model]
         try:
+            if taken.attempts > MAX_ATTEMPTS:
+                raise EngineError(f"given up after {MAX_ATTEMPTS} attempts that did not come to an end")
             self._ensure_sampler(engine, taken)
             engine.sampler.submit(payloads.sample_request(taken, max_context=engine.max_context))
-            self._num_prompt_logprobs[taken.pk] = payloads.num_prompt_logprobs(taken)
         except EngineError as error:
             self._answer(taken.pk, payloads.error_result(error))
+        except Exception as error:
+            logger.exception("sample %s could not be begun", taken.pk)
+            self._answer(taken.pk, _failure(error))
+        else:
+            self._open[taken.pk] = (engine, payloads.num_prompt_logprobs(taken))
 
     def note_kept(self, base_model: str, directory: str) -> None:
         """Count weights that a save has left in the engine, so that they are let go in their turn."""
@@ -53,15 +60,23 @@ class SampleDesk:
         """Advance every unfinished sequence by one token and hand over what is complete."""
         for engine in self._engines.values():
             if engine.sampler.num_pending:
-                for request_id, outcome in engine.sampler.step():
-                    self._hand_over(request_id, outcome)
+                self._step(engine)
 
-    def _hand_over(self, request_id: str, outcome: SampleResult | EngineError) -> None:
-        answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
-        self._answer(int(request_id), answer)
+    def _step(self, engine: Engine) -> None:
+        try:
+            outcomes = engine.sampler.step()
+        except Exception as error:
+            logger.exception("a decode step failed; its requests fail with it")
+            for operation_pk in [pk for pk, (other, _) in self._open.items() if other is engine]:
+                engine.sampler.cancel(str(operation_pk))
+                self._answer(operation_pk, _failure(error))
+            return
+        for request_id, outcome in outcomes:
+            answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
+            self._answer(int(request_id), answer)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
-        wanted = self._num_prompt_logprobs.pop(operation_pk, None)
+        _, wanted = self._open.pop(operation_pk, (None, None))
         self._committer.put(
             SampleOutcome(operation_pk=operation_pk, answer=answer, num_prompt_logprobs=wanted)
         )
@@ -81,6 +96,10 @@ class SampleDesk:
 
     def _evict(self) -> None:
         """Let the least recently used weights go; sequences being decoded keep theirs in the engine."""
-        while len(self._used) > MAX_SAMPLERS and not self.has_work:
+        while len(self._used) > MAX_SAMPLERS:
             (base_model, directory), _ = self._used.popitem(last=False)
             self._engines[base_model].drop_sampler(directory)
+
+
+def _failure(error: Exception) -> Result:
+    return Result(error=f"the engine failed: {type(error).__name__}", category="server")

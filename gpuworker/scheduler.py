@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from gpuworker import handlers
@@ -26,6 +27,7 @@ from gpuworker.intake import AHEAD, Intake
 from gpuworker.restore import restore
 from gpuworker.sample_desk import SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
+from gpuworker.threads import until_reachable
 from runs.services import claims
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,19 @@ class Scheduler:
         finally:
             self._draining.release()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a slice would find something to do."""
+        return self._desk.has_work or self._intake.ready.is_set() or self._has_heads()
+
+    def tidy(self) -> None:
+        """Let go of idle runs, unless some thread is at work."""
+        if self._draining.acquire(blocking=False):
+            try:
+                self._tidy()
+            finally:
+                self._draining.release()
+
     def end_soon(self) -> None:
         """Begin no further cycle."""
         self._stopping.set()
@@ -87,24 +102,22 @@ class Scheduler:
 
     def _drain(self, deadline: float, idle_s: float) -> None:
         while not self._stopping.is_set() and time.monotonic() < deadline:
-            if self._desk.has_work or self._intake.ready.wait(idle_s):
-                self._intake.ready.clear()
-                with self._busy.measuring():
-                    self._work()
-            elif not self._has_heads():
-                self._tidy()
+            if not self.has_work and not self._intake.ready.wait(idle_s):
                 return
+            self._intake.ready.clear()
+            with self._busy.measuring():
+                self._work()
             self._tidy()
 
     def _work(self) -> None:
+        """Run one cycle, and decode for as long as it took; decode alone when there is nothing to train."""
         for taken in self._intake.pop_samples():
             self._desk.admit(taken)
         started_at = time.monotonic()
-        while self._cycle() and not self._stopping.is_set():
-            if self._desk.has_work:
-                self._decode_for(time.monotonic() - started_at)
-                return self._intake.ready.set()
-        self._decode_while_alone()
+        if self._cycle():
+            self._decode_for(time.monotonic() - started_at)
+        else:
+            self._decode_while_alone()
 
     def _decode_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -124,7 +137,7 @@ class Scheduler:
 
     def _cycle(self) -> bool:
         """Apply what the seats' heads allow; false when there was nothing."""
-        seats = [seat for seat in list(self._intake.seats.values()) if self._is_usable(seat)]
+        seats = self._usable_seats()
         done: dict[int, list[Outcome]] = defaultdict(list)
         before = {seat.run.pk: seat.applied_seq for seat in seats}
         self._apply_singles(seats, done)
@@ -138,13 +151,19 @@ class Scheduler:
         self._hand_over([seat for seat in seats if seat.run.pk in done], done, before)
         return True
 
-    def _is_usable(self, seat: Seat) -> bool:
-        if seat.is_lost:
-            self._forget(seat)
-            return False
-        if not seat.is_restored:
-            restore(seat)
-        return bool(seat.queue)
+    def _usable_seats(self) -> list[Seat]:
+        """Return the seats with work; one seat a cycle is restored, so that a crash of many delays nobody for long."""
+        usable = []
+        has_restored = False
+        for seat in list(self._intake.seats.values()):
+            if seat.is_lost:
+                self._forget(seat)
+            elif seat.queue and (seat.is_restored or not has_restored):
+                if not seat.is_restored:
+                    until_reachable(partial(restore, seat))
+                    has_restored = True
+                usable.append(seat)
+        return usable
 
     def _forward_turns(self, seats: Sequence[Seat]) -> list[Turn]:
         """Return the leading forward_backwards, one of each run at a time until the budget is full."""
@@ -177,8 +196,7 @@ class Scheduler:
             outcomes = handler(turns)
         except Exception as error:
             logger.exception("a cycle of %s operations failed", len(turns))
-            reason = EngineError(f"the engine failed: {type(error).__name__}")
-            outcomes = [handlers.failed(turn.seat, turn.operation, reason) for turn in turns]
+            outcomes = [self._failed_badly(turn.seat, turn.operation, error) for turn in turns]
         for turn, outcome in zip(turns, outcomes, strict=True):
             _advance(turn.seat, turn.operation)
             done[turn.seat.run.pk].append(outcome)
@@ -201,10 +219,19 @@ class Scheduler:
                 f"a checkpoint named {request.name!r} exists; choose another name or overwrite it"
             )
             return handlers.failed(seat, operation, taken)
-        outcome = handlers.single(seat, operation)
+        try:
+            outcome = handlers.single(seat, operation)
+        except Exception as error:
+            logger.exception("an operation of run %s failed", seat.run.public_id)
+            return self._failed_badly(seat, operation, error)
         if outcome.checkpoint is not None and isinstance(request, Save) and request.kind == "sampler_weights":
             self._desk.note_kept(seat.run.base_model, outcome.checkpoint.directory)
         return outcome
+
+    def _failed_badly(self, seat: Seat, operation: PreparedOperation, error: Exception) -> Outcome:
+        """Answer an operation that the engine did not expect to fail; what it left of the adapter is not trusted."""
+        seat.is_suspect = True
+        return handlers.failed(seat, operation, EngineError(f"the engine failed: {type(error).__name__}"))
 
     def _hand_over(
         self, seats: Sequence[Seat], done: Mapping[int, list[Outcome]], before: Mapping[int, int]
@@ -217,12 +244,13 @@ class Scheduler:
         )
         for seat in seats:
             seat.last_used_at = time.monotonic()
-            if seat.replay_cost_s >= REPLAY_BUDGET_S and not seat.is_closed:
-                self._snapshot(seat)
-            if seat.is_closed:
+            if seat.is_closed or seat.is_suspect:
                 self._committer.flush()
                 self._forget(seat)
-            elif seat.may_have_more and len(seat.queue) < AHEAD // 2:
+                continue
+            if seat.replay_cost_s >= REPLAY_BUDGET_S:
+                self._snapshot(seat)
+            if seat.may_have_more and len(seat.queue) < AHEAD // 2:
                 self._intake.wake()
 
     # Seats --------------------------------------------------------------------------------------
@@ -248,15 +276,16 @@ class Scheduler:
                 self._let_go(seat)
 
     def _let_go(self, seat: Seat) -> None:
-        if seat.is_restored and not seat.is_lost:
+        if seat.is_restored and not seat.is_lost and not seat.is_suspect:
             self._snapshot(seat)
         self._committer.flush()
         self._forget(seat)
 
     def _forget(self, seat: Seat) -> None:
-        self._intake.drop(seat)
+        """Set a run free. The seat goes last: until then intake does not claim the run again."""
         seat.engine.drop_adapter(seat.adapter_id)
-        self._release(seat)
+        until_reachable(partial(self._release, seat))
+        self._intake.drop(seat)
 
 
 def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
@@ -271,7 +300,9 @@ def _is_name_taken(seat: Seat, save: Save) -> bool:
     """Return whether a row has the name, or a save that is not committed yet will."""
     if seat.saved_names.get((save.kind, save.name), -1) > seat.committed_seq:
         return True
-    return not save.is_ephemeral and claims.checkpoint_exists(seat.run.pk, kind=save.kind, name=save.name)
+    if save.is_ephemeral:
+        return False
+    return until_reachable(partial(claims.checkpoint_exists, seat.run.pk, kind=save.kind, name=save.name))
 
 
 def _advance(seat: Seat, operation: PreparedOperation) -> None:

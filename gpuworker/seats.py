@@ -56,7 +56,14 @@ class Consumed:
     """A seq that needs nothing done: its request was refused, or never came."""
 
 
-Request: TypeAlias = ForwardBackward | OptimStep | Create | Load | Save | Unload | Consumed
+@dataclass(frozen=True)
+class Unreadable:
+    """An operation whose payload could not be read back; it fails alone."""
+
+    error: str
+
+
+Request: TypeAlias = ForwardBackward | OptimStep | Create | Load | Save | Unload | Consumed | Unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class Seat:
         self.is_restored = False
         self.may_have_more = False
         self.is_lost = False
+        self.is_suspect = False
         self.is_closed = False
         self.last_used_at = time.monotonic()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
+from functools import partial
 from pathlib import Path
 
 from django.core.files.base import File
@@ -16,6 +17,7 @@ from django.core.files.storage import FileSystemStorage, default_storage, storag
 
 from gpuworker.engine import checkpoints
 from gpuworker.engine.adapters import AdapterState
+from gpuworker.seats import Seat
 
 
 def new_directory(kind: str, run_pk: int, seq: int, fence: int) -> str:
@@ -23,16 +25,19 @@ def new_directory(kind: str, run_pk: int, seq: int, fence: int) -> str:
     return f"{kind}/{run_pk}/{seq}-{fence}-{uuid.uuid4().hex[:8]}"
 
 
-def store(state: AdapterState, directory: str, *, base_model: str) -> int:
-    """Write the state durably and return its size in bytes."""
+def store(state: AdapterState, directory: str, seat: Seat) -> int:
+    """Write a state of the seat's run durably, with what it was computed with; returns its size in bytes."""
+    write = partial(
+        checkpoints.write, state, base_model=seat.run.base_model, fingerprint=seat.engine.fingerprint
+    )
     if isinstance(storages["default"], FileSystemStorage):
         path = Path(default_storage.path(directory))
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(state, path, base_model=base_model)
+        write(path)
         return _size(path)
     with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
         path = Path(temporary) / "state"
-        checkpoints.write(state, path, base_model=base_model)
+        write(path)
         for file in sorted(path.iterdir()):
             with file.open("rb") as content:
                 default_storage.save(f"{directory}/{file.name}", File(content))

@@ -1,20 +1,46 @@
-"""Threads that talk to the database close their connections when they end."""
+"""Threads that talk to the database: how they start, wait for it, and end."""
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable
+from typing import Final, TypeVar
 
-from django.db import connections
+from django.db import InterfaceError, OperationalError, close_old_connections, connections
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+_RETRY_S: Final = 0.5
 
 
 def database_thread(name: str, target: Callable[[], None]) -> threading.Thread:
-    """Return a daemon thread, not yet started, that closes its database connections at the end."""
+    """Return a daemon thread, not yet started, that closes its database connections at the end.
+
+    A worker with a dead thread would look alive and do nothing, so an unexpected error ends the
+    process: a fresh one rebuilds everything from the log.
+    """
 
     def run() -> None:
         try:
             target()
+        except Exception:
+            logger.exception("the %s thread failed; the process ends so that a fresh one starts", name)
+            os._exit(3)
         finally:
             connections.close_all()
 
     return threading.Thread(target=run, name=name, daemon=True)
+
+
+def until_reachable(action: Callable[[], Result]) -> Result:
+    """Repeat a database action, which must be safe to repeat, for as long as the database is away."""
+    while True:
+        try:
+            return action()
+        except (OperationalError, InterfaceError) as error:
+            close_old_connections()
+            logger.warning("the database does not answer, trying again: %s", error)
+            time.sleep(_RETRY_S)

@@ -12,7 +12,6 @@ import threading
 from typing import Final
 
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError, close_old_connections
 
 from gpuworker import boot
 from gpuworker.busy import BusyMeter
@@ -37,16 +36,19 @@ class GpuWorker:
 
     def __init__(self) -> None:
         self._busy = BusyMeter()
+        self._stopping = threading.Event()
         workers.bury_dead()
         self.row: Worker = workers.register(device=settings.DEVICE, dtype=settings.DTYPE)
         self._lease = Lease(self.row, busy_share=self._busy.share, on_lost=self._on_lost)
         engines = boot.load_engines(self.row)
-        self._committer = Committer()
+        self._committer = Committer(
+            on_lost=lambda: self._intake.ready.set(),
+            on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
+        )
         self._intake = Intake(self.row, engines)
         self.scheduler = Scheduler(
             engines, self._intake, self._committer, release=self._release, busy=self._busy
         )
-        self._stopping = threading.Event()
         self._fallback = database_thread("fallback", self._drive_without_celery)
 
     def start(self) -> None:
@@ -57,6 +59,13 @@ class GpuWorker:
     def drain_slice(self) -> None:
         """Work until idle for a second or for one slice."""
         self.scheduler.drain(idle_s=IDLE_S, slice_s=SLICE_S)
+
+    def give_up(self, run_pk: int) -> None:
+        """Throw a run's in-memory state away; it is claimed again and rebuilt from the log."""
+        seat = self._intake.seats.get(run_pk)
+        if seat is not None:
+            seat.is_lost = True
+            self._intake.ready.set()
 
     def stop(self) -> None:
         """End at the next operation boundary, with every run's state kept and set free."""
@@ -72,22 +81,20 @@ class GpuWorker:
         while not self._stopping.is_set():
             self._intake.ready.wait(IDLE_S)
             self._stopping.wait(_FALLBACK_GRACE_S)
-            if not self.scheduler.is_draining and self._intake.ready.is_set():
-                try:
-                    self.drain_slice()
-                except (DatabaseError, InterfaceError) as error:
-                    logger.warning("a slice ended early, the database does not answer: %s", error)
-                    close_old_connections()
+            if self.scheduler.has_work and not self.scheduler.is_draining:
+                self.drain_slice()
+            else:
+                self.scheduler.tidy()
 
     def _release(self, seat: Seat) -> None:
-        if not seat.is_lost:
-            claims.release_run(seat.run.pk, self.row)
+        claims.release_run(seat.run.pk, self.row, fence=seat.run.fence)
 
     def _on_lost(self) -> None:
         """Give up everything: other workers own the runs by now."""
-        for seat in list(self._intake.seats.values()):
-            seat.is_lost = True
-        self.row.refresh_from_db()
+        if self._stopping.is_set():
+            return
+        for run_pk in list(self._intake.seats):
+            self.give_up(run_pk)
         logger.error("this worker was declared dead; the process ends so that a fresh one starts")
         threading.Thread(target=_end_process, daemon=True).start()
 

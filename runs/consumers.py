@@ -20,7 +20,7 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from channels.layers import get_channel_layer
 from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
-from django.db import DatabaseError, close_old_connections
+from django.db import DatabaseError, InterfaceError, close_old_connections
 from django.template.loader import render_to_string
 from django.utils.crypto import constant_time_compare
 
@@ -125,7 +125,7 @@ class LiveConsumer(AsyncWebsocketConsumer):
                 await asyncio.sleep(self.interval_s)
         except MintError:
             await self.close(NOT_FOUND)
-        except DatabaseError as error:
+        except (DatabaseError, InterfaceError) as error:
             logger.warning("a live page lost the database: %s", error)
             await self.close(TRY_AGAIN)
 
@@ -277,6 +277,6 @@ def _with_connection(call: Callable[[], Result]) -> Result:
     close_old_connections()
     try:
         return call()
-    except DatabaseError:
+    except (DatabaseError, InterfaceError):
         close_old_connections()
         raise

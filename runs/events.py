@@ -47,11 +47,11 @@ def owner_group(owner_pk: int) -> str:
     return f"owner-{owner_pk}"
 
 
-def notify_work() -> None:
-    """Ring for the GPU workers when the current transaction commits: by NOTIFY, and by Celery's drain task."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_notify(%s, '')", [WORK_CHANNEL])
-    ring_drain()
+def direct_parameters() -> dict[str, Any]:
+    """Return psycopg's connection parameters of Django's database, for connections that are held open to listen."""
+    parameters = connection.get_connection_params()
+    names = ("dbname", "user", "password", "host", "port", "sslmode")
+    return {name: str(parameters[name]) for name in names if parameters.get(name)}
 
 
 def notify_done(operation_ids: Iterable[int]) -> None:

@@ -17,7 +17,6 @@ from typing import Final
 
 import psycopg
 from django.db import Error as DatabaseProblem
-from django.db import connection
 
 from runs import events, ids
 from runs.api.decorators import ApiRequest, Reply, in_thread, json_reply
@@ -109,10 +108,8 @@ class _Waiters:
     async def _listen(self) -> None:
         while True:
             try:
-                parameters = await in_thread(connection.get_connection_params)
-                names = ("dbname", "user", "password", "host", "port", "sslmode")
-                direct = {name: str(parameters[name]) for name in names if parameters.get(name)}
-                async with await psycopg.AsyncConnection.connect(**direct, autocommit=True) as held:  # type: ignore[arg-type]
+                direct = await in_thread(events.direct_parameters)
+                async with await psycopg.AsyncConnection.connect(**direct, autocommit=True) as held:
                     await held.execute(f"LISTEN {events.DONE_CHANNEL}")
                     async for notice in held.notifies():
                         self._wake(json.loads(notice.payload))

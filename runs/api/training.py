@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from runs.api.decorators import ApiRequest, Reply, json_reply
 from runs.api.sequences import consuming_seq
-from runs.exceptions import RequestInvalid
 from runs.models import Operation, TrainingRun
 from runs.schemas import forward_backward as fb
 from runs.schemas import requests, responses
@@ -114,8 +113,6 @@ def _forward(request: ApiRequest) -> Reply:
 
 
 def _check_fits(run: TrainingRun, payload: fb.ForwardBackwardPayload) -> None:
-    if run.state != TrainingRun.State.OPEN:
-        raise RequestInvalid(f"this run is {run.state}; nothing more can be trained on it", place="model_id")
     info = base_models.get(run.base_model)
     if info.is_loaded:
         fb.check_tokens(payload, vocab_size=info.vocab_size, max_context=info.max_context)

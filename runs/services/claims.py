@@ -6,8 +6,9 @@ owner still computes can be committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 from django.db import connection
@@ -15,11 +16,15 @@ from django.db import connection
 from runs.models import Checkpoint, Operation, SamplingSession, Snapshot, TrainingRun, Worker
 from runs.services import operations
 
-# A run that still names a dead worker is free: one may claim between its burial and the moment it notices.
+# Free is a run without a worker, one that names a dead worker (it may have claimed before it noticed its
+# burial), and one that names this worker, which knows nothing of it (an answer was lost, or it gave the run up).
 _CLAIM = """
 UPDATE runs_trainingrun SET fence = fence + 1, worker_id = %s WHERE id IN (
   SELECT run.id FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
-  WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND run.base_model = ANY(%s)
+  WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL
+         OR (run.worker_id = %s AND NOT run.id = ANY(%s::bigint[])))
+    AND run.base_model = ANY(%s)
+    AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)
     AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued')
   ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED)
 RETURNING id
@@ -45,9 +50,10 @@ WHERE id IN (
   SELECT op.id FROM runs_operation op JOIN runs_samplingsession s ON s.id = op.sampling_session_id
   LEFT JOIN runs_worker w ON w.id = op.worker_id
   WHERE op.state = 'queued' AND op.sampling_session_id IS NOT NULL AND s.base_model = ANY(%s)
-    AND (op.worker_id IS NULL OR w.stopped_at IS NOT NULL)
+    AND (op.worker_id IS NULL OR w.stopped_at IS NOT NULL
+         OR (op.worker_id = %s AND NOT op.id = ANY(%s::bigint[])))
   ORDER BY op.id LIMIT %s FOR UPDATE OF op SKIP LOCKED)
-RETURNING id, sampling_session_id, seq, payload, payload_file, attempts
+RETURNING id, sampling_session_id, payload, payload_file, attempts
 """
 MAX_CLAIMS: Final = 256
 
@@ -81,11 +87,17 @@ class TakenOperation:
     seq: int
     kind: str
     is_rejected: bool
-    payload: bytes
+    inline: bytes | None
+    payload_file: str
     num_tokens: int
     attempts: int
     waited_s: float
     result: bytes | None = None
+
+    @property
+    def payload(self) -> bytes:
+        """What the client asked for; read from storage when it is large."""
+        return operations.payload_of(self.inline, self.payload_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,33 +108,39 @@ class TakenSample:
     """
 
     pk: int
-    seq: int
-    payload: bytes
+    inline: bytes | None
+    payload_file: str
     base_model: str
     checkpoint_directory: str
     is_lost: bool
     attempts: int
 
+    @property
+    def payload(self) -> bytes:
+        """What the client asked for; read from storage when it is large."""
+        return operations.payload_of(self.inline, self.payload_file)
 
-def claim_runs(worker: Worker, base_models: Sequence[str]) -> list[HeldRun]:
-    """Take free runs that have work for this worker's base models."""
-    pks = [row[0] for row in _rows(_CLAIM, [worker.pk, list(base_models), MAX_CLAIMS])]
+
+def claim_runs(worker: Worker, base_models: Sequence[str], *, held: Collection[int] = ()) -> list[HeldRun]:
+    """Take free runs that have work for this worker's base models; `held` are the runs it knows it has."""
+    values = [worker.pk, worker.pk, list(held), list(base_models), worker.pk, MAX_CLAIMS]
+    pks = [row[0] for row in _rows(_CLAIM, values)]
     if not pks:
         return []
     rows = TrainingRun.objects.filter(pk__in=pks, worker=worker).select_related("session")
     return [_held(row) for row in rows]
 
 
-def release_run(run_pk: int, worker: Worker) -> None:
-    """Set a run free for whoever has room."""
-    TrainingRun.objects.filter(pk=run_pk, worker=worker).update(worker=None)
+def release_run(run_pk: int, worker: Worker, *, fence: int) -> None:
+    """Set a run free for whoever has room, unless it was claimed again meanwhile."""
+    TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None)
 
 
 def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int) -> list[TakenOperation]:
     """Return the operations after each held run's last taken seq, in order of run and seq.
 
-    Attempts are counted in a transaction of their own before anything is computed, so that an
-    operation that kills its worker is found out.
+    Attempts are counted before anything is computed, for people who look into an operation that keeps
+    killing its worker.
     """
     if not taken_seqs:
         return []
@@ -134,7 +152,8 @@ def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int
             seq=row[2],
             kind=row[3],
             is_rejected=row[4] != Operation.State.QUEUED,
-            payload=operations.payload_of(row[5], row[6]),
+            inline=None if row[5] is None else bytes(row[5]),
+            payload_file=row[6],
             num_tokens=row[7],
             attempts=row[8],
             waited_s=row[9],
@@ -144,22 +163,24 @@ def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int
     return sorted(taken, key=lambda op: (op.run_pk, op.seq))
 
 
-def take_samples(worker: Worker, base_models: Sequence[str], *, limit: int) -> list[TakenSample]:
-    """Return sample requests that no live worker has, oldest first."""
+def take_samples(
+    worker: Worker, base_models: Sequence[str], *, limit: int, held: Collection[int] = ()
+) -> list[TakenSample]:
+    """Return sample requests that no live worker has, oldest first; `held` are those this one knows it has."""
     if not Operation.objects.filter(state=Operation.State.QUEUED, sampling_session__isnull=False).exists():
         return []
-    rows = _rows(_TAKE_SAMPLES, [worker.pk, list(base_models), limit])
+    rows = _rows(_TAKE_SAMPLES, [worker.pk, list(base_models), worker.pk, list(held), limit])
     found = SamplingSession.objects.filter(pk__in={row[1] for row in rows}).select_related("checkpoint")
     sessions = {session.pk: session for session in found}
     taken = []
-    for pk, session_pk, seq, payload, payload_file, attempts in sorted(rows):
+    for pk, session_pk, payload, payload_file, attempts in sorted(rows, key=itemgetter(0)):
         session = sessions[session_pk]
         checkpoint = session.checkpoint
         taken.append(
             TakenSample(
                 pk=pk,
-                seq=seq,
-                payload=operations.payload_of(payload, payload_file),
+                inline=None if payload is None else bytes(payload),
+                payload_file=payload_file,
                 base_model=session.base_model,
                 checkpoint_directory=checkpoint.directory if checkpoint else "",
                 is_lost=bool(session.model_path) and checkpoint is None,
@@ -179,7 +200,8 @@ def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterat
             seq=row.seq,
             kind=row.kind,
             is_rejected=row.state == Operation.State.FAILED,
-            payload=operations.payload_of(row.payload, row.payload_file),
+            inline=None if row.payload is None else bytes(row.payload),
+            payload_file=row.payload_file,
             num_tokens=row.num_tokens,
             attempts=0,
             waited_s=0.0,

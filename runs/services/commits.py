@@ -1,6 +1,6 @@
 """Make results true: the one statement that all of the product's safety rests on.
 
-Every commit of a run moves `applied_seq` from what the worker believed to what it computed, under
+Every commit of a cycle moves `applied_seq` from what the worker believed to what it computed, under
 the fence it claimed with, in the same transaction as results, metrics and checkpoints. No row
 changed means that somebody else owns the run: the caller throws its in-memory state away.
 Commits so form one chain; nothing is applied twice, skipped or reordered.
@@ -37,7 +37,8 @@ WITH run AS (
   UPDATE runs_trainingrun r SET applied_seq = new.to_seq, step = new.step,
     num_tokens = r.num_tokens + new.num_tokens, loss = COALESCE(new.loss, r.loss),
     tokens_per_s = COALESCE(new.tokens_per_s, r.tokens_per_s),
-    state = new.state, error = new.error, last_applied_at = clock_timestamp()
+    state = CASE WHEN r.state = 'open' THEN new.state ELSE r.state END,
+    error = CASE WHEN r.state = 'open' THEN new.error ELSE r.error END, last_applied_at = clock_timestamp()
   FROM unnest(%(run)s::bigint[], %(fence)s::bigint[], %(from_seq)s::bigint[], %(to_seq)s::bigint[],
     %(step)s::bigint[], %(num_tokens)s::bigint[], %(loss)s::float8[], %(tokens_per_s)s::float8[],
     %(run_state)s::text[], %(run_error)s::text[], %(done)s::text[])
@@ -57,7 +58,9 @@ WITH run AS (
   SELECT run.owner_id, run.id, new.seq, 'skipped', 'failed', '', '', 0, false,
     'the client never sent this request', 'user', run.fence, 0
   FROM run JOIN unnest(%(skip_run)s::bigint[], %(skip_seq)s::bigint[]) AS new(run_id, seq) ON new.run_id = run.id
-  ON CONFLICT DO NOTHING
+  ON CONFLICT (run_id, seq) DO UPDATE SET state = 'failed', error = 'arrived after its seq_id was given up',
+    error_category = 'user', fence = excluded.fence, finished_at = clock_timestamp()
+    WHERE runs_operation.state = 'queued'
 ), measured AS (
   INSERT INTO runs_metric (run_id, seq, name, step, value)
   SELECT run.id, new.seq, new.name, new.step, new.value
@@ -152,10 +155,17 @@ def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
 
 
 def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size_bytes: int) -> list[str]:
-    """Register a snapshot already in storage; returns the folders of those it makes superfluous."""
-    Snapshot.objects.create(run_id=run_pk, seq=seq, fence=fence, directory=directory, size_bytes=size_bytes)
-    old = list(Snapshot.objects.filter(run_id=run_pk).order_by("-seq", "-fence")[NUM_SNAPSHOTS_KEPT:])
-    Snapshot.objects.filter(pk__in=[row.pk for row in old]).delete()
+    """Register a snapshot already in storage; returns the folders that are of no use (any more).
+
+    Under a fence that is no longer the run's that is the snapshot's own. Repeating it changes nothing.
+    """
+    with transaction.atomic():
+        if not TrainingRun.objects.select_for_update().filter(pk=run_pk, fence=fence).exists():
+            return [directory]
+        values = {"directory": directory, "size_bytes": size_bytes}
+        Snapshot.objects.get_or_create(run_id=run_pk, seq=seq, fence=fence, defaults=values)
+        old = list(Snapshot.objects.filter(run_id=run_pk).order_by("-seq", "-fence")[NUM_SNAPSHOTS_KEPT:])
+        Snapshot.objects.filter(pk__in=[row.pk for row in old]).delete()
     return [row.directory for row in old]
 
 

@@ -11,7 +11,7 @@ from django.db import connection
 from django.db.models import Max
 
 from runs import events
-from runs.exceptions import MintError, RateLimited, SequenceConflict
+from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict
 from runs.models import Operation, SamplingSession, TrainingRun
 from runs.services import blobs
 
@@ -60,6 +60,8 @@ def submit(run: TrainingRun, submission: Submission) -> int:
     """
     if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
+    if run.state != TrainingRun.State.OPEN and not _is_known(run, submission.seq):
+        raise RequestInvalid(f"this run is {run.state}; it takes no more operations", place="model_id")
     return _insert(run.owner_id, run, None, submission)
 
 
@@ -129,6 +131,10 @@ def finished_among(operation_ids: list[int]) -> list[int]:
 
 def _is_far_ahead(run: TrainingRun, seq: int) -> bool:
     return seq > run.applied_seq + MAX_QUEUED_PER_RUN
+
+
+def _is_known(run: TrainingRun, seq: int) -> bool:
+    return Operation.objects.filter(run=run, seq=seq).exists()
 
 
 def _insert(

@@ -171,6 +171,13 @@ def waiting_reason(operation: Operation) -> str:
     if not Worker.objects.filter(stopped_at=None, lease_until__gt=Now()).exists():
         return "no GPU worker is running; the operation is safe and starts when one is back"
     run = operation.run
+    session = operation.sampling_session
+    base_model = run.base_model if run is not None else session.base_model if session is not None else ""
+    info = base_models.find(base_model)
+    if info is None or not info.is_loaded:
+        return f"no worker has the base model {base_model!r}" + (
+            f": {info.error}" if info and info.error else ""
+        )
     if run is None:
         return ""
     missing = _first_gap(run, operation.seq)

@@ -56,10 +56,16 @@ class HandWorker:
         self.row = workers.register(device="cpu", dtype="float32")
         self.held: dict[int, HeldRun] = {}
 
+    def release(self, run: TrainingRun) -> None:
+        """Set a run free."""
+        self.held.pop(run.pk, None)
+        run.refresh_from_db(fields=["fence"])
+        claims.release_run(run.pk, self.row, fence=run.fence)
+
     def hold(self, run: TrainingRun) -> HeldRun:
         """Claim what is free and return the run, which must be among it or held already."""
         while run.pk not in self.held:
-            found = claims.claim_runs(self.row, [run.base_model])
+            found = claims.claim_runs(self.row, [run.base_model], held=list(self.held))
             assert found, f"run {run} is not free"
             self.held |= {held.pk: held for held in found}
         return self.held[run.pk]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+from django.db.models.functions import Now
 from pytest_django.fixtures import Settings
 
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, Operation, TrainingRun, User
+from runs.models import Checkpoint, Operation, TrainingRun, User, Worker
 from runs.services import claims, commits, operations, workers
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
@@ -29,7 +30,7 @@ def test_each_new_claim_raises_the_fence_again(run: TrainingRun, worker: HandWor
     for fence in (1, 2, 3):
         (held,) = claims.claim_runs(worker.row, MODELS)
         assert held.fence == fence
-        claims.release_run(run.pk, worker.row)
+        worker.release(run)
 
 
 def test_only_free_runs_with_work_for_the_workers_models_are_claimed(
@@ -38,15 +39,35 @@ def test_only_free_runs_with_work_for_the_workers_models_are_claimed(
     assert claims.claim_runs(worker.row, ["other/model"]) == []
     worker.finish(Operation.objects.get(run=run, seq=0).pk)
     assert claims.claim_runs(HandWorker().row, MODELS) == []  # it has an owner
-    claims.release_run(run.pk, worker.row)
+    worker.release(run)
     assert claims.claim_runs(worker.row, MODELS) == []  # it has no work
     rows.optim_step(run, 1)
     assert [held.pk for held in claims.claim_runs(worker.row, MODELS)] == [run.pk]
 
 
+def test_a_worker_claims_again_what_it_knows_nothing_of(run: TrainingRun, worker: HandWorker) -> None:
+    claims.claim_runs(worker.row, MODELS)  # and the answer is lost
+    assert claims.claim_runs(worker.row, MODELS, held=[run.pk]) == []
+    (again,) = claims.claim_runs(worker.row, MODELS)
+    assert again.fence == 2
+    worker.row.refresh_from_db()
+    workers.stop(worker.row)
+    assert claims.claim_runs(worker.row, MODELS) == []  # a buried worker claims nothing
+
+
+def test_a_late_release_does_not_free_a_run_that_was_claimed_again(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    (first,) = claims.claim_runs(worker.row, MODELS)
+    claims.claim_runs(worker.row, MODELS)
+    claims.release_run(run.pk, worker.row, fence=first.fence)
+    run.refresh_from_db()
+    assert run.worker_id == worker.row.pk
+
+
 def test_only_the_owner_can_release(run: TrainingRun, worker: HandWorker) -> None:
     worker.hold(run)
-    claims.release_run(run.pk, HandWorker().row)
+    HandWorker().release(run)
     run.refresh_from_db()
     assert run.worker_id == worker.row.pk
 
@@ -64,10 +85,10 @@ def test_racing_workers_claim_each_run_once(alice: User, worker: HandWorker) -> 
 def test_a_run_of_a_dead_worker_is_free_even_if_nobody_set_it_free(
     run: TrainingRun, worker: HandWorker
 ) -> None:
-    """A zombie may claim between its burial and the moment it notices, and then end."""
+    """A claim and the burial of its worker may cross."""
     zombie = HandWorker()
-    workers.stop(zombie.row)
     assert zombie.hold(run).fence == 1
+    Worker.objects.filter(pk=zombie.row.pk).update(stopped_at=Now())
     assert worker.hold(run).fence == 2
     assert claims.claim_runs(zombie.row, MODELS) == []
 
@@ -125,7 +146,7 @@ def test_samples_are_taken_once_and_oldest_first(alice: User, worker: HandWorker
     session = rows.make_sampling_session(alice)
     pks = [rows.sample(session, seq) for seq in (5, 1, 9)]
     assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=2)] == pks[:2]
-    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=9)] == pks[2:]
+    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=9, held=pks[:2])] == pks[2:]
     assert claims.take_samples(HandWorker().row, MODELS, limit=9) == []
     assert claims.take_samples(worker.row, ["other/model"], limit=9) == []
 
@@ -185,6 +206,7 @@ def test_applied_operations_come_back_for_replay_without_an_attempt(
 
 def test_snapshots_are_offered_newest_first_up_to_what_was_applied(run: TrainingRun) -> None:
     for seq, fence in ((10, 1), (20, 1), (20, 2)):
+        TrainingRun.objects.filter(pk=run.pk).update(fence=fence)
         commits.register_snapshot(run.pk, fence=fence, seq=seq, directory=f"s/{seq}-{fence}", size_bytes=1)
     assert claims.latest_snapshots(run.pk, up_to_seq=25) == [(20, "s/20-2"), (20, "s/20-1")]
     assert claims.latest_snapshots(run.pk, up_to_seq=15) == []

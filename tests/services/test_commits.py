@@ -82,7 +82,7 @@ def test_results_metrics_and_checkpoints_appear_together(run: TrainingRun, worke
 
 def test_a_stale_fence_writes_nothing(run: TrainingRun, worker: HandWorker) -> None:
     commit = full_commit(run, worker)
-    claims.release_run(run.pk, worker.row)
+    worker.release(run)
     HandWorker().hold(run)
     before = content()
     assert commits.commit_all([commit]) == [False]
@@ -99,7 +99,7 @@ def test_a_wrong_from_seq_writes_nothing(run: TrainingRun, worker: HandWorker, f
 
 def test_a_zombie_that_recomputed_the_same_seqs_writes_nothing(run: TrainingRun, worker: HandWorker) -> None:
     zombie_commit = full_commit(run, worker)
-    claims.release_run(run.pk, worker.row)
+    worker.release(run)
     successor = HandWorker()
     own = dataclasses.replace(zombie_commit, fence=successor.hold(run).fence)
     assert commits.commit_all([own]) == [True]
@@ -121,7 +121,7 @@ def test_a_commit_repeated_after_a_lost_confirmation_doubles_nothing(
 def test_a_lost_run_does_not_hold_up_the_others(alice: User, run: TrainingRun, worker: HandWorker) -> None:
     other = rows.make_run(alice)
     good, lost = full_commit(run, worker), full_commit(other, worker)
-    claims.release_run(other.pk, worker.row)
+    worker.release(other)
     HandWorker().hold(other)
     assert commits.commit_all([lost, good]) == [False, True]
     run.refresh_from_db()
@@ -171,7 +171,7 @@ def test_takeovers_during_commits_lose_and_double_nothing(run: TrainingRun, work
     pks = [Operation.objects.get(run=run, seq=0).pk] + [
         rows.optim_step(run, seq) for seq in range(1, num_ops)
     ]
-    claims.release_run(run.pk, worker.row)
+    worker.release(run)
 
     def fight(row: Any) -> list[int]:
         done: list[int] = []
@@ -297,16 +297,42 @@ def test_waiting_requests_are_told_after_the_commit_and_not_without_one(
     assert notices == [pks]
 
 
+def test_a_failed_run_stays_failed(run: TrainingRun, worker: HandWorker) -> None:
+    held = worker.hold(run)
+    create = Operation.objects.get(run=run, seq=0).pk
+    failed = commit_of(held, [applied(create, 0, result=Result(error="no room", category="server"))])
+    assert commits.commit_all([dataclasses.replace(failed, state="failed", error="no room")]) == [True]
+    after = commit_of(held, [applied(rows.optim_step(run, 1), 1)], from_seq=0)
+    assert commits.commit_all([after]) == [True]
+    run.refresh_from_db()
+    assert (run.state, run.error, run.applied_seq) == ("failed", "no room", 1)
+
+
+def test_a_request_that_arrives_after_its_seq_was_given_up_is_answered(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    held = worker.hold(run)
+    create = Operation.objects.get(run=run, seq=0).pk
+    late = rows.optim_step(run, 1)
+    given_up = [applied(create, 0), applied(None, 1), applied(rows.optim_step(run, 2), 2)]
+    assert commits.commit_all([commit_of(held, given_up)]) == [True]
+    row = Operation.objects.get(pk=late)
+    assert (row.state, row.error_category) == ("failed", "user")
+    assert "given up" in row.error
+
+
 def test_two_snapshots_are_kept(run: TrainingRun) -> None:
+    TrainingRun.objects.filter(pk=run.pk).update(fence=1)
     removed = [
         commits.register_snapshot(run.pk, fence=1, seq=seq, directory=f"s/{seq}", size_bytes=1)
-        for seq in (10, 20, 30, 40)
+        for seq in (10, 20, 30, 40, 40)
     ]
-    assert removed == [[], [], ["s/10"], ["s/20"]]
+    assert removed == [[], [], ["s/10"], ["s/20"], []]
     assert list(Snapshot.objects.filter(run=run).values_list("directory", flat=True)) == ["s/40", "s/30"]
 
 
 def test_a_snapshot_that_comes_late_does_not_push_out_newer_ones(run: TrainingRun) -> None:
+    TrainingRun.objects.filter(pk=run.pk).update(fence=2)
     for seq in (20, 30):
         commits.register_snapshot(run.pk, fence=2, seq=seq, directory=f"s/{seq}", size_bytes=1)
     assert commits.register_snapshot(run.pk, fence=1, seq=10, directory="s/late", size_bytes=1) == ["s/late"]

@@ -139,6 +139,48 @@ def test_a_checkpoint_name_is_taken_once_unless_overwritten(
     wait_for(lambda: [f.name[:2] for f in folders.iterdir()] == ["3-"], what="the removal of the old files")
 
 
+def test_a_checkpoint_that_cannot_be_written_fails_alone(start_worker: Start, new_client: NewClient) -> None:
+    start_worker()
+    client, neighbour = new_client(), new_client(seed=2)
+    finished(client.forward_backward(TOKENS))
+    checkpoints_folder = Path(default_storage.path("checkpoints"))
+    checkpoints_folder.mkdir(parents=True, exist_ok=True)
+    obstacle = checkpoints_folder / str(client.run.pk)
+    obstacle.write_text("a file where a folder should be")
+
+    refused = finished(client.save("a"))
+
+    assert refused.state == Operation.State.FAILED
+    assert refused.error_category == "server"
+    assert "could not be written" in refused.error
+    assert losses_of(finished(neighbour.forward_backward(TOKENS))) > 0
+    obstacle.unlink()
+    assert finished(client.save("a")).state == Operation.State.DONE
+
+
+def test_an_unreadable_payload_fails_alone(start_worker: Start, new_client: NewClient) -> None:
+    client = new_client()
+    lost = client.forward_backward(TOKENS)
+    Operation.objects.filter(pk=lost).update(payload=None, payload_file="payloads/ff/gone")
+    after = client.forward_backward(TOKENS)
+    start_worker()
+    assert "cannot be read" in finished(lost).error
+    assert losses_of(finished(after)) > 0
+
+
+def test_a_run_given_up_in_memory_is_rebuilt_from_the_log(start_worker: Start, new_client: NewClient) -> None:
+    undisturbed, disturbed = new_client(), new_client()
+    expected = _train(undisturbed, num_steps=6)
+    worker = start_worker()
+    finished(_train(disturbed, num_steps=3))
+    worker.give_up(disturbed.run.pk)
+
+    again = _train(disturbed, num_steps=3)
+
+    assert bytes(finished(again).result or b"") == bytes(finished(expected).result or b"")
+    assert RunEvent.objects.filter(run=disturbed.run, kind="recovered").exists()
+
+
 def test_sampling_from_the_newest_weights(start_worker: Start, new_client: NewClient) -> None:
     start_worker()
     client = new_client()
