@@ -1,0 +1,86 @@
+"""A person watches in Chromium while an unmodified client trains: the points arrive by themselves, all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.e2e.conftest import ROOT, TINKER038
+from tests.up.instances import Instance, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+CHROMIUM = os.environ.get("MINTWEB_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+NUM_STEPS = 60
+
+
+@pytest.fixture
+def page(product: Instance) -> Iterator[Page]:
+    """A tab of whoever opened a login link; an error or a violation of the content policy fails the test."""
+    with pytest.MonkeyPatch.context() as environment, sync_playwright() as playwright:
+        environment.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")  # Playwright keeps an event loop in this thread
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        tab = browser.new_page()
+        problems: list[str] = []
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        link = re.search(r"http://\S+/login/\S+", product.output)
+        assert link is not None
+        tab.goto(link[0])
+        tab.get_by_role("button", name="Sign in").click()
+        tab.wait_for_url("**/runs/")
+        yield tab
+        browser.close()
+    assert problems == []
+
+
+def test_points_arrive_while_a_loop_runs(page: Page, product: Instance, sdk_env: dict[str, str]) -> None:
+    num_runs = page.locator("tbody tr").count()
+    loop = subprocess.Popen(
+        [str(TINKER038.python), str(ROOT / "examples" / "sft_loop.py")],
+        env={**os.environ, **sdk_env, "SFT_STEPS": str(NUM_STEPS)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        expect(page.locator("tbody tr")).to_have_count(num_runs + 1, timeout=60_000)  # the list is live
+        page.locator("tbody tr a").first.click()
+        page.wait_for_url("**/runs/**:train:*/")
+        loss = page.locator("figure.chart").filter(has_text="Loss per token").locator(".chart-summary")
+        expect(loss).to_contain_text("lowest", timeout=60_000)
+        seen: set[str] = set()
+
+        def has_moved_on() -> bool:
+            seen.add(page.locator(".headline div").filter(has_text="Step").locator("dd").inner_text())
+            return len(seen) > 5
+
+        wait_for(has_moved_on, 120)
+        assert loop.wait(120) == 0
+    finally:
+        loop.kill()
+        loop.communicate()
+
+    expect(page.get_by_text("Arr!").first).to_be_visible(timeout=20_000)  # the sample after training
+    values = _values(page)
+    assert sorted(values) == list(range(1, NUM_STEPS + 1))
+    page.reload()
+    expect(loss).to_contain_text("lowest", timeout=20_000)
+    assert _values(page) == values
+
+
+def _values(page: Page) -> dict[int, float]:
+    """Return step -> loss from the chart's table; none twice."""
+    figure = page.locator("figure.chart").filter(has_text="Loss per token")
+    figure.get_by_role("button", name="Table").click()
+    rows = figure.locator(".chart-table tbody tr")
+    expect(rows).to_have_count(NUM_STEPS, timeout=20_000)
+    cells = [row.split("\t") for row in rows.all_inner_texts()]
+    return {int(cell[0].replace("\u202f", "").replace(" ", "")): float(cell[1]) for cell in cells}
