@@ -115,7 +115,6 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.staticfiles",
     "channels",
-    "ninja",  # serves the REST documentation page from here instead of from a CDN
     "runs",
 ]
 MIDDLEWARE = [
