@@ -86,7 +86,7 @@ def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
             Companion(
                 Path(sys.executable),
                 "bench.baselines",
-                # As the worker has it: threads that spin would slow the baselines on a shared machine.
+                # Idle threads sleep: ones that spin would slow the baselines on a shared machine.
                 {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
                 log=work_dir / "baselines.log",
             )
