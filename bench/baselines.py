@@ -1,6 +1,6 @@
 """What mintweb is compared with: plain transformers and PEFT, and the engine without anything around it.
 
-`python -m bench.baselines`, driven by `bench.companion`; a process with torch and as many threads as the worker.
+`python -m bench.baselines`, driven by `bench.companion`; a process with torch on all cores.
 Axes: B sequences, T positions of the padded rectangle.
 """
 
