@@ -15,7 +15,7 @@ from django.conf import settings
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import BaseModelError
 from runs.models import Worker
-from runs.services import base_models
+from runs.services import base_models, workers
 from runs.services.base_models import BaseModelInfo
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
             continue
         engines[name] = engine
         base_models.report(worker, _info(name, str(directory), engine))
+        workers.describe(worker, device=engine.fingerprint["device"], dtype=engine.fingerprint["dtype"])
         logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
     return engines
 

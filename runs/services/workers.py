@@ -36,6 +36,11 @@ def register(*, device: str, dtype: str) -> Worker:
     return Worker.objects.get(pk=pk)
 
 
+def describe(worker: Worker, *, device: str, dtype: str) -> None:
+    """Enter what the worker computes on, once it has loaded its models."""
+    Worker.objects.filter(pk=worker.pk).update(device=device[:40], dtype=dtype)
+
+
 def renew(worker: Worker, *, busy_share: float) -> bool:
     """Push the lease out; false when the worker was declared dead meanwhile."""
     with connection.cursor() as cursor:

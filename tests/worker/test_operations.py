@@ -34,6 +34,8 @@ def test_loss_falls_and_metrics_appear(start_worker: Start, new_client: NewClien
 
     assert losses[-1] < losses[0] - 1
     client.run.refresh_from_db()
+    assert client.run.worker is not None
+    assert (client.run.worker.device, client.run.worker.dtype) == ("cpu", "float32")
     assert client.run.step == 8
     assert client.run.applied_seq == 16
     assert client.run.num_tokens == 8 * (len(TOKENS) - 1)
