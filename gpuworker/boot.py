@@ -16,7 +16,7 @@ from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import BaseModelError
 from runs.models import Worker
 from runs.services import base_models, workers
-from runs.services.base_models import BaseModelInfo
+from runs.services.base_models import BaseModelInfo, ModelSizes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,12 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
             continue
         engines[name] = engine
         base_models.report(worker, _info(name, str(directory), engine))
-        workers.describe(worker, device=engine.fingerprint["device"], dtype=engine.fingerprint["dtype"])
+        workers.describe(
+            worker,
+            device=engine.fingerprint["device"],
+            dtype=engine.fingerprint["dtype"],
+            memory_bytes=engine.memory_bytes,
+        )
         logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
     return engines
 
@@ -89,4 +94,5 @@ def _info(name: str, directory: str, engine: Engine) -> BaseModelInfo:
         max_rank=engine.max_rank,
         num_parameters=engine.num_parameters,
         architecture=engine.architecture,
+        sizes=ModelSizes(**engine.sizes),
     )

@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gpuworker import payloads, snapshots
+from gpuworker import failpoints, payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.exceptions import CheckpointError
-from gpuworker.engine.types import SampleResult
+from gpuworker.engine.types import OptimStep, SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
 from gpuworker.seats import Seat
-from gpuworker.threads import database_thread, until_reachable
 from runs.models import TrainingRun
 from runs.services import blobs, commits
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
+from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 8
@@ -120,7 +120,10 @@ def _commit_sample(item: SampleOutcome) -> None:
 def _commit_cycle(runs: Sequence[RunOutcome]) -> None:
     runs = [run for run in runs if not run.seat.is_lost]
     batch = [_run_commit(run) for run in runs]
-    for run, commit, was_committed in zip(runs, batch, commits.commit_all(batch), strict=True):
+    failpoints.reach("before_commit")
+    were_committed = commits.commit_all(batch)
+    failpoints.reach("after_commit")
+    for run, commit, was_committed in zip(runs, batch, were_committed, strict=True):
         if was_committed:
             run.seat.committed_seq = commit.to_seq
         else:
@@ -145,7 +148,7 @@ def _run_commit(run: RunOutcome) -> RunCommit:
     held = run.seat.run
     last = run.outcomes[-1]
     failed_run = next((one.failed_run for one in run.outcomes if one.failed_run), "")
-    steps = [one for one in run.outcomes if one.metrics]
+    steps = [one for one in run.outcomes if isinstance(one.operation.request, OptimStep) and one.metrics]
     return RunCommit(
         run_pk=held.pk,
         owner_id=held.owner_id,
@@ -184,7 +187,7 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
     return AppliedOperation(
         pk=taken.pk if taken else None,
         seq=outcome.operation.seq,
-        step=outcome.step,
+        step=outcome.step if outcome.metrics_step is None else outcome.metrics_step,
         result=result,
         metrics=outcome.metrics,
         checkpoint=checkpoint,

@@ -21,7 +21,7 @@ from gpuworker.engine.types import (
     OptimStep,
     OptimStepResult,
 )
-from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Save, Seat, Unload, Unreadable
+from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Record, Save, Seat, Unload, Unreadable
 from runs import ids
 from runs.schemas import responses
 from runs.services.commits import Result
@@ -40,12 +40,16 @@ class PendingCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one operation did; its result is serialised by the committer, off the compute stage."""
+    """What one operation did; its result is serialised by the committer, off the compute stage.
+
+    `metrics_step` is the step that `metrics` are of, where that is not `step`.
+    """
 
     operation: PreparedOperation
     step: int
     answer: Answer
     metrics: dict[str, float] = field(default_factory=dict)
+    metrics_step: int | None = None
     num_tokens: int = 0
     loss: float | None = None
     checkpoint: PendingCheckpoint | None = None
@@ -81,7 +85,7 @@ def optim_steps(turns: Sequence[Turn]) -> list[Outcome]:
 
 
 def single(seat: Seat, operation: PreparedOperation) -> Outcome:
-    """Apply an operation that goes alone: create, load, save, unload, or a seq to pass over."""
+    """Apply an operation that goes alone: create, load, save, record, unload, or a seq to pass over."""
     request = operation.request
     try:
         if isinstance(request, Create):
@@ -90,6 +94,8 @@ def single(seat: Seat, operation: PreparedOperation) -> Outcome:
             return _load(seat, operation, request)
         if isinstance(request, Save):
             return _save(seat, operation, request)
+        if isinstance(request, Record):
+            return _record(seat, operation, request)
         if isinstance(request, Unload):
             return _unload(seat, operation)
         if isinstance(request, Unreadable):
@@ -212,6 +218,16 @@ def _save_content(seat: Seat, save: Save) -> dict[str, object]:
     if save.kind == "weights":
         return dict(responses.save_weights_result(path))
     return dict(responses.save_weights_for_sampler_result(path))
+
+
+def _record(seat: Seat, operation: PreparedOperation, record: Record) -> Outcome:
+    return Outcome(
+        operation=operation,
+        step=seat.step,
+        answer=payloads.json_result({}),
+        metrics=dict(record.metrics),
+        metrics_step=record.step,
+    )
 
 
 def _unload(seat: Seat, operation: PreparedOperation) -> Outcome:

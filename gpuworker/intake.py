@@ -19,12 +19,12 @@ from django.db import DatabaseError, InterfaceError, close_old_connections
 from gpuworker import payloads
 from gpuworker.engine.engine import Engine
 from gpuworker.seats import PreparedOperation, Seat
-from gpuworker.threads import database_thread
 from runs import events
 from runs.models import Worker
 from runs.services import claims, workers
 from runs.services.claims import TakenOperation, TakenSample
 from runs.services.operations import GAP_PATIENCE_S
+from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""The worker's signs of life: an advisory lock held by one connection, and a lease renewed from here."""
+"""The worker's signs of life: an advisory lock held by one connection, and a lease renewed from here.
+
+Both end when the device is stuck: a worker that only looks alive would keep its runs from all others.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import psycopg
 from django.db import Error as DatabaseFailure
 from django.db import close_old_connections
 
-from gpuworker.threads import database_thread
 from runs import events
 from runs.models import Worker
 from runs.services import workers
+from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +27,19 @@ class Lease:
     """Keeps one registered worker alive until `stop`, or until it finds that it was declared dead."""
 
     def __init__(
-        self, worker: Worker, *, busy_share: Callable[[], float], on_lost: Callable[[], None]
+        self,
+        worker: Worker,
+        *,
+        busy_share: Callable[[], float],
+        is_stuck: Callable[[], bool],
+        on_lost: Callable[[], None],
+        on_stuck: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._busy_share = busy_share
+        self._is_stuck = is_stuck
         self._on_lost = on_lost
+        self._on_stuck = on_stuck
         self._stopping = threading.Event()
         self._lock_connection = self._lock()
         self._thread = database_thread("lease", self._loop)
@@ -55,6 +66,9 @@ class Lease:
 
     def _loop(self) -> None:
         while not self._stopping.wait(workers.HEARTBEAT_S):
+            if self._is_stuck():
+                self._on_stuck()
+                return
             try:
                 close_old_connections()
                 self._lock_connection.execute("SELECT 1")

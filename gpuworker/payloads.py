@@ -23,9 +23,20 @@ from gpuworker.engine.types import (
     SamplingParams,
     TopkLogprobs,
 )
-from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Request, Save, Unload, Unreadable
+from gpuworker.seats import (
+    Consumed,
+    Create,
+    Load,
+    PreparedOperation,
+    Record,
+    Request,
+    Save,
+    Unload,
+    Unreadable,
+)
 from runs.models import Checkpoint, Operation
-from runs.schemas import forward_backward, requests, results, sampling
+from runs.schemas import forward_backward, requests, results
+from runs.schemas.sampling import StoredSample
 from runs.services.claims import TakenOperation, TakenSample
 from runs.services.commits import Result
 
@@ -65,9 +76,13 @@ def error_result(error: EngineError) -> Result:
     return Result(error=str(error), category=error.category)
 
 
-def sample_request(taken: TakenSample, *, max_context: int) -> SampleRequest:
-    """Decode a sample request; a missing seed comes from the operation's number, so that a retry draws the same."""
-    body = requests.from_canonical(sampling.Sample, taken.payload)
+def read_sample(taken: TakenSample) -> StoredSample:
+    """Read a sample request as it was stored."""
+    return requests.from_canonical(StoredSample, taken.payload)
+
+
+def sample_request(taken: TakenSample, body: StoredSample, *, max_context: int) -> SampleRequest:
+    """Return what the engine draws; a missing seed comes from the operation's number, so that a retry draws the same."""
     prompt = body.prompt.array(place="prompt")
     params = body.sampling_params
     stop_tokens, stop_strings = _stops(params.stop)
@@ -88,11 +103,6 @@ def sample_request(taken: TakenSample, *, max_context: int) -> SampleRequest:
         prompt_logprobs=body.prompt_logprobs,
         topk_prompt_logprobs=body.topk_prompt_logprobs,
     )
-
-
-def num_prompt_logprobs(taken: TakenSample) -> int | None:
-    """Return how many of the last prompt logprobs the client wants; None for all."""
-    return requests.from_canonical(sampling.Sample, taken.payload).prompt_logprobs_last_n
 
 
 def sample_result(result: SampleResult, *, num_prompt_logprobs: int | None = None) -> Result:
@@ -147,6 +157,8 @@ def _request(taken: TakenOperation, adapter_id: str) -> Request:
         return Create(load=Load(**body["load"]) if "load" in body else None)
     if taken.kind == Kind.LOAD_WEIGHTS:
         return Load(**json.loads(taken.payload))
+    if taken.kind == Kind.RECORD_METRICS:
+        return Record(**json.loads(taken.payload))
     assert taken.kind == Kind.UNLOAD_MODEL, taken.kind
     return Unload()
 

@@ -7,6 +7,9 @@ entered as a `diverged` event.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from typing import Final
 
 from gpuworker import handlers, payloads, snapshots
 from gpuworker.engine.exceptions import CheckpointError, EngineError
@@ -19,24 +22,52 @@ from runs.services.commits import Result
 
 logger = logging.getLogger(__name__)
 
+_TELL_S: Final = 0.25
 
-def restore(seat: Seat) -> None:
-    """Make the seat's engine state that after `applied_seq`."""
+
+def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
+    """Make the seat's engine state that after `applied_seq`; `beat` is called after each operation."""
     seat.engine.drop_adapter(seat.adapter_id)
     start_seq = _load_snapshot(seat)
     seat.snapshot_seq = start_seq
-    num_replayed = 0
-    for taken in claims.applied_operations(seat.run.pk, after_seq=start_seq, up_to_seq=seat.run.applied_seq):
+    up_to_seq = seat.run.applied_seq
+    progress = _Progress(seat, claims.count_applied(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq))
+    for taken in claims.applied_operations(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq):
         _replay(seat, taken)
-        num_replayed += 1
+        beat()
+        progress.advance()
+    progress.end()
     seat.step = seat.run.step
     seat.is_restored = True
     if seat.run.applied_seq >= 0:
-        detail = {"from_seq": start_seq, "num_replayed": num_replayed}
+        detail = {"from_seq": start_seq, "num_replayed": progress.num_replayed}
         commits.add_event(
             seat.run.pk, seq=seat.run.applied_seq, step=seat.step, kind="recovered", detail=detail
         )
         logger.info("run %s is back at operation %s", seat.run.public_id, seat.run.applied_seq)
+
+
+class _Progress:
+    """Tells people how far a replay is, now and then."""
+
+    def __init__(self, seat: Seat, total: int) -> None:
+        self.num_replayed = 0
+        self._seat = seat
+        self._total = total
+        self._told_at = 0.0
+
+    def advance(self) -> None:
+        """Count one operation."""
+        self.num_replayed += 1
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_S:
+            self._told_at = now
+            claims.enter_replay(self._seat.run, num_replayed=self.num_replayed, num_to_replay=self._total)
+
+    def end(self) -> None:
+        """The run is back."""
+        if self._told_at:
+            claims.enter_replay(self._seat.run, num_replayed=0, num_to_replay=0)
 
 
 def _load_snapshot(seat: Seat) -> int:

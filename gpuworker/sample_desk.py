@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from gpuworker import payloads, snapshots
@@ -12,6 +14,8 @@ from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import SampleResult
+from gpuworker.partials import Partials
+from runs.schemas.sampling import StoredSample
 from runs.services.claims import TakenSample
 from runs.services.commits import Result
 
@@ -19,6 +23,18 @@ logger = logging.getLogger(__name__)
 
 MAX_SAMPLERS: Final = 64
 MAX_ATTEMPTS: Final = 5
+PARTIALS_S: Final = 0.1
+
+
+@dataclass
+class _Open:
+    """A request in a decode loop; `num_shown` tokens of one that is watched are on their way to its page."""
+
+    engine: Engine
+    session_pk: int
+    num_prompt_logprobs: int | None
+    is_watched: bool
+    num_shown: int = 0
 
 
 class SampleDesk:
@@ -27,7 +43,10 @@ class SampleDesk:
     def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
         self._engines = engines
         self._committer = committer
-        self._open: dict[int, tuple[Engine, int | None]] = {}
+        self._open: dict[int, _Open] = {}
+        self._partials = Partials()
+        self._num_watched = 0
+        self._shown_at = 0.0
         self._used: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     @property
@@ -41,15 +60,16 @@ class SampleDesk:
         try:
             if taken.attempts > MAX_ATTEMPTS:
                 raise EngineError(f"given up after {MAX_ATTEMPTS} attempts that did not come to an end")
+            body = payloads.read_sample(taken)
             self._ensure_sampler(engine, taken)
-            engine.sampler.submit(payloads.sample_request(taken, max_context=engine.max_context))
+            engine.sampler.submit(payloads.sample_request(taken, body, max_context=engine.max_context))
         except EngineError as error:
             self._answer(taken.pk, payloads.error_result(error))
         except Exception as error:
             logger.exception("sample %s could not be begun", taken.pk)
             self._answer(taken.pk, _failure(error))
         else:
-            self._open[taken.pk] = (engine, payloads.num_prompt_logprobs(taken))
+            self._begin(taken, body, engine)
 
     def note_kept(self, base_model: str, directory: str) -> None:
         """Count weights that a save has left in the engine, so that they are let go in their turn."""
@@ -58,16 +78,47 @@ class SampleDesk:
 
     def step(self) -> None:
         """Advance every unfinished sequence by one token and hand over what is complete."""
+        self._drop_ended()
         for engine in self._engines.values():
             if engine.sampler.num_pending:
                 self._step(engine)
+        if self._num_watched and time.monotonic() - self._shown_at >= PARTIALS_S:
+            self._shown_at = time.monotonic()
+            self._show()
+
+    def _begin(self, taken: TakenSample, body: StoredSample, engine: Engine) -> None:
+        self._open[taken.pk] = _Open(
+            engine=engine,
+            session_pk=taken.session_pk,
+            num_prompt_logprobs=body.prompt_logprobs_last_n,
+            is_watched=body.stream,
+        )
+        if body.stream:
+            self._num_watched += 1
+            self._partials.open(taken.pk)
+
+    def _show(self) -> None:
+        for operation_pk, one in self._open.items():
+            if one.is_watched:
+                tokens = one.engine.sampler.tokens_of(str(operation_pk), start=one.num_shown)
+                if tokens:
+                    self._partials.put(one.session_pk, operation_pk, one.num_shown, tokens)
+                    one.num_shown += len(tokens)
+
+    def _drop_ended(self) -> None:
+        """Draw no further tokens of samples that were stopped by the person who asked for them."""
+        for operation_pk in self._partials.pop_ended():
+            one = self._open.get(operation_pk)
+            if one is not None:
+                one.engine.sampler.cancel(str(operation_pk))
+                self._answer(operation_pk, Result(error="stopped", category="user"))
 
     def _step(self, engine: Engine) -> None:
         try:
             outcomes = engine.sampler.step()
         except Exception as error:
             logger.exception("a decode step failed; its requests fail with it")
-            for operation_pk in [pk for pk, (other, _) in self._open.items() if other is engine]:
+            for operation_pk in [pk for pk, one in self._open.items() if one.engine is engine]:
                 engine.sampler.cancel(str(operation_pk))
                 self._answer(operation_pk, _failure(error))
             return
@@ -76,10 +127,14 @@ class SampleDesk:
             self._answer(int(request_id), answer)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
-        _, wanted = self._open.pop(operation_pk, (None, None))
+        one = self._open.pop(operation_pk, None)
+        wanted = one.num_prompt_logprobs if one is not None else None
         self._committer.put(
             SampleOutcome(operation_pk=operation_pk, answer=answer, num_prompt_logprobs=wanted)
         )
+        if one is not None and one.is_watched:
+            self._num_watched -= 1
+            self._partials.close(one.session_pk, operation_pk)
 
     def _ensure_sampler(self, engine: Engine, taken: TakenSample) -> None:
         if taken.is_lost:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from gpuworker import handlers
+from gpuworker import failpoints, handlers
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer, RunOutcome, SnapshotOutcome
 from gpuworker.engine.engine import Engine
@@ -27,8 +27,8 @@ from gpuworker.intake import AHEAD, Intake
 from gpuworker.restore import restore
 from gpuworker.sample_desk import SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
-from gpuworker.threads import until_reachable
 from runs.services import claims
+from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +122,14 @@ class Scheduler:
     def _decode_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while self._desk.has_work:
+            self._busy.beat()
             self._desk.step()
             if time.monotonic() >= until:
                 return
 
     def _decode_while_alone(self) -> None:
         while self._desk.has_work and not self._intake.ready.is_set() and not self._stopping.is_set():
+            self._busy.beat()
             self._desk.step()
 
     def _has_heads(self) -> bool:
@@ -140,6 +142,11 @@ class Scheduler:
         seats = self._usable_seats()
         done: dict[int, list[Outcome]] = defaultdict(list)
         before = {seat.run.pk: seat.applied_seq for seat in seats}
+        suspicious = next((seat for seat in seats if seat.head is not None and seat.head.is_suspicious), None)
+        if suspicious is not None:
+            self._apply_alone(suspicious, done)
+            self._hand_over([suspicious], done, before)
+            return True
         self._apply_singles(seats, done)
         for engine in self._engines.values():
             own = [seat for seat in seats if seat.engine is engine]
@@ -160,7 +167,7 @@ class Scheduler:
                 self._forget(seat)
             elif seat.queue and (seat.is_restored or not has_restored):
                 if not seat.is_restored:
-                    until_reachable(partial(restore, seat))
+                    until_reachable(partial(restore, seat, beat=self._busy.beat))
                     has_restored = True
                 usable.append(seat)
         return usable
@@ -176,7 +183,7 @@ class Scheduler:
                 position = ahead[seat.run.pk]
                 operation = seat.queue[position] if position < len(seat.queue) else None
                 is_full = turns and operation and num_tokens + operation.num_tokens > CYCLE_TOKENS
-                if operation is None or not isinstance(operation.request, ForwardBackward) or is_full:
+                if operation is None or not _joins(operation, ForwardBackward) or is_full:
                     open_seats.remove(seat)
                     continue
                 turns.append(Turn(seat, operation))
@@ -192,6 +199,8 @@ class Scheduler:
     ) -> None:
         if not turns:
             return
+        self._busy.beat()
+        failpoints.reach("before_compute")
         try:
             outcomes = handler(turns)
         except Exception as error:
@@ -203,14 +212,22 @@ class Scheduler:
 
     def _apply_singles(self, seats: Sequence[Seat], done: dict[int, list[Outcome]]) -> None:
         for seat in seats:
-            while (head := seat.head) is not None and not isinstance(
-                head.request, ForwardBackward | OptimStep
+            while (
+                (head := seat.head) is not None
+                and not isinstance(head.request, ForwardBackward | OptimStep)
+                and not head.is_suspicious
             ):
-                outcome = self._single(seat, head)
-                _advance(seat, head)
-                done[seat.run.pk].append(outcome)
-                if isinstance(head.request, Load) or (isinstance(head.request, Create) and head.request.load):
-                    seat.replay_cost_s = REPLAY_BUDGET_S
+                self._apply_single(seat, head, done)
+
+    def _apply_single(self, seat: Seat, operation: PreparedOperation, done: dict[int, list[Outcome]]) -> None:
+        self._busy.beat()
+        failpoints.reach("before_compute")
+        outcome = self._single(seat, operation)
+        _advance(seat, operation)
+        done[seat.run.pk].append(outcome)
+        request = operation.request
+        if isinstance(request, Load) or (isinstance(request, Create) and request.load):
+            seat.replay_cost_s = REPLAY_BUDGET_S
 
     def _single(self, seat: Seat, operation: PreparedOperation) -> Outcome:
         request = operation.request
@@ -228,6 +245,28 @@ class Scheduler:
             self._desk.note_kept(seat.run.base_model, outcome.checkpoint.directory)
         return outcome
 
+    def _apply_alone(self, seat: Seat, done: dict[int, list[Outcome]]) -> None:
+        """Try an operation whose workers died with nothing beside it; one that ended them alone, too, fails."""
+        operation = seat.head
+        assert operation is not None
+        assert operation.taken is not None
+        if operation.is_poison:
+            logger.error("operation %s of run %s is given up", operation.seq, seat.run.public_id)
+            error = EngineError(f"given up: it ended its worker {operation.taken.lone_attempts} times")
+            outcomes = [handlers.failed(seat, operation, error)]
+            _advance(seat, operation)
+            done[seat.run.pk] += outcomes
+            return
+        self._committer.flush()
+        until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
+        request = operation.request
+        if isinstance(request, ForwardBackward):
+            self._apply_together([Turn(seat, operation)], handlers.forward_backwards, done)
+        elif isinstance(request, OptimStep):
+            self._apply_together([Turn(seat, operation)], handlers.optim_steps, done)
+        else:
+            self._apply_single(seat, operation, done)
+
     def _failed_badly(self, seat: Seat, operation: PreparedOperation, error: Exception) -> Outcome:
         """Answer an operation that the engine did not expect to fail; what it left of the adapter is not trusted."""
         seat.is_suspect = True
@@ -236,6 +275,7 @@ class Scheduler:
     def _hand_over(
         self, seats: Sequence[Seat], done: Mapping[int, list[Outcome]], before: Mapping[int, int]
     ) -> None:
+        failpoints.reach("after_compute")
         self._committer.put(
             [
                 RunOutcome(seat=seat, from_seq=before[seat.run.pk], outcomes=done[seat.run.pk])
@@ -288,12 +328,13 @@ class Scheduler:
         self._intake.drop(seat)
 
 
+def _joins(operation: PreparedOperation, kind: type[ForwardBackward | OptimStep]) -> bool:
+    """Say whether an operation goes through the engine together with others of its kind."""
+    return isinstance(operation.request, kind) and not operation.is_suspicious
+
+
 def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
-    return [
-        Turn(seat, seat.head)
-        for seat in seats
-        if seat.head is not None and isinstance(seat.head.request, OptimStep)
-    ]
+    return [Turn(seat, seat.head) for seat in seats if seat.head is not None and _joins(seat.head, OptimStep)]
 
 
 def _is_name_taken(seat: Seat, save: Save) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep, OptimStepResult
@@ -46,6 +46,14 @@ class Save:
         return self.sampling_session_seq is not None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Enter values that were measured outside the engine as metrics of a step."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Unload:
     """Let the adapter go; the run is closed."""
@@ -63,7 +71,9 @@ class Unreadable:
     error: str
 
 
-Request: TypeAlias = ForwardBackward | OptimStep | Create | Load | Save | Unload | Consumed | Unreadable
+Request: TypeAlias = (
+    ForwardBackward | OptimStep | Create | Load | Save | Record | Unload | Consumed | Unreadable
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,21 @@ class PreparedOperation:
     def num_tokens(self) -> int:
         """Input tokens, for the cycle's budget."""
         return self.taken.num_tokens if self.taken else 0
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether workers died that had taken it, so that nothing may share its fate."""
+        return self.taken is not None and self.taken.attempts > ATTEMPTS_TOGETHER
+
+    @property
+    def is_poison(self) -> bool:
+        """Whether it ended every worker that tried it alone."""
+        return self.taken is not None and self.taken.lone_attempts >= LONE_ATTEMPTS
+
+
+# Workers that took an operation in vain before it is tried alone, and that may die of it alone before it fails.
+ATTEMPTS_TOGETHER: Final = 2
+LONE_ATTEMPTS: Final = 2
 
 
 @dataclass

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import shared_task
-from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import celeryd_after_setup, worker_shutdown, worker_shutting_down
 
 if TYPE_CHECKING:
     from gpuworker.worker import GpuWorker
@@ -28,10 +29,13 @@ def drain() -> None:
         _worker.drain_slice()
 
 
-@worker_ready.connect
-def start(sender: Any, **_: Any) -> None:
-    """Load the base models and begin, in the process that serves the gpu queue only."""
-    if "gpu" in sender.app.amqp.queues.consume_from:
+@celeryd_after_setup.connect
+def start(instance: Any, **_: Any) -> None:
+    """Load the base models and begin, in the process that serves the gpu queue only.
+
+    Celery is not ready before Redis answers; this does not wait for that.
+    """
+    if "gpu" in instance.app.amqp.queues.consume_from:
         threading.Thread(target=_start, name="boot", daemon=True).start()
 
 
@@ -49,15 +53,24 @@ def stop(**_: Any) -> None:
         _worker.stop()
 
 
-def _start() -> None:
-    """Import torch only here: the CPU worker shares this module's task names, not its weight."""
+def begin(make_worker: Callable[[], GpuWorker]) -> None:
+    """Make this process's worker and let it take work; an error ends the process."""
     global _worker
-    from gpuworker.worker import GpuWorker
-
     try:
-        worker = GpuWorker()
+        worker = make_worker()
         worker.start()
     except Exception:
         logger.exception("the GPU worker could not start; the process ends so that a fresh one tries again")
         os._exit(3)
     _worker = worker
+
+
+def _start() -> None:
+    begin(_make_worker)
+
+
+def _make_worker() -> GpuWorker:
+    """Import torch only here: the CPU worker shares this module's task names, not its weight."""
+    from gpuworker.worker import GpuWorker
+
+    return GpuWorker()

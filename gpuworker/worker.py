@@ -9,20 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from django.conf import settings
 
-from gpuworker import boot
+from gpuworker import boot, failpoints
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
+from gpuworker.engine.engine import Engine
 from gpuworker.intake import Intake
 from gpuworker.leases import Lease
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
-from gpuworker.threads import database_thread
 from runs.models import Worker
 from runs.services import claims, workers
+from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,20 @@ _FALLBACK_GRACE_S: Final = 0.3
 class GpuWorker:
     """Everything one worker process holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, load_engines: Callable[[Worker], Mapping[str, Engine]] = boot.load_engines) -> None:
+        failpoints.arm(settings.FAILPOINTS)
         self._busy = BusyMeter()
         self._stopping = threading.Event()
         workers.bury_dead()
         self.row: Worker = workers.register(device=settings.DEVICE, dtype=settings.DTYPE)
-        self._lease = Lease(self.row, busy_share=self._busy.share, on_lost=self._on_lost)
-        engines = boot.load_engines(self.row)
+        self._lease = Lease(
+            self.row,
+            busy_share=self._busy.share,
+            is_stuck=lambda: self._busy.stuck_s() > settings.HANG_S,
+            on_lost=self._on_lost,
+            on_stuck=_end_stuck_process,
+        )
+        engines = load_engines(self.row)
         self._committer = Committer(
             on_lost=lambda: self._intake.ready.set(),
             on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
@@ -97,6 +106,14 @@ class GpuWorker:
             self.give_up(run_pk)
         logger.error("this worker was declared dead; the process ends so that a fresh one starts")
         threading.Thread(target=_end_process, daemon=True).start()
+
+
+def _end_stuck_process() -> None:
+    """End at once: the thread that computes cannot be asked to."""
+    logger.critical(
+        "nothing was computed for %s s; the process ends so that a fresh one starts", settings.HANG_S
+    )
+    _end_process()
 
 
 def _end_process() -> None:

@@ -1,7 +1,8 @@
 """The one entry for HTTP and websockets.
 
 The SDK's endpoints are lean ASGI handlers beside the Django application: a Django view costs some
-milliseconds of thread hops a request, and these endpoints decide how long the GPU waits.
+milliseconds of thread hops a request, and these endpoints decide how long the GPU waits. Uploads are
+too: Django would keep a copy of each body in a temporary file first.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from runs import urls  # noqa: E402 - models exist only once Django is set up
 
 # Django's types know views only, Channels' router calls ASGI applications.
 _sdk: Any = URLRouter(cast(Any, urls.sdk_routes))
+_uploads: Any = URLRouter(cast(Any, urls.upload_routes))
 _pages: Any = django_application
 _sockets: Any = URLRouter(cast(Any, urls.socket_routes))
 
+_lean = [path("api/v1/", _sdk), path("datasets/uploads/", _uploads), path("rest/v1/uploads/", _uploads)]
+
 application = ProtocolTypeRouter(
     {
-        "http": URLRouter(cast(Any, [path("api/v1/", _sdk), re_path("", _pages)])),
+        "http": URLRouter(cast(Any, [*_lean, re_path("", _pages)])),
         "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(_sockets)),
     }
 )

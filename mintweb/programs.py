@@ -102,8 +102,8 @@ def databases() -> list[Program]:
 
 
 def services() -> list[Program]:
-    """Return the web server, a worker for each GPU (one without a GPU), the CPU worker and the clock."""
-    return [*gpu_workers(), web(), cpu_worker(), beat()]
+    """Return the web server, a worker for each GPU (one without a GPU), the CPU workers and the clock."""
+    return [*gpu_workers(), web(), recipes(), cpu_worker(), beat()]
 
 
 def web() -> Program:
@@ -134,12 +134,24 @@ def gpu_workers() -> list[Program]:
 
 
 def cpu_worker() -> Program:
-    """Return the worker for exports, dataset checks and housekeeping."""
+    """Return the worker for exports, dataset checks and housekeeping; all of it can be killed and begun again."""
     return Program(
         "cpu",
-        _celery("worker", "--pool=prefork", "--concurrency=1", "--queues=cpu", "--hostname=cpu@%h", *_QUIET),
+        # Two checks of datasets run at once at most, each for as long as an hour; the third is for all the rest.
+        _celery("worker", "--pool=prefork", "--concurrency=3", "--queues=cpu", "--hostname=cpu@%h", *_QUIET),
         env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        stop_timeout_s=WORKER_STOP_TIMEOUT_S,
+    )
+
+
+def recipes() -> Program:
+    """Return the worker that trains runs without a client by submitting their operations."""
+    return Program(
+        "recipes",
+        _celery(
+            *("worker", "--pool=solo", "--concurrency=1", "--queues=recipes", "--hostname=recipes@%h"),
+            *("--include=runs.recipes.process", *_QUIET),
+        ),
+        env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
 
 

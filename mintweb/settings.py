@@ -202,7 +202,8 @@ CELERY_TIMEZONE = TIME_ZONE
 CELERY_TASK_DEFAULT_QUEUE = "cpu"
 CELERY_TASK_ROUTES = {"gpuworker.tasks.*": {"queue": "gpu"}}
 CELERY_BEAT_SCHEDULE = {
-    "housekeeping": {"task": "runs.tasks.housekeeping", "schedule": 60.0, "options": {"expires": 55}}
+    "housekeeping": {"task": "runs.tasks.housekeeping", "schedule": 60.0, "options": {"expires": 55}},
+    "webhooks": {"task": "runs.tasks.deliver_webhooks", "schedule": 15.0, "options": {"expires": 14}},
 }
 
 # Files -------------------------------------------------------------------------------------------------------
@@ -250,6 +251,26 @@ MAX_BODY_BYTES = env_int("MINTWEB_MAX_BODY_BYTES", 64 * 1024**2, minimum=1024, m
 INLINE_PAYLOAD_BYTES = 256 * 1024
 DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
+# Beside the storage, so that a finished file is moved and not copied.
+TEMP_DIR = DATA_DIR / "tmp"
+# Datasets come in by pieces, so they may be far larger than other request bodies; disk space is checked first.
+MAX_UPLOAD_BYTES = env_int("MINTWEB_MAX_UPLOAD_BYTES", 50 * 1024**3, minimum=1024, maximum=1024**5)
+# An upload that nobody goes on with is deleted after this time.
+UPLOAD_EXPIRES_S = env_int("MINTWEB_UPLOAD_EXPIRES_S", 7 * 86_400, minimum=60, maximum=365 * 86_400)
+# A dataset is checked in a process of its own, with these limits.
+DOCTOR_MEMORY_MB = env_int("MINTWEB_DOCTOR_MEMORY_MB", 1024, minimum=128, maximum=1024**2)
+DOCTOR_TIMEOUT_S = env_int("MINTWEB_DOCTOR_TIMEOUT_S", 3600, minimum=10, maximum=86_400)
+
+# Hosts (names or addresses) inside the own network that webhooks may go to; public ones always may.
+WEBHOOK_HOSTS: list[str] = [host.lower().strip("[]") for host in env_list("MINTWEB_WEBHOOK_HOSTS")]
+
+# Runs without code -------------------------------------------------------------------------------------------
+
+# Runs of recipes that train at once; they share each pass of the worker, the others wait in a queue.
+CONCURRENT_RUNS = env_int("MINTWEB_CONCURRENT_RUNS", 4, minimum=1, maximum=1000)
+# Datasets as tokens, kept for the next run on the same rows; what was used longest ago goes first.
+CACHE_BYTES = env_int("MINTWEB_CACHE_BYTES", 20 * 1024**3, minimum=0, maximum=1024**5)
+
 # Models and devices (read by the worker) ---------------------------------------------------------------------
 
 
@@ -273,6 +294,11 @@ DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
 # 0: one thread for small models, whose matrix products are too short to share, all cores for others.
 THREADS = env_int("MINTWEB_THREADS", 0, minimum=0, maximum=1024)
 DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16")
+
+# A worker that is at one operation for longer than this ends itself, so that another takes its runs.
+HANG_S = env_int("MINTWEB_HANG_S", 900, minimum=10, maximum=86_400)
+# For tests: where a worker kills or freezes itself, see `gpuworker/failpoints.py`.
+FAILPOINTS = env_str("MINTWEB_FAILPOINTS", pattern=r"|[a-z_]+:[a-z]+@\d+(,[a-z_]+:[a-z]+@\d+)*")
 
 # Logs --------------------------------------------------------------------------------------------------------
 

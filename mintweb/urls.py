@@ -9,4 +9,5 @@ from runs import urls as runs_urls
 urlpatterns = [
     path("", include(runs_urls.health_urls)),
     path("", include(runs_urls.page_urls)),
+    path("rest/v1/", include(runs_urls.rest_urls)),
 ]

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WORK_CHANNEL: Final = "mintweb_work"
 DONE_CHANNEL: Final = "mintweb_done"
+RECIPES_CHANNEL: Final = "mintweb_recipes"
 _NOTIFY_LIMIT: Final = 500
 _PAGE_HINT_INTERVAL_S: Final = 0.25
 _DRAIN_INTERVAL_S: Final = 1.0
@@ -35,6 +36,21 @@ class RunChanged(TypedDict):
 
     type: str
     run: str
+
+
+class SamplePartial(TypedDict):
+    """Shows tokens of an unfinished sample: those from `start` on. A lost one is made good by the result."""
+
+    type: str
+    operation: int
+    start: int
+    tokens: list[int]
+    is_last: bool
+
+
+def sampling_group(sampling_session_pk: int) -> str:
+    """Return the Channels group that sees the unfinished samples of one sampling session."""
+    return f"sampling-{sampling_session_pk}"
 
 
 def run_group(run_pk: int) -> str:
@@ -68,6 +84,32 @@ def done_payload(operation_ids: Iterable[int]) -> str:
 def ring_drain() -> None:
     """Send Celery's drain task soon after the current transaction commits."""
     transaction.on_commit(_drain_doorbell.ring)
+
+
+def ring_recipes() -> None:
+    """Wake the loop that trains runs without a client when the current transaction commits."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_notify(%s, '')", [RECIPES_CHANNEL])
+
+
+def ring_dataset_check(version_pk: int) -> None:
+    """Ask a CPU worker to check a dataset version; a lost message costs until the next housekeeping."""
+    try:
+        current_app.send_task("runs.tasks.check_dataset", args=[version_pk], queue="cpu")
+    except (OSError, KombuError) as error:
+        logger.warning("no doorbell for a dataset check, it begins late: %s", error)
+
+
+def ring_webhooks() -> None:
+    """Have messages to people's addresses sent when the current transaction commits; a lost one goes out later."""
+    transaction.on_commit(_send_webhooks_doorbell)
+
+
+def _send_webhooks_doorbell() -> None:
+    try:
+        current_app.send_task("runs.tasks.deliver_webhooks", queue="cpu", expires=60)
+    except (OSError, KombuError) as error:
+        logger.warning("no doorbell for webhooks, they go out some seconds later: %s", error)
 
 
 def run_changed(run_pk: int, owner_pk: int, public_id: str) -> None:

@@ -8,15 +8,23 @@ MintError                500  server
 + PayloadTooLarge        413  user
 + UnsupportedMedia       415  user    content type or content encoding
 + SequenceConflict       422  user    a seq_id came again with another request
++ StillAnswering         409  user    REST only: the first request with this Idempotency-Key is not done yet
++ PreconditionFailed     412  user    REST only: the object changed since the ETag of If-Match
 + RateLimited            429  server  come back later; the SDK waits and sends again
 + SessionFinished        410  user    the SDK session was closed
 + OperationFailed        200  either  a failed operation, told in its result
++ TokenRefused           403  user    a request by a browser without the page's token
++ OffsetConflict         409  user    an upload goes on elsewhere than where its file ends
++ UploadBusy             423  server  another request is writing to the same upload
++ ChecksumMismatch       460  user    a part of an upload arrived changed; it was not kept
++ DiskFull               507  server
 
-409 is never used: the client SDKs retry it for minutes.
+The SDK's endpoints never answer 409: the client SDKs retry it for minutes. 409, 423 and 460 are words of tus.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 Category = Literal["user", "server", "unknown"]
@@ -51,6 +59,20 @@ class RequestInvalid(MintError):
     code = "invalid_request"
     http_status = 422
     category = "user"
+
+    def __init__(
+        self, message: str | None = None, *, place: str = "", problems: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message, place=place)
+        # Every (place, message), where several things are wrong; `message` tells them all in one sentence.
+        self.problems = tuple(problems) or ((place, self.message),)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_invalid, (self.message, self.place, self.problems))
+
+
+def _rebuild_invalid(message: str, place: str, problems: Sequence[tuple[str, str]]) -> RequestInvalid:
+    return RequestInvalid(message, place=place, problems=problems)
 
 
 class NotAuthenticated(MintError):
@@ -101,6 +123,22 @@ class SequenceConflict(MintError):
     category = "user"
 
 
+class StillAnswering(MintError):
+    """the first request with this Idempotency-Key is still being answered; send this one again in a moment"""
+
+    code = "still_answering"
+    http_status = 409
+    category = "user"
+
+
+class PreconditionFailed(MintError):
+    """the object is no longer the one that If-Match names; read it again"""
+
+    code = "precondition_failed"
+    http_status = 412
+    category = "user"
+
+
 class RateLimited(MintError):
     """too many operations are waiting; send this one again in a moment"""
 
@@ -133,3 +171,41 @@ class OperationFailed(MintError):
 
 def _rebuild_failed(message: str, place: str, category: Category) -> OperationFailed:
     return OperationFailed(message, place=place, category=category)
+
+
+class TokenRefused(MintError):
+    """the page's token is missing or out of date; reload the page"""
+
+    code = "token_refused"
+    http_status = 403
+    category = "user"
+
+
+class OffsetConflict(MintError):
+    """the upload is not at this offset"""
+
+    code = "offset_conflict"
+    http_status = 409
+    category = "user"
+
+
+class UploadBusy(MintError):
+    """another request is writing to this upload; ask for its offset and send again"""
+
+    code = "upload_busy"
+    http_status = 423
+
+
+class ChecksumMismatch(MintError):
+    """the bytes do not have the checksum that was sent with them; send them again"""
+
+    code = "checksum_mismatch"
+    http_status = 460
+    category = "user"
+
+
+class DiskFull(MintError):
+    """the server's disk is full"""
+
+    code = "disk_full"
+    http_status = 507

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpuworker import failpoints
 from gpuworker.engine.adapters import AdapterState, Layout, ModuleShape, OptimizerState
 from gpuworker.engine.exceptions import CheckpointError
 from gpuworker.engine.types import LoraSpec
@@ -56,7 +57,9 @@ def write(
     try:
         _fill(state, scratch, base_model=base_model, fingerprint=fingerprint or {})
         scratch.chmod(0o755)
+        failpoints.reach("snapshot_written")
         _replace(scratch, directory)
+        failpoints.reach("snapshot_renamed")
     except OSError as error:
         raise CheckpointError(f"the checkpoint cannot be written: {error}") from error
     finally:

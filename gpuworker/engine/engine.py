@@ -11,10 +11,21 @@ from pathlib import Path
 import torch
 
 from gpuworker.engine import base_model, optimizer
-from gpuworker.engine.adapters import Adapter, AdapterState, Layout, LoraWeights, check_fit, select_modules
+from gpuworker.engine.adapters import (
+    ATTENTION_PROJECTIONS,
+    MLP_PROJECTIONS,
+    UNEMBED,
+    Adapter,
+    AdapterState,
+    Layout,
+    LoraWeights,
+    check_fit,
+    select_modules,
+)
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError, LoraSpecError
 from gpuworker.engine.logprobs import Head
+from gpuworker.engine.memory import total_bytes
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.training import Trainer
 from gpuworker.engine.types import (
@@ -37,7 +48,9 @@ class Engine:
         self._base = base
         self._adapters: dict[str, Adapter] = {}
         head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
-        self._trainer = Trainer(base, head, token_budget=_token_budget(base))
+        self._token_budget = _token_budget(base)
+        self._head = head
+        self._trainer = Trainer(base, head, token_budget=self._token_budget)
         self.sampler = Sampler(
             base,
             head,
@@ -96,6 +109,29 @@ class Engine:
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "threads": str(torch.get_num_threads()),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the memory of the device, or of this machine as far as this process may use it."""
+        return total_bytes(self._base.device)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Return what training takes: bytes of weights, of a token's activations and of a piece of logits.
+
+        The widths are adapter parameters for each unit of rank.
+        """
+        itemsize = self._base.dtype.itemsize
+        return {
+            "weight_bytes": self.num_parameters * itemsize,
+            "attn_width": self._width(ATTENTION_PROJECTIONS),
+            "mlp_width": self._width(MLP_PROJECTIONS),
+            "unembed_width": self._width((UNEMBED,)),
+            "working_bytes": 0 if self._base.dtype == torch.float32 else itemsize,
+            "row_bytes": _row_bytes(self._base),
+            "batch_rows": self._token_budget,
+            "head_bytes": self._head.chunk_rows * self.vocab_size * 3 * torch.float32.itemsize,
         }
 
     def create_adapter(self, adapter_id: str, spec: LoraSpec) -> None:
@@ -183,6 +219,10 @@ class Engine:
         """Forget a sampler; requests already submitted finish with it."""
         self.sampler.drop(sampler_id)
 
+    def _width(self, projections: Sequence[str]) -> int:
+        chosen = [module for module in self._base.modules if module.projection in projections]
+        return sum(module.in_features + module.out_features for module in chosen)
+
     def _adapter(self, adapter_id: str) -> Adapter:
         if adapter_id not in self._adapters:
             raise AdapterNotLoaded(f"adapter {adapter_id} is not loaded")
@@ -212,16 +252,19 @@ def _device_name(device: torch.device) -> str:
 def _token_budget(base: BaseModel) -> int:
     """Return the rows of one training batch: 2048 fill a CPU, a GPU takes what half its memory holds.
 
-    Fixed at load, because the cut of a job decides its last bits. The estimate is what autograd
-    keeps per row: about 12 hidden and 4 intermediate vectors a layer.
+    Fixed at load, because the cut of a job decides its last bits.
     """
     if base.device.type != "cuda":
         return 2048
+    fitting = max(1, _free_bytes(base.device) // 2 // _row_bytes(base))
+    return min(16384, max(1024, 1 << (fitting.bit_length() - 1)))
+
+
+def _row_bytes(base: BaseModel) -> int:
+    """Return about what autograd keeps for one row: 12 hidden and 4 intermediate vectors a layer."""
     config = base.config
     widths = 12 * config.hidden_size + 4 * config.intermediate_size
-    row_bytes = int(config.num_hidden_layers * widths * base.dtype.itemsize)
-    fitting = max(1, _free_bytes(base.device) // 2 // row_bytes)
-    return min(16384, max(1024, 1 << (fitting.bit_length() - 1)))
+    return int(config.num_hidden_layers * widths * base.dtype.itemsize)
 
 
 def _free_bytes(device: torch.device) -> int:

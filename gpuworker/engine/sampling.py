@@ -121,6 +121,13 @@ class Sampler:
         self._running = [c for c in self._running if c.active.request.request_id != request_id]
         return known
 
+    def tokens_of(self, request_id: str, *, start: int) -> list[int]:
+        """Return the tokens from a position on that a request's first sample has so far."""
+        for continuation in self._running:
+            if continuation.active.request.request_id == request_id and continuation.sample == 0:
+                return continuation.tokens[start:]
+        return []
+
     @torch.no_grad()
     def step(self) -> list[SampleOutcome]:
         """Advance every running sequence by one token; return the requests that ended.

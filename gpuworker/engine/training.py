@@ -25,7 +25,7 @@ from gpuworker.engine.exceptions import DatumError, EngineError, NonFiniteError,
 from gpuworker.engine.logprobs import Head, HeadPiece, LossTerms, PieceScore
 from gpuworker.engine.lora import Segment
 from gpuworker.engine.losses import BoundLoss, bind
-from gpuworker.engine.memory import is_out_of_memory
+from gpuworker.engine.memory import free_cache, is_out_of_memory
 from gpuworker.engine.types import Datum, Float32Array, ForwardBackward, ForwardBackwardResult, Int64Array
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -148,7 +148,7 @@ class Trainer:
             outcomes.update(self._run_jobs(chosen))
         return [outcomes[index] for index in range(len(requests))]
 
-    def _prepare(self, request: ForwardBackward, adapter: Adapter) -> Job:
+    def _prepare(self, request: ForwardBackward, adapter: Adapter, token_budget: int | None = None) -> Job:
         loss = bind(request.loss_fn, request.loss_config)
         if not request.data:
             raise DatumError("a forward_backward needs at least one datum")
@@ -156,7 +156,8 @@ class Trainer:
             raise DatumError("some data have weights and others none")
         for index, datum in enumerate(request.data):
             check_datum(datum, index, vocab_size=self._base.vocab_size, max_context=self._base.max_context)
-        cuts = cut_into_blocks([len(datum.tokens) for datum in request.data], self._token_budget)
+        budget = token_budget or self._token_budget
+        cuts = cut_into_blocks([len(datum.tokens) for datum in request.data], budget)
         num_targets = max(_num_targets(datum) for datum in request.data)
         blocks = [_build_block([request.data[i] for i in cut], loss, num_targets) for cut in cuts]
         return Job(request, adapter, loss, blocks)
@@ -173,16 +174,36 @@ class Trainer:
             for job in left.values():
                 job.reset()
             if len(jobs) == 1:
-                return dict.fromkeys(jobs, OutOfMemory(f"no room for this forward_backward: {error}"))
+                return {index: self._run_smaller(job) for index, job in left.items()}
             for index, job in left.items():
                 outcomes.update(self._run_jobs({index: job}))
         return outcomes
 
+    def _run_smaller(self, job: Job) -> ForwardBackwardResult | EngineError:
+        """Run a job that has no room even alone once more, in batches of half the size.
+
+        Its sums then add up in another order: the last bits may differ from those of a device with more room.
+        """
+        free_cache(self._base.device)
+        budget = max(self._token_budget // 2, 1)
+        outcomes: dict[int, ForwardBackwardResult | EngineError] = {}
+        try:
+            self._run_packed({0: self._prepare(job.request, job.adapter, budget)}, outcomes, budget)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return OutOfMemory(f"no room for this forward_backward: {error}")
+        return outcomes[0]
+
     def _run_packed(
-        self, jobs: Mapping[int, Job], outcomes: dict[int, ForwardBackwardResult | EngineError]
+        self,
+        jobs: Mapping[int, Job],
+        outcomes: dict[int, ForwardBackwardResult | EngineError],
+        token_budget: int | None = None,
     ) -> None:
         queue = [(index, job, block) for index, job in jobs.items() for block in job.blocks]
-        for batch in fill_batches([block.num_rows for _, _, block in queue], self._token_budget):
+        budget = token_budget or self._token_budget
+        for batch in fill_batches([block.num_rows for _, _, block in queue], budget):
             part = queue[batch.start : batch.stop]
             self._run_batch([(job, block) for _, job, block in part])
             for index, job, _ in part:

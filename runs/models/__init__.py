@@ -2,22 +2,34 @@
 
 from runs.models.accounts import ApiKey, LoginLink, Session, User
 from runs.models.checkpoints import Checkpoint, SamplingSession, Snapshot
+from runs.models.datasets import Dataset, DatasetVersion, Upload
 from runs.models.operations import Operation
+from runs.models.recipes import Evaluation, FixedSample, Recipe
 from runs.models.training_runs import Metric, RunEvent, TrainingRun
+from runs.models.webhooks import IdempotentReply, Webhook, WebhookDelivery
 from runs.models.workers import BaseModel, Worker
 
 __all__ = [
     "ApiKey",
     "BaseModel",
     "Checkpoint",
+    "Dataset",
+    "DatasetVersion",
+    "Evaluation",
+    "FixedSample",
+    "IdempotentReply",
     "LoginLink",
     "Metric",
     "Operation",
+    "Recipe",
     "RunEvent",
     "SamplingSession",
     "Session",
     "Snapshot",
     "TrainingRun",
+    "Upload",
     "User",
+    "Webhook",
+    "WebhookDelivery",
     "Worker",
 ]

@@ -16,7 +16,10 @@ from runs.models.workers import Worker
 
 
 class Operation(models.Model):
-    """One operation on a run (ordered by seq) or of a sampling session (in any order)."""
+    """One operation on a run (ordered by seq) or of a sampling session (in any order).
+
+    `attempts` counts the workers that took it, `lone_attempts` those that tried it with nothing beside it.
+    """
 
     class Kind(models.TextChoices):
         """What to do. SKIPPED marks a seq_id that the client reserved and never sent."""
@@ -28,6 +31,7 @@ class Operation(models.Model):
         SAVE_WEIGHTS = "save_weights"
         SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
         LOAD_WEIGHTS = "load_weights"
+        RECORD_METRICS = "record_metrics"
         UNLOAD_MODEL = "unload_model"
         SAMPLE = "sample"
         SKIPPED = "skipped"
@@ -61,6 +65,7 @@ class Operation(models.Model):
     worker = models.ForeignKey(Worker, null=True, on_delete=models.SET_NULL)
     fence = models.BigIntegerField(default=0)
     attempts = models.PositiveIntegerField(default=0)
+    lone_attempts = models.PositiveIntegerField(default=0)
     created_at = models.DateTimeField(db_default=Now())
     started_at = models.DateTimeField(null=True)
     finished_at = models.DateTimeField(null=True)

@@ -14,6 +14,8 @@ class TrainingRun(models.Model):
 
     `fence` and `applied_seq` carry the safety of the whole product: every commit is one
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
+    A fork names the run, step and checkpoint it started from. `num_to_replay` is above 0 while a worker
+    that took the run over brings it back.
     """
 
     class Source(models.TextChoices):
@@ -52,6 +54,12 @@ class TrainingRun(models.Model):
     worker = models.ForeignKey(Worker, null=True, on_delete=models.SET_NULL, related_name="training_runs")
     fence = models.BigIntegerField(default=0)
     applied_seq = models.BigIntegerField(default=-1)
+    num_replayed = models.PositiveIntegerField(default=0)
+    num_to_replay = models.PositiveIntegerField(default=0)
+
+    parent = models.ForeignKey("self", null=True, on_delete=models.SET_NULL, related_name="forks")
+    parent_step = models.PositiveBigIntegerField(null=True)
+    parent_path = models.CharField(max_length=400, blank=True)
 
     step = models.PositiveBigIntegerField(default=0)
     num_tokens = models.PositiveBigIntegerField(default=0)

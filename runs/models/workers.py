@@ -17,6 +17,7 @@ class Worker(models.Model):
     pid = models.PositiveIntegerField()
     device = models.CharField(max_length=40, blank=True)
     dtype = models.CharField(max_length=20, blank=True)
+    memory_bytes = models.PositiveBigIntegerField(default=0)
     started_at = models.DateTimeField(db_default=Now())
     lease_until = models.DateTimeField()
     stopped_at = models.DateTimeField(null=True)
@@ -44,6 +45,7 @@ class BaseModel(models.Model):
     max_context = models.PositiveIntegerField(default=0)
     max_rank = models.PositiveIntegerField(default=0)
     num_parameters = models.PositiveBigIntegerField(default=0)
+    sizes = models.JSONField(default=dict)
     reported_at = models.DateTimeField(db_default=Now())
 
     class Meta:

@@ -62,4 +62,4 @@ class Problems:
             listed = "; ".join(f"{where}: {what}" if where else what for where, what in others)
             hidden = "" if self.total <= MAX_SHOWN else "; ..."
             message = f"{message} (1 of {self.total} errors, then {listed}{hidden})"
-        raise RequestInvalid(message, place=place)
+        raise RequestInvalid(message, place=place, problems=self._shown)

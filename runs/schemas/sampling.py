@@ -129,6 +129,15 @@ class Sample(SdkRequest):
         return self
 
 
+class StoredSample(Sample):
+    """A sample request in the log. `stream` asks the worker to show tokens while it draws them.
+
+    Only our own pages set it: SDK requests are read as `Sample`, which leaves the key unread.
+    """
+
+    stream: bool = False
+
+
 def check_prompt(sample: Sample, *, vocab_size: int, max_context: int) -> None:
     """Check what only the base model knows. Prompt plus `max_tokens` may pass the context: it ends a sample.
 

@@ -8,7 +8,20 @@ from django.db.models import Model, Q, QuerySet
 
 from runs import ids
 from runs.exceptions import NotFound, SessionFinished
-from runs.models import ApiKey, Checkpoint, Operation, SamplingSession, Session, TrainingRun, User
+from runs.models import (
+    ApiKey,
+    Checkpoint,
+    Dataset,
+    DatasetVersion,
+    Operation,
+    Recipe,
+    SamplingSession,
+    Session,
+    TrainingRun,
+    Upload,
+    User,
+    Webhook,
+)
 from runs.services import keys
 
 Row = TypeVar("Row", bound=Model)
@@ -22,6 +35,42 @@ def runs_of(user: User) -> QuerySet[TrainingRun]:
 def checkpoints_of(user: User) -> QuerySet[Checkpoint]:
     """Return the checkpoints the user named, newest first."""
     return Checkpoint.objects.filter(owner=user, is_ephemeral=False).select_related("run")
+
+
+def datasets_of(user: User) -> QuerySet[Dataset]:
+    """Return the user's datasets, newest first."""
+    return Dataset.objects.filter(owner=user)
+
+
+def get_dataset(user: User, dataset_id: str) -> Dataset:
+    """Return the user's dataset."""
+    return _one(datasets_of(user).filter(public_id=dataset_id), f"dataset {dataset_id[:40]!r}")
+
+
+def get_dataset_version(user: User, dataset_id: str, number: int) -> DatasetVersion:
+    """Return a version of the user's dataset."""
+    rows = DatasetVersion.objects.filter(dataset__owner=user, dataset__public_id=dataset_id, number=number)
+    return _one(rows.select_related("dataset"), f"version {number} of dataset {dataset_id[:40]!r}")
+
+
+def uploads_of(user: User) -> QuerySet[Upload]:
+    """Return the user's uploads, finished or not, newest first."""
+    return Upload.objects.filter(owner=user).order_by("-created_at")
+
+
+def get_upload(user: User, upload_id: str) -> Upload:
+    """Return the user's upload, finished or not."""
+    return _one(Upload.objects.filter(owner=user, public_id=upload_id), f"upload {upload_id[:40]!r}")
+
+
+def webhooks_of(user: User) -> QuerySet[Webhook]:
+    """Return the user's webhooks, newest first."""
+    return Webhook.objects.filter(owner=user)
+
+
+def get_webhook(user: User, webhook_id: str) -> Webhook:
+    """Return the user's webhook."""
+    return _one(webhooks_of(user).filter(public_id=webhook_id), f"webhook {webhook_id[:40]!r}")
 
 
 def keys_of(user: User) -> QuerySet[ApiKey]:
@@ -46,6 +95,17 @@ def get_run(user: User, run_id: str) -> TrainingRun:
         NotFound: there is none, or it is not the user's.
     """
     return _one(TrainingRun.objects.filter(public_id=run_id, owner=user), f"training run {run_id[:128]!r}")
+
+
+def recipes_of(user: User) -> QuerySet[Recipe]:
+    """Return what trains the user's runs that need no code."""
+    return Recipe.objects.filter(run__owner=user)
+
+
+def get_recipe(user: User, run_id: str) -> Recipe:
+    """Return what trains the user's run; a run whose client trains it has none."""
+    rows = recipes_of(user).filter(run__public_id=run_id).select_related("run")
+    return _one(rows, f"training run {run_id[:128]!r} with a recipe")
 
 
 def get_session(user: User, session_id: str) -> Session:

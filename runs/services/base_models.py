@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,30 @@ _cache: tuple[float, list[BaseModelInfo]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What training on a base model takes, as its worker counts it; all 0 until one has told.
+
+    Args:
+        weight_bytes: the frozen weights.
+        attn_width, mlp_width, unembed_width: input and output features of those projections added up, which
+            is the number of an adapter's parameters for each unit of rank.
+        working_bytes: of one adapter parameter in the base model's dtype, 0 where that is the master's.
+        row_bytes: what is kept for the backward pass for each token that goes through at once.
+        batch_rows: tokens that go through at once; a longer row goes through alone.
+        head_bytes: the logits of one piece of rows with their gradient.
+    """
+
+    weight_bytes: int = 0
+    attn_width: int = 0
+    mlp_width: int = 0
+    unembed_width: int = 0
+    working_bytes: int = 0
+    row_bytes: int = 0
+    batch_rows: int = 0
+    head_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
     """One base model. The sizes are 0 until a worker has loaded it; `error` says why one could not."""
 
@@ -29,6 +53,7 @@ class BaseModelInfo:
     num_parameters: int = 0
     architecture: str = ""
     error: str = ""
+    sizes: ModelSizes = ModelSizes()
 
     @property
     def is_loaded(self) -> bool:
@@ -82,6 +107,7 @@ def report(worker: Worker, info: BaseModelInfo) -> None:
             "max_context": info.max_context,
             "max_rank": info.max_rank,
             "num_parameters": info.num_parameters,
+            "sizes": asdict(info.sizes),
             "reported_at": Now(),
         },
     )
@@ -106,4 +132,5 @@ def _info(name: str, directory: str, row: BaseModel | None) -> BaseModelInfo:
         num_parameters=row.num_parameters,
         architecture=row.architecture,
         error=row.error,
+        sizes=ModelSizes(**row.sizes),
     )

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from django.core.files.base import ContentFile
+from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
 
@@ -26,6 +26,39 @@ def get(name: str) -> bytes:
     with default_storage.open(name) as file:
         data: bytes = file.read()
     return data
+
+
+def move_in(path: Path, name: str) -> None:
+    """Move a local file into storage under a name, durably."""
+    if not isinstance(storages["default"], FileSystemStorage):
+        with path.open("rb") as file:
+            default_storage.save(name, File(file))
+        path.unlink()
+        return
+    target = Path(default_storage.path(name))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    shutil.move(path, target)
+    _flush_folder(target.parent)
+
+
+def link_in(path: Path, name: str) -> None:
+    """Store a local file under a name, durably, and leave it where it is; copied only where it must be."""
+    if not isinstance(storages["default"], FileSystemStorage):
+        with path.open("rb") as file:
+            default_storage.save(name, File(file))
+        return
+    target = Path(default_storage.path(name))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(path, target)
+    os.utime(target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    _flush_folder(target.parent)
 
 
 def delete_folder(directory: str) -> None:
@@ -48,7 +81,11 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -12,7 +12,9 @@ from operator import itemgetter
 from typing import Any, Final
 
 from django.db import connection
+from django.db.models import F
 
+from runs import events
 from runs.models import Checkpoint, Operation, SamplingSession, Snapshot, TrainingRun, Worker
 from runs.services import operations
 
@@ -30,16 +32,17 @@ UPDATE runs_trainingrun SET fence = fence + 1, worker_id = %s WHERE id IN (
 RETURNING id
 """
 # A statement that only counts attempts need not wait for the disk: a count lost in a power cut means one more try.
+# Taking one again that this worker has taken before (it was behind a gap) is no further attempt.
 _TAKE = """
-UPDATE runs_operation SET attempts = attempts + 1, worker_id = %s,
+UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,
   started_at = COALESCE(started_at, clock_timestamp())
-FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed
-WHERE id IN (
+FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, (SELECT %s::bigint AS id) AS me
+WHERE runs_operation.id IN (
   SELECT op.id FROM unnest(%s::bigint[], %s::bigint[]) AS held(run_id, taken_seq)
   CROSS JOIN LATERAL (
     SELECT id FROM runs_operation WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
   ) op)
-RETURNING id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts,
+RETURNING runs_operation.id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, lone_attempts,
   EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
 """
 _TAKE_SAMPLES = """
@@ -91,6 +94,7 @@ class TakenOperation:
     payload_file: str
     num_tokens: int
     attempts: int
+    lone_attempts: int
     waited_s: float
     result: bytes | None = None
 
@@ -108,6 +112,7 @@ class TakenSample:
     """
 
     pk: int
+    session_pk: int
     inline: bytes | None
     payload_file: str
     base_model: str
@@ -139,8 +144,8 @@ def release_run(run_pk: int, worker: Worker, *, fence: int) -> None:
 def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int) -> list[TakenOperation]:
     """Return the operations after each held run's last taken seq, in order of run and seq.
 
-    Attempts are counted before anything is computed, for people who look into an operation that keeps
-    killing its worker.
+    Attempts are counted before anything is computed: the scheduler tries one that several workers took in
+    vain alone.
     """
     if not taken_seqs:
         return []
@@ -156,7 +161,8 @@ def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int
             payload_file=row[6],
             num_tokens=row[7],
             attempts=row[8],
-            waited_s=row[9],
+            lone_attempts=row[9],
+            waited_s=row[10],
         )
         for row in rows
     ]
@@ -179,6 +185,7 @@ def take_samples(
         taken.append(
             TakenSample(
                 pk=pk,
+                session_pk=session_pk,
                 inline=None if payload is None else bytes(payload),
                 payload_file=payload_file,
                 base_model=session.base_model,
@@ -188,6 +195,23 @@ def take_samples(
             )
         )
     return taken
+
+
+def count_applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> int:
+    """Return how many operations `applied_operations` yields."""
+    return Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq).count()
+
+
+def enter_replay(run: HeldRun, *, num_replayed: int, num_to_replay: int) -> None:
+    """Tell people how far a run that was taken over is back; 0 of 0 when it is."""
+    values = {"num_replayed": num_replayed, "num_to_replay": num_to_replay}
+    TrainingRun.objects.filter(pk=run.pk, fence=run.fence).update(**values)
+    events.run_changed(run.pk, run.owner_id, run.public_id)
+
+
+def count_lone_attempt(operation_pk: int) -> None:
+    """Count, before it begins, that an operation is tried with nothing beside it."""
+    Operation.objects.filter(pk=operation_pk).update(lone_attempts=F("lone_attempts") + 1)
 
 
 def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterator[TakenOperation]:
@@ -204,6 +228,7 @@ def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterat
             payload_file=row.payload_file,
             num_tokens=row.num_tokens,
             attempts=0,
+            lone_attempts=0,
             waited_s=0.0,
             result=bytes(row.result) if row.result is not None else None,
         )

@@ -27,7 +27,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import blobs
+from runs.services import blobs, webhooks
 
 NUM_SNAPSHOTS_KEPT: Final = 2
 
@@ -54,9 +54,9 @@ WITH run AS (
   WHERE o.id = new.id AND o.state = 'queued'
 ), skipped AS (
   INSERT INTO runs_operation (owner_id, run_id, seq, kind, state, payload_file, payload_digest, num_tokens,
-    result_is_proto, error, error_category, fence, attempts)
+    result_is_proto, error, error_category, fence, attempts, lone_attempts)
   SELECT run.owner_id, run.id, new.seq, 'skipped', 'failed', '', '', 0, false,
-    'the client never sent this request', 'user', run.fence, 0
+    'the client never sent this request', 'user', run.fence, 0, 0
   FROM run JOIN unnest(%(skip_run)s::bigint[], %(skip_seq)s::bigint[]) AS new(run_id, seq) ON new.run_id = run.id
   ON CONFLICT (run_id, seq) DO UPDATE SET state = 'failed', error = 'arrived after its seq_id was given up',
     error_category = 'user', fence = excluded.fence, finished_at = clock_timestamp()
@@ -150,6 +150,7 @@ def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
         for run in runs:
             if run.run_pk in advanced:
                 _register_checkpoints(run)
+                _tell_addresses(run)
                 events.run_changed(run.run_pk, run.owner_id, run.public_id)
     return [run.run_pk in advanced or _was_committed(run) for run in runs]
 
@@ -232,6 +233,13 @@ def _state_of(result: Result) -> str:
 def _was_committed(run: RunCommit) -> bool:
     """Tell a lost run from a commit whose confirmation was lost on the way."""
     return TrainingRun.objects.filter(pk=run.run_pk, fence=run.fence, applied_seq=run.to_seq).exists()
+
+
+def _tell_addresses(run: RunCommit) -> None:
+    values = ((name, op.step, value) for op in run.operations for name, value in op.metrics.items())
+    webhooks.note_values(run.run_pk, run.owner_id, values)
+    if run.state != TrainingRun.State.OPEN:
+        webhooks.client_ended(run.run_pk)
 
 
 def _register_checkpoints(run: RunCommit) -> None:

@@ -32,11 +32,21 @@ class Smoothing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Columns of values that a run left behind, one entry per bucket."""
+
+    step: list[int]
+    time_s: list[float]
+    mean: Column
+
+
+@dataclass(frozen=True, kw_only=True)
 class History:
     """Columns with one entry per bucket; a value is None where the bucket has no finite one.
 
     `time_s` is the first value's time in seconds since 1970; `num_values` counts all, finite or not.
-    `first_value` and `last_value` are the outermost finite values of the whole past.
+    `first_value` and `last_value` are the outermost finite values of the whole past. Values that were
+    left behind when the run went back to an earlier step are apart, in `abandoned`.
     """
 
     name: str
@@ -53,6 +63,8 @@ class History:
     smoothing: Smoothing
     first_value: float | None
     last_value: float | None
+    abandoned: list[Stretch]
+    num_abandoned: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +95,33 @@ def history(
         from_step, to_step: the range to show; the average still sees everything before it.
     """
     steps, values, times = _read(run, name, up_to_seq)
+    is_left = left_behind(steps)
+    left = _Values(step=steps[is_left], value=values[is_left], time_s=times[is_left], smooth=values[is_left])
+    pieces = _stretches(left, np.flatnonzero(is_left))
+    steps, values, times = steps[~is_left], values[~is_left], times[~is_left]
     smooth, smoothing = smoothed(steps, values, weight=weight)
-    low = -np.inf if from_step is None else from_step
-    high = np.inf if to_step is None else to_step
-    chosen = np.flatnonzero((steps >= low) & (steps <= high))
-    chosen = chosen[np.argsort(steps[chosen], kind="stable")]
-    shown = _Values(step=steps[chosen], value=values[chosen], time_s=times[chosen], smooth=smooth[chosen])
+    kept = _Values(step=steps, value=values, time_s=times, smooth=smooth)
+    bounds = (-np.inf if from_step is None else from_step, np.inf if to_step is None else to_step)
     return _bucketed(
-        name, shown, num_buckets=num_buckets, smoothing=smoothing, finite=values[np.isfinite(values)]
+        name,
+        _between(kept, bounds),
+        num_buckets=num_buckets,
+        smoothing=smoothing,
+        finite=values[np.isfinite(values)],
+        abandoned=[_stretch(_between(part, bounds), num_buckets) for part in pieces],
+        num_abandoned=len(left.step),
     )
+
+
+def left_behind(steps: Ints) -> npt.NDArray[np.bool_]:
+    """Say of each value whether the run later went back to its step or before it; steps are in order of seq."""
+    if len(steps) < 2:
+        return np.zeros(len(steps), dtype=np.bool_)
+    far = np.iinfo(np.int64).max
+    returns = np.where(np.diff(steps) < 0, steps[1:], far)
+    lowest_after = np.minimum.accumulate(returns[::-1])[::-1]
+    is_left: npt.NDArray[np.bool_] = np.r_[lowest_after <= steps[:-1], False]
+    return is_left
 
 
 def smoothed(steps: Ints, values: Floats, *, weight: float) -> tuple[Floats, Smoothing]:
@@ -110,6 +140,38 @@ def smoothed(steps: Ints, values: Floats, *, weight: float) -> tuple[Floats, Smo
     return result, Smoothing(numerator=numerator, denominator=denominator, step=last)
 
 
+def _between(values: _Values, bounds: tuple[float, float]) -> _Values:
+    chosen = (values.step >= bounds[0]) & (values.step <= bounds[1])
+    return _Values(
+        step=values.step[chosen],
+        value=values.value[chosen],
+        time_s=values.time_s[chosen],
+        smooth=values.smooth[chosen],
+    )
+
+
+def _stretches(left: _Values, places: Ints) -> list[_Values]:
+    """Return what was left behind in pieces that were recorded one after the other."""
+    cuts = np.flatnonzero((np.diff(left.step) < 0) | (np.diff(places) > 1)) + 1
+    columns = (np.split(column, cuts) for column in (left.step, left.value, left.time_s, left.smooth))
+    pieces = zip(*columns, strict=True)
+    return [
+        _Values(step=step, value=value, time_s=time, smooth=smooth) for step, value, time, smooth in pieces
+    ]
+
+
+def _stretch(values: _Values, num_buckets: int) -> Stretch:
+    starts = _starts(values.step, _width(values.step, num_buckets))
+    is_finite = np.isfinite(values.value)
+    num_finite = _reduce(np.add, is_finite.astype(np.float64), starts)
+    totals = _reduce(np.add, np.where(is_finite, values.value, 0.0), starts)
+    return Stretch(
+        step=values.step[starts].tolist(),
+        time_s=values.time_s[starts].tolist(),
+        mean=_or_none(totals / np.maximum(num_finite, 1.0), num_finite),
+    )
+
+
 def _read(run: TrainingRun, name: str, up_to_seq: int) -> tuple[Ints, Floats, Floats]:
     with connection.cursor() as cursor:
         cursor.execute(_READ, [run.pk, name, up_to_seq])
@@ -119,7 +181,14 @@ def _read(run: TrainingRun, name: str, up_to_seq: int) -> tuple[Ints, Floats, Fl
 
 
 def _bucketed(
-    name: str, shown: _Values, *, num_buckets: int, smoothing: Smoothing, finite: Floats
+    name: str,
+    shown: _Values,
+    *,
+    num_buckets: int,
+    smoothing: Smoothing,
+    finite: Floats,
+    abandoned: list[Stretch],
+    num_abandoned: int,
 ) -> History:
     width = _width(shown.step, num_buckets)
     starts = _starts(shown.step, width)
@@ -146,6 +215,8 @@ def _bucketed(
         smoothing=smoothing,
         first_value=float(finite[0]) if finite.size else None,
         last_value=float(finite[-1]) if finite.size else None,
+        abandoned=[stretch for stretch in abandoned if stretch.step],
+        num_abandoned=num_abandoned,
     )
 
 

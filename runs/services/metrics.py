@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from runs.models import Metric, TrainingRun
 
 MAX_POINTS: Final = 2000
 LARGE_RUN_VALUES: Final = 60_000
+Word = Literal["NaN", "Infinity", "-Infinity"]
 CHART_METRICS: Final = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 
 
@@ -79,7 +80,7 @@ def _rows(run: TrainingRun, seq: int, limit: int | None) -> list[tuple[int, int,
     return list(rows.values_list("seq", "step", "name", "value", "recorded_at")[:limit])
 
 
-def word(value: float) -> str:
+def word(value: float) -> Word:
     """Return the name of a value that is not finite: NaN, Infinity or -Infinity."""
     if math.isnan(value):
         return "NaN"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from django.conf import settings
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import Max
+from django.db.models.functions import Now
 
 from runs import events
 from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict
@@ -22,8 +23,8 @@ MAX_QUEUED_SAMPLES: Final = 20_000
 _INSERT = """
 INSERT INTO runs_operation
   (owner_id, run_id, sampling_session_id, seq, kind, state, payload, payload_file, payload_digest, num_tokens,
-   result_is_proto, error, error_category, fence, attempts)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, 0, 0)
+   result_is_proto, error, error_category, fence, attempts, lone_attempts)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, 0, 0, 0)
 ON CONFLICT DO NOTHING RETURNING id
 """
 # The row and the doorbell in one round trip; the bell rings when it commits.
@@ -78,6 +79,20 @@ def submit_sample(sampling_session: SamplingSession, submission: Submission) -> 
     if waiting[MAX_QUEUED_SAMPLES - 1 : MAX_QUEUED_SAMPLES].exists():
         raise RateLimited(f"{MAX_QUEUED_SAMPLES} samples are waiting already")
     return _insert(sampling_session.owner_id, None, sampling_session, submission)
+
+
+def cancel_sample(operation_pk: int) -> bool:
+    """End a sample that has no answer yet; its worker notices within a second. False when it was too late."""
+    waiting = Operation.objects.filter(
+        pk=operation_pk, sampling_session__isnull=False, state=Operation.State.QUEUED
+    )
+    with transaction.atomic():
+        is_cancelled = waiting.update(
+            state=Operation.State.FAILED, error="stopped", error_category="user", finished_at=Now()
+        )
+        if is_cancelled:
+            events.notify_done([operation_pk])
+    return bool(is_cancelled)
 
 
 def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:

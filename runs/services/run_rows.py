@@ -11,7 +11,8 @@ from django.db.models import QuerySet
 from django.db.models.functions import Coalesce
 
 from runs.models import TrainingRun, User
-from runs.services import access, sparklines, training_runs
+from runs.services import access, recipe_facts, sparklines, training_runs
+from runs.services.recipe_facts import Progress
 from runs.services.sparklines import Sparkline
 from runs.services.training_runs import DisplayState
 
@@ -21,6 +22,10 @@ _PADDING: Final = 2.0
 _TONES: Final = {
     DisplayState.RUNNING: "good",
     DisplayState.QUEUED: "busy",
+    DisplayState.PREPARING: "busy",
+    DisplayState.PAUSED: "warn",
+    DisplayState.RECOVERING: "warn",
+    DisplayState.STOPPED: "done",
     DisplayState.WAITING_FOR_WORKER: "warn",
     DisplayState.WAITING_FOR_CLIENT: "idle",
     DisplayState.CLOSED: "done",
@@ -59,9 +64,10 @@ class RunRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the head of a run's page shows."""
+    """What the head of a run's page shows; `progress` is that of a run that needs no code."""
 
     row: RunRow
+    progress: Progress | None
     rank: int
     alpha: float
     seed: int
@@ -86,11 +92,20 @@ def rows_of(runs: Iterable[TrainingRun]) -> list[RunRow]:
     return [_row(run, lines[run.pk]) for run in listed]
 
 
+def with_facts(user: User) -> QuerySet[TrainingRun]:
+    """Return the user's runs with all that the head of a page needs."""
+    runs = training_runs.with_activity(access.runs_of(user))
+    return runs.select_related("session", "parent", "recipe__dataset_version__dataset")
+
+
 def facts_of(run: TrainingRun) -> RunFacts:
-    """Return the head of a run's page; the run comes from `with_activity`, its session selected."""
+    """Return the head of a run's page; the run comes from `with_facts`."""
+    recipe = getattr(run, "recipe", None)
+    shown = training_runs.display_state(run)
     parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
     return RunFacts(
         row=_row(run, None),
+        progress=None if recipe is None else recipe_facts.progress_of(run, recipe, shown),
         rank=run.lora_rank,
         alpha=run.lora_alpha,
         seed=run.lora_seed,
@@ -121,7 +136,7 @@ def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
         run_id=run.public_id,
         title=title_of(run),
         is_named=bool(run.name),
-        status=state.value,
+        status=_words(run, state),
         tone=tone_of(state),
         source=run.source,
         source_label=TrainingRun.Source(run.source).label,
@@ -133,6 +148,12 @@ def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
         error=run.error,
         curve=curve_of(line) if line else None,
     )
+
+
+def _words(run: TrainingRun, state: DisplayState) -> str:
+    if state == DisplayState.RECOVERING:
+        return f"recovering: replaying {run.num_replayed} of {run.num_to_replay} operations"
+    return state.value
 
 
 def curve_of(line: Sparkline) -> Curve | None:

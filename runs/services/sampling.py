@@ -45,8 +45,8 @@ def path_of(checkpoint: Checkpoint) -> str:
 
 
 def samples_of(run: TrainingRun, *, limit: int) -> list[Operation]:
-    """Return the run's latest finished sample operations, newest first, with what they ran on."""
+    """Return the run's latest finished samples that are not of its fixed prompts, with what they ran on."""
     rows = Operation.objects.filter(
-        sampling_session__run=run, kind=Operation.Kind.SAMPLE, state=Operation.State.DONE
+        sampling_session__run=run, kind=Operation.Kind.SAMPLE, state=Operation.State.DONE, fixedsample=None
     )
     return list(rows.select_related("sampling_session__checkpoint").order_by("-id")[:limit])

@@ -11,12 +11,12 @@ from enum import StrEnum
 from typing import Any, Final
 
 from django.db import transaction
-from django.db.models import Exists, Max, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, Max, OuterRef, Q, QuerySet
 from django.db.models.functions import Now
 
 from runs import ids
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, Operation, Session, TrainingRun, Worker
+from runs.models import Checkpoint, Operation, Recipe, Session, TrainingRun, Worker
 from runs.services import base_models, operations
 from runs.services.operations import Submission
 
@@ -50,10 +50,32 @@ class DisplayState(StrEnum):
 
     FAILED = "failed"
     CLOSED = "finished"
+    STOPPED = "stopped"
+    PAUSED = "paused"
+    PREPARING = "preparing"
     QUEUED = "queued"
     RUNNING = "running"
+    RECOVERING = "recovering"
     WAITING_FOR_WORKER = "waiting for worker"
     WAITING_FOR_CLIENT = "waiting for client"
+
+
+# What a recipe's state looks like from outside; one that trains has the state of its operations.
+_OF_RECIPE: Final = {
+    Recipe.State.PREPARING: DisplayState.PREPARING,
+    Recipe.State.QUEUED: DisplayState.QUEUED,
+    Recipe.State.PAUSED: DisplayState.PAUSED,
+    Recipe.State.FINISHED: DisplayState.CLOSED,
+    Recipe.State.STOPPED: DisplayState.STOPPED,
+    Recipe.State.DISCARDED: DisplayState.STOPPED,
+    Recipe.State.FAILED: DisplayState.FAILED,
+}
+_TRAINING: Final = (
+    Recipe.State.RUNNING,
+    Recipe.State.FINISHING,
+    Recipe.State.STOPPING,
+    Recipe.State.DISCARDING,
+)
 
 
 def create_run(
@@ -127,6 +149,7 @@ def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
         has_work=Exists(waiting),
         has_worker=Exists(alive),
         is_recent=Exists(recent),
+        recipe_state=F("recipe__state"),
         is_served=Exists(any_alive),
     )
 
@@ -135,29 +158,40 @@ def display_state(run: TrainingRun) -> DisplayState:
     """Return the state a person sees; the run comes from `with_activity`."""
     if run.state == TrainingRun.State.FAILED:
         return DisplayState.FAILED
+    if run.recipe_state in _OF_RECIPE:  # type: ignore[attr-defined]
+        return _OF_RECIPE[run.recipe_state]  # type: ignore[attr-defined]
     if run.state == TrainingRun.State.CLOSED:
         return DisplayState.CLOSED
     if run.has_work:  # type: ignore[attr-defined]
         if run.has_worker:  # type: ignore[attr-defined]
-            return DisplayState.RUNNING
+            return DisplayState.RECOVERING if run.num_to_replay else DisplayState.RUNNING
         return DisplayState.QUEUED if run.is_served else DisplayState.WAITING_FOR_WORKER  # type: ignore[attr-defined]
-    return DisplayState.RUNNING if run.is_recent else DisplayState.WAITING_FOR_CLIENT  # type: ignore[attr-defined]
+    is_running = run.is_recent or run.recipe_state is not None  # type: ignore[attr-defined]
+    return DisplayState.RUNNING if is_running else DisplayState.WAITING_FOR_CLIENT
 
 
 def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QuerySet[TrainingRun]:
     """Keep the runs a person sees in this state; the runs come from `with_activity`."""
-    if state == DisplayState.FAILED:
-        return runs.filter(state=TrainingRun.State.FAILED)
-    if state == DisplayState.CLOSED:
-        return runs.filter(state=TrainingRun.State.CLOSED)
-    is_running = Q(has_work=True, has_worker=True) | Q(has_work=False, is_recent=True)
+    of_recipe = [recipe for recipe, shown in _OF_RECIPE.items() if shown == state]
+    has_failed = Q(state=TrainingRun.State.FAILED)
+    follows_operations = ~has_failed & (Q(recipe=None) | Q(recipe__state__in=_TRAINING))
+    is_open = Q(state=TrainingRun.State.OPEN)
+    held = {"has_work": True, "has_worker": True}
+    idle_but_trained = Q(has_work=False) & (Q(is_recent=True) | Q(recipe__isnull=False))
     conditions = {
-        DisplayState.RUNNING: is_running,
-        DisplayState.WAITING_FOR_CLIENT: Q(has_work=False, is_recent=False),
-        DisplayState.QUEUED: Q(has_work=True, has_worker=False, is_served=True),
-        DisplayState.WAITING_FOR_WORKER: Q(has_work=True, has_worker=False, is_served=False),
+        DisplayState.CLOSED: Q(state=TrainingRun.State.CLOSED),
+        DisplayState.RUNNING: is_open & (Q(num_to_replay=0, **held) | idle_but_trained),
+        DisplayState.RECOVERING: is_open & Q(num_to_replay__gt=0, **held),
+        DisplayState.WAITING_FOR_CLIENT: is_open & Q(has_work=False, is_recent=False, recipe=None),
+        DisplayState.QUEUED: is_open & Q(has_work=True, has_worker=False, is_served=True),
+        DisplayState.WAITING_FOR_WORKER: is_open & Q(has_work=True, has_worker=False, is_served=False),
     }
-    return runs.filter(conditions[state], state=TrainingRun.State.OPEN)
+    found = Q(recipe__state__in=of_recipe) & ~has_failed
+    if state == DisplayState.FAILED:
+        found |= has_failed
+    elif state in conditions:
+        found |= follows_operations & conditions[state]
+    return runs.filter(found)
 
 
 def last_request_at(run: TrainingRun) -> Any:
@@ -180,6 +214,9 @@ def waiting_reason(operation: Operation) -> str:
         )
     if run is None:
         return ""
+    run.refresh_from_db(fields=["applied_seq", "num_replayed", "num_to_replay"])
+    if run.num_to_replay:
+        return f"recovering: replaying {run.num_replayed} of {run.num_to_replay} operations; nothing is lost"
     missing = _first_gap(run, operation.seq)
     if missing is not None:
         return (
@@ -212,7 +249,6 @@ def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:
 
 
 def _first_gap(run: TrainingRun, seq: int) -> int | None:
-    run.refresh_from_db(fields=["applied_seq"])
     rows = Operation.objects.filter(run=run, seq__gt=run.applied_seq, seq__lte=seq).order_by("seq")
     expected = run.applied_seq + 1
     for found in rows.values_list("seq", flat=True)[:1000]:

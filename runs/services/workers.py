@@ -28,17 +28,17 @@ def register(*, device: str, dtype: str) -> Worker:
     """Enter this process as a worker with a fresh lease."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "INSERT INTO runs_worker (host, pid, device, dtype, lease_until)"
-            " VALUES (%s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s)) RETURNING id",
+            "INSERT INTO runs_worker (host, pid, device, dtype, memory_bytes, lease_until)"
+            " VALUES (%s, %s, %s, %s, 0, clock_timestamp() + make_interval(secs => %s)) RETURNING id",
             [socket.gethostname(), os.getpid(), device, dtype, LEASE_S],
         )
         (pk,) = cursor.fetchone()
     return Worker.objects.get(pk=pk)
 
 
-def describe(worker: Worker, *, device: str, dtype: str) -> None:
-    """Enter what the worker computes on, once it has loaded its models."""
-    Worker.objects.filter(pk=worker.pk).update(device=device[:40], dtype=dtype)
+def describe(worker: Worker, *, device: str, dtype: str, memory_bytes: int = 0) -> None:
+    """Enter what the worker computes on, once it has loaded its models; 0 bytes are not known."""
+    Worker.objects.filter(pk=worker.pk).update(device=device[:40], dtype=dtype, memory_bytes=memory_bytes)
 
 
 def renew(worker: Worker, *, busy_share: float) -> bool:

@@ -379,6 +379,29 @@ def test_jobs_without_room_for_all_run_one_by_one(model_directory: Callable[[str
         assert results([tight[i]])[0].metrics == results([plenty[i]])[0].metrics
 
 
+def test_a_job_without_room_even_alone_runs_in_smaller_batches(
+    model_directory: Callable[[str], Path],
+) -> None:
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    spec = LoraSpec(rank=4, seed=1)
+    adapter = Adapter(
+        spec, select_modules(spec, base.modules, max_rank=64), device=base.device, dtype=base.dtype
+    )
+    adapter.initialize()
+    job = make_job("large", np.random.default_rng(15), [30, 28, 25])
+    ones = [{"weights": np.ones_like(datum.inputs["weights"])} for datum in job.data]
+    job = replace(job, data=tuple(replace(d, inputs=i) for d, i in zip(job.data, ones, strict=True)))
+    gradients, metrics = [], []
+    for kind in (Head, _SmallHead):
+        head = kind(base.head_weight_VD, softcap=None, chunk_rows=512)
+        (outcome,) = results(Trainer(base, head, token_budget=96).run([job], lambda _: adapter))
+        metrics.append(outcome.metrics["loss:sum"])
+        gradients.append(adapter.gradient_P)
+        adapter.gradient_P = None
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
     model_directory: Callable[[str], Path],
 ) -> None:

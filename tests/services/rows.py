@@ -9,7 +9,17 @@ import uuid
 from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 
-from runs.models import Checkpoint, Operation, SamplingSession, TrainingRun, User, Worker
+from runs.models import (
+    Checkpoint,
+    Dataset,
+    DatasetVersion,
+    Operation,
+    Recipe,
+    SamplingSession,
+    TrainingRun,
+    User,
+    Worker,
+)
 from runs.services import base_models, commits, operations, sampling, sessions, training_runs, workers
 from runs.services.base_models import BaseModelInfo
 from runs.services.commits import NewCheckpoint, Result
@@ -81,6 +91,22 @@ def make_checkpoint(
     checkpoint = Checkpoint.objects.select_related("run").get(run=run, kind=kind, name=name)
     Checkpoint.objects.filter(pk=checkpoint.pk).update(is_public=is_public)
     return checkpoint
+
+
+def make_recipe(run: TrainingRun, *, state: str) -> Recipe:
+    """Let a recipe train the run, on a dataset without rows."""
+    dataset = Dataset.objects.create(owner=run.owner, public_id="ds-000000000000", name="rows")
+    version = DatasetVersion.objects.create(
+        dataset=dataset,
+        number=1,
+        digest="0" * 64,
+        filename="rows.jsonl",
+        size_bytes=1,
+        directory="datasets/x",
+    )
+    return Recipe.objects.create(
+        run=run, name="sft", config={}, started_config={}, dataset_version=version, state=state
+    )
 
 
 def make_sampling_session(owner: User, checkpoint: Checkpoint | None = None) -> SamplingSession:

@@ -114,13 +114,18 @@ def test_operations_of_several_runs_are_grouped_by_run(
     assert [(op.run_pk, op.seq) for op in taken] == [(run.pk, 2), (run.pk, 3), (other.pk, 1), (other.pk, 2)]
 
 
-def test_each_taking_counts_an_attempt_and_notes_the_start(run: TrainingRun, worker: HandWorker) -> None:
-    for attempts in (1, 2, 3):
-        (taken,) = claims.take_operations(worker.row, {run.pk: -1}, limit=1)
-        assert taken.attempts == attempts
-    row = Operation.objects.get(pk=taken.pk)
-    assert (row.attempts, row.worker_id) == (3, worker.row.pk)
-    assert row.started_at is not None
+def test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    taking = [HandWorker().row, HandWorker().row, worker.row]
+    for attempts, row in enumerate(taking, start=1):
+        for _ in range(2):  # again by the same worker, as behind a gap, is no further attempt
+            (taken,) = claims.take_operations(row, {run.pk: -1}, limit=1)
+            assert (taken.attempts, taken.lone_attempts) == (attempts, 0)
+    claims.count_lone_attempt(taken.pk)
+    counted = Operation.objects.get(pk=taken.pk)
+    assert (counted.attempts, counted.lone_attempts, counted.worker_id) == (3, 1, worker.row.pk)
+    assert counted.started_at is not None
     assert taken.waited_s >= 0
 
 

@@ -12,6 +12,7 @@ from runs.models import Operation, SamplingSession, Session, TrainingRun, User
 from runs.services import (
     access,
     base_models,
+    claims,
     commits,
     operations,
     sampling,
@@ -143,8 +144,13 @@ def test_what_a_person_sees_follows_the_rows(alice: User, run: TrainingRun, work
         return shown
 
     assert state() == DisplayState.QUEUED
-    worker.hold(run)
+    held = worker.hold(run)
     assert state() == DisplayState.RUNNING
+    claims.enter_replay(held, num_replayed=14, num_to_replay=40)
+    assert state() == DisplayState.RECOVERING
+    reason = training_runs.waiting_reason(Operation.objects.get(run=run, seq=0))
+    assert reason == "recovering: replaying 14 of 40 operations; nothing is lost"
+    claims.enter_replay(held, num_replayed=0, num_to_replay=0)
     worker.finish(Operation.objects.get(run=run, seq=0).pk)
     assert state() == DisplayState.RUNNING
     TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None)
@@ -156,6 +162,34 @@ def test_what_a_person_sees_follows_the_rows(alice: User, run: TrainingRun, work
     assert state() == DisplayState.CLOSED
     TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.FAILED)
     assert state() == DisplayState.FAILED
+
+
+@pytest.mark.parametrize(
+    ("of_recipe", "shown"),
+    [
+        ("preparing", DisplayState.PREPARING),
+        ("queued", DisplayState.QUEUED),
+        ("running", DisplayState.RUNNING),
+        ("paused", DisplayState.PAUSED),
+        ("finishing", DisplayState.RUNNING),
+        ("finished", DisplayState.CLOSED),
+        ("stopped", DisplayState.STOPPED),
+        ("discarded", DisplayState.STOPPED),
+        ("failed", DisplayState.FAILED),
+    ],
+)
+def test_a_run_without_a_client_has_the_state_of_its_recipe(
+    alice: User, run: TrainingRun, worker: HandWorker, of_recipe: str, shown: DisplayState
+) -> None:
+    worker.hold(run)
+    worker.finish(Operation.objects.get(run=run, seq=0).pk)
+    TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None)
+    rows.make_recipe(run, state=of_recipe)
+
+    listed = training_runs.with_activity(access.runs_of(alice))
+    assert training_runs.display_state(listed.get()) == shown
+    in_states = [state for state in DisplayState if training_runs.in_display_state(listed, state).exists()]
+    assert in_states == [shown]
 
 
 def test_a_name_is_cut_to_what_is_kept(run: TrainingRun) -> None:
@@ -231,8 +265,8 @@ def test_samples_have_a_limit_of_their_own(alice: User, bob: User, worker: HandW
     with connection.cursor() as cursor:
         cursor.execute(
             "INSERT INTO runs_operation (owner_id, sampling_session_id, seq, kind, state, payload_file, payload_digest,"
-            " num_tokens, result_is_proto, error, error_category, fence, attempts)"
-            " SELECT owner_id, sampling_session_id, n, kind, state, '', '', 0, false, '', '', 0, 0"
+            " num_tokens, result_is_proto, error, error_category, fence, attempts, lone_attempts)"
+            " SELECT owner_id, sampling_session_id, n, kind, state, '', '', 0, false, '', '', 0, 0, 0"
             " FROM runs_operation, generate_series(1, %s) n WHERE id = %s",
             [operations.MAX_QUEUED_SAMPLES - 1, first],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,11 @@ class Client:
         """Submit load_weights."""
         body = json.dumps({"directory": directory, "path": path, "optimizer": optimizer}).encode()
         return self._submit(Operation.Kind.LOAD_WEIGHTS, self.next_seq(), body)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> int:
+        """Submit values measured elsewhere as metrics of a step."""
+        body = json.dumps({"step": step, "metrics": metrics}).encode()
+        return self._submit(Operation.Kind.RECORD_METRICS, self.next_seq(), body)
 
     def _submit(self, kind: str, seq: int, payload: bytes, num_tokens: int = 0) -> int:
         return operations.submit(

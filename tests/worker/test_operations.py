@@ -46,6 +46,24 @@ def test_loss_falls_and_metrics_appear(start_worker: Start, new_client: NewClien
     np.testing.assert_allclose([value for _, value in series], np.array(losses) / (len(TOKENS) - 1))
 
 
+def test_recorded_metrics_are_of_their_own_step_and_change_nothing_else(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    start_worker()
+    client = new_client()
+    for _ in range(3):
+        client.forward_backward(TOKENS)
+        client.optim_step()
+    recorded = finished(client.record(1, {"validation_loss": 0.5, "validation_loss/b": float("nan")}))
+
+    client.run.refresh_from_db()
+    assert (client.run.step, client.run.applied_seq) == (3, recorded.seq)
+    assert client.run.loss is not None
+    rows = dict(Metric.objects.filter(run=client.run, seq=recorded.seq, step=1).values_list("name", "value"))
+    assert rows["validation_loss"] == 0.5
+    assert np.isnan(rows["validation_loss/b"])
+
+
 def test_operations_run_in_seq_order_whatever_order_they_arrive_in(
     start_worker: Start, new_client: NewClient
 ) -> None:
@@ -76,6 +94,26 @@ def test_a_bad_operation_fails_alone(start_worker: Start, new_client: NewClient)
     assert failed.error_category == "user"
     assert "500" in failed.error
     assert losses_of(finished(after)) > 0
+    assert losses_of(finished(beside)) > 0
+
+
+def test_an_operation_whose_workers_died_is_tried_alone_and_then_given_up(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    client, neighbour = new_client(), new_client(seed=2)
+    innocent, poison, after = (client.forward_backward(TOKENS) for _ in range(3))
+    beside = neighbour.forward_backward(TOKENS)
+    Operation.objects.filter(pk__in=[innocent, poison]).update(attempts=2)
+    Operation.objects.filter(pk=poison).update(lone_attempts=2)
+
+    start_worker()
+
+    failed = finished(poison)
+    assert (failed.state, failed.error_category) == (Operation.State.FAILED, "server")
+    assert failed.error == "given up: it ended its worker 2 times"
+    assert losses_of(finished(innocent)) == losses_of(finished(after))
+    assert finished(innocent).lone_attempts == 1
+    assert finished(after).lone_attempts == 0
     assert losses_of(finished(beside)) > 0
 
 

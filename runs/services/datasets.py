@@ -1,0 +1,380 @@
+"""Datasets: take a file in, have it checked, answer the person's choices, name what uses it, delete it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from django.conf import settings
+from django.core.files.storage import default_storage
+from django.db import transaction
+from django.db.models import Max, Q, QuerySet
+from django.utils import timezone
+
+from runs import events
+from runs.datasets import formats
+from runs.exceptions import NotFound, RequestInvalid
+from runs.models import Dataset, DatasetVersion, TrainingRun, User
+from runs.services import access, blobs
+from runs.services.dataset_checks import ORIGINAL
+from runs.services.dataset_rows import RowReader, drop_copies, open_rows
+
+__all__ = ["RowReader", "open_rows"]
+
+EXAMPLE_NAME: Final = "Pirate answers (example)"
+REF_RULE: Final = "ds-<12 of 0-9 a-f>, or ds-<12 of 0-9 a-f>@<version>"
+_EXAMPLE: Final = "examples/data/pirate_qa.jsonl"
+_REF: Final = re.compile(r"(ds-[0-9a-f]{12})(?:@([1-9][0-9]{0,5}))?")
+_FOLDER: Final = "datasets"
+_HASH_BYTES: Final = 1 << 20
+_MAX_NAME: Final = 200
+_MAX_DESCRIPTION: Final = 10_000
+_STALE_S: Final = 2 * 86_400
+State = DatasetVersion.State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version for a file; `is_known` when the same content was there already."""
+
+    version: DatasetVersion
+    is_known: bool
+
+
+# Take in -----------------------------------------------------------------------------------------------------
+
+
+def create_version(
+    user: User,
+    *,
+    path: Path,
+    filename: str,
+    dataset: Dataset | None = None,
+    name: str = "",
+    description: str = "",
+) -> DatasetVersion:
+    """Move a file into storage as a version of a dataset, new or given, and have it checked.
+
+    The same content again is the version that is there already; the file is then deleted.
+    """
+    found = register(user, path=path, filename=filename, dataset=dataset, name=name, description=description)
+    path.unlink()
+    return found.version
+
+
+def register(
+    user: User,
+    *,
+    path: Path,
+    filename: str,
+    dataset: Dataset | None = None,
+    name: str = "",
+    description: str = "",
+) -> Registered:
+    """Do what `create_version` does, but leave the file where it is, and say whether the content is new.
+
+    The file is in storage before the row that names it. A crash in between loses nothing and the call can
+    be repeated; what it left in storage is swept later.
+
+    Raises:
+        NotFound: the dataset was deleted meanwhile.
+    """
+    digest = _digest(path)
+    known = _known(user, dataset, digest).first()
+    if known is not None:
+        return Registered(version=known, is_known=True)
+    directory = f"{_FOLDER}/{uuid.uuid4().hex}"
+    blobs.link_in(path, f"{directory}/{ORIGINAL}")
+    try:
+        with transaction.atomic():
+            _lock_datasets_of(user)
+            version = _known(user, dataset, digest).first()
+            is_known = version is not None
+            if version is None:
+                owner = (
+                    _still_there(dataset)
+                    if dataset
+                    else _new_dataset(user, name or Path(filename).stem, description)
+                )
+                version = _insert(owner, digest, directory, filename=filename, path=path)
+                _have_checked(version)
+    except BaseException:
+        blobs.delete_folder(directory)
+        raise
+    if is_known:
+        blobs.delete_folder(directory)
+    return Registered(version=version, is_known=is_known)
+
+
+def sample_dataset(user: User) -> DatasetVersion:
+    """Return the user's copy of the example that comes with mintweb, made the first time."""
+    example = settings.BASE_DIR / _EXAMPLE
+    settings.TEMP_DIR.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.NamedTemporaryFile(dir=settings.TEMP_DIR, delete=False) as copy,
+        example.open("rb") as source,
+    ):
+        shutil.copyfileobj(source, copy)
+    description = "200 short questions, each answered as a pirate would: a first dataset to try."
+    return create_version(
+        user, path=Path(copy.name), filename=example.name, name=EXAMPLE_NAME, description=description
+    )
+
+
+def _insert(dataset: Dataset, digest: str, directory: str, *, filename: str, path: Path) -> DatasetVersion:
+    newest = dataset.versions.aggregate(newest=Max("number"))["newest"] or 0
+    return DatasetVersion.objects.create(
+        dataset=dataset,
+        number=newest + 1,
+        digest=digest,
+        filename=printable(filename)[-255:] or "data",
+        size_bytes=path.stat().st_size,
+        directory=directory,
+    )
+
+
+def _known(user: User, dataset: Dataset | None, digest: str) -> QuerySet[DatasetVersion]:
+    """Return the versions with this content: of the dataset, or without one, of all the user's."""
+    versions = DatasetVersion.objects.filter(digest=digest, dataset__owner=user).select_related("dataset")
+    return versions.filter(dataset=dataset) if dataset else versions
+
+
+def _lock_datasets_of(user: User) -> None:
+    """Let nobody else add or delete datasets of this user until the transaction ends."""
+    User.objects.select_for_update(no_key=True).get(pk=user.pk)
+
+
+def _still_there(dataset: Dataset) -> Dataset:
+    found = Dataset.objects.filter(pk=dataset.pk).first()
+    if found is None:
+        raise NotFound(f"dataset {dataset.public_id} was deleted", place="dataset")
+    return found
+
+
+def _new_dataset(user: User, name: str, description: str) -> Dataset:
+    return Dataset.objects.create(
+        public_id=f"ds-{uuid.uuid4().hex[:12]}",
+        owner=user,
+        name=printable(name)[:_MAX_NAME] or "dataset",
+        description=_text(description),
+    )
+
+
+# Find --------------------------------------------------------------------------------------------------------
+
+
+def get_ready_version(user: User, ref: str, *, place: str = "dataset") -> DatasetVersion:
+    """Return the version that `ds-...` (the newest ready one) or `ds-...@N` names.
+
+    Raises:
+        NotFound: there is no such dataset or version, or it is not the user's.
+        RequestInvalid: it is no such reference, or cannot be trained on yet; the message says why.
+    """
+    match = _REF.fullmatch(ref)
+    if match is None:
+        raise RequestInvalid(f"{ref[:80]!r} names no dataset; use {REF_RULE}", place=place)
+    public_id, number = match[1], match[2]
+    if number:
+        version = access.get_dataset_version(user, public_id, int(number))
+        if version.state != State.READY:
+            raise RequestInvalid(f"{ref} is not ready: it {_words(version)}", place=place)
+        return version
+    versions = access.get_dataset(user, public_id).versions.select_related("dataset")
+    ready = versions.filter(state=State.READY).first()
+    if ready is None:
+        newest = versions.first()
+        what = _words(newest) if newest is not None else "has no content"
+        raise RequestInvalid(f"{public_id} is not ready: it {what}", place=place)
+    return ready
+
+
+def users_of(dataset: Dataset) -> list[TrainingRun]:
+    """Return the runs that train on the dataset or are measured on it, newest first."""
+    return _users([dataset.pk])
+
+
+def num_users(dataset_pks: list[int]) -> dict[int, int]:
+    """Return how many runs use each of these datasets."""
+    trained = TrainingRun.objects.filter(recipe__dataset_version__dataset__in=dataset_pks)
+    measured = TrainingRun.objects.filter(recipe__validation_versions__dataset__in=dataset_pks)
+    pairs = {*trained.values_list("recipe__dataset_version__dataset", "pk")}
+    pairs |= {*measured.values_list("recipe__validation_versions__dataset", "pk")}
+    counts = dict.fromkeys(dataset_pks, 0)
+    for dataset_pk, _ in pairs:
+        if dataset_pk in counts:
+            counts[dataset_pk] += 1
+    return counts
+
+
+def _users(dataset_pks: list[int]) -> list[TrainingRun]:
+    uses = Q(recipe__dataset_version__dataset__in=dataset_pks)
+    uses |= Q(recipe__validation_versions__dataset__in=dataset_pks)
+    return list(TrainingRun.objects.filter(uses).distinct().order_by("-created_at"))
+
+
+def _words(version: DatasetVersion) -> str:
+    if version.state == State.CHECKING:
+        return "is being checked"
+    if version.state == State.FAILED:
+        return f"could not be read: {version.error}"
+    return str(version.get_state_display())
+
+
+# Choose ------------------------------------------------------------------------------------------------------
+
+
+def choose_mapping(version: DatasetVersion, mapping: Mapping[str, str]) -> None:
+    """Have a version checked again with columns as the person named them.
+
+    Args:
+        mapping: part to column, such as {"prompt": "Frage", "completion": "Antwort"}; an empty column
+            leaves the part out.
+    Raises:
+        RequestInvalid: a part or column is unknown, the parts make no format, or runs use the version.
+    """
+    chosen = {part: column for part, column in mapping.items() if column}
+    if not chosen:
+        raise RequestInvalid("name at least one column", place="mapping")
+    report = version.report
+    formats.by_mapping(chosen, report.get("columns", []), report.get("sample", []))
+    _check_again(version, mapping=chosen, skip_bad_rows=False)
+
+
+def choose_encoding(version: DatasetVersion, encoding: str) -> None:
+    """Have a version read in the encoding that the doctor has guessed.
+
+    Raises:
+        RequestInvalid: it is not that encoding, or runs use the version.
+    """
+    guess = version.report.get("encoding", "")
+    if not guess or encoding != guess:
+        raise RequestInvalid(f"must be {guess!r}, not {encoding[:40]!r}", place="encoding")
+    _check_again(version, encoding=guess)
+
+
+def skip_bad_rows(version: DatasetVersion) -> None:
+    """Have a version made ready without the rows that are wrong.
+
+    Raises:
+        RequestInvalid: it does not wait for this choice.
+    """
+    _check_again(version, from_states=[State.NEEDS_CHOICE], skip_bad_rows=True)
+
+
+def check_again(version: DatasetVersion) -> None:
+    """Have a version that was refused checked once more, after what was in the way is gone.
+
+    Raises:
+        RequestInvalid: it was not refused.
+    """
+    _check_again(version, from_states=[State.FAILED])
+
+
+def _check_again(
+    version: DatasetVersion, *, from_states: list[State] | None = None, **changes: object
+) -> None:
+    states = from_states or [state for state in State if state != State.CHECKING]
+    with transaction.atomic():
+        # Locked against a run that is being started on it: its row refers to this one.
+        rows = DatasetVersion.objects.select_for_update().filter(pk=version.pk, state__in=states)
+        if not rows.exists():
+            raise RequestInvalid("this version no longer waits for a choice", place="state")
+        if version.recipes.exists() or version.validates.exists():
+            raise RequestInvalid("runs use this version, so its rows stay as they are", place="state")
+        DatasetVersion.objects.filter(pk=version.pk).update(
+            state=State.CHECKING, progress=0.0, error="", **changes
+        )
+        _have_checked(version)
+
+
+def _have_checked(version: DatasetVersion) -> None:
+    transaction.on_commit(lambda: events.ring_dataset_check(version.pk))
+
+
+# Name and delete ---------------------------------------------------------------------------------------------
+
+
+def rename(dataset: Dataset, name: str) -> None:
+    """Give the dataset another name.
+
+    Raises:
+        RequestInvalid: nothing of the name can be seen.
+    """
+    name = printable(name)[:_MAX_NAME]
+    if not name:
+        raise RequestInvalid("must have at least one character", place="name")
+    Dataset.objects.filter(pk=dataset.pk).update(name=name)
+
+
+def describe(dataset: Dataset, description: str) -> None:
+    """Say what the dataset is."""
+    Dataset.objects.filter(pk=dataset.pk).update(description=_text(description))
+
+
+def delete(dataset: Dataset) -> None:
+    """Delete the dataset with all its versions and files.
+
+    Raises:
+        RequestInvalid: runs use it; names them.
+    """
+    with transaction.atomic():
+        _lock_datasets_of(dataset.owner)
+        versions = list(dataset.versions.select_for_update())
+        users = users_of(dataset)
+        if users:
+            names = ", ".join(run.name or run.public_id for run in users[:5])
+            more = f" and {len(users) - 5} more" if len(users) > 5 else ""
+            raise RequestInvalid(f"used by {names}{more}; delete those runs first", place="dataset")
+        Dataset.objects.filter(pk=dataset.pk).delete()
+    for version in versions:
+        blobs.delete_folder(version.directory)
+        drop_copies(version.directory)
+
+
+def remove_orphans() -> None:
+    """Delete folders without a row and temporary files, both left by processes that were killed."""
+    with suppress(FileNotFoundError):
+        names = {f"{_FOLDER}/{name}" for name in default_storage.listdir(_FOLDER)[0]}
+        names -= {*DatasetVersion.objects.filter(directory__in=names).values_list("directory", flat=True)}
+        for name in names:
+            if _is_stale(name):
+                blobs.delete_folder(name)
+    for path in settings.TEMP_DIR.glob("*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < timezone.now().timestamp() - _STALE_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_stale(folder: str) -> bool:
+    """Say whether a folder is so old that whoever made it is done."""
+    names = default_storage.listdir(folder)[1]
+    ages = [timezone.now() - default_storage.get_modified_time(f"{folder}/{name}") for name in names]
+    return bool(ages) and min(ages).total_seconds() > _STALE_S
+
+
+# Texts -------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return a name without control, bidirectional and zero-width characters, and without spaces around it."""
+    return "".join(character for character in text if character.isprintable()).strip()
+
+
+def _text(text: str) -> str:
+    return text.replace("\0", "").replace("\r\n", "\n").strip()[:_MAX_DESCRIPTION]
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            sha.update(block)
+    return sha.hexdigest()

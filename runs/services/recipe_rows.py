@@ -1,0 +1,61 @@
+"""The row of a recipe under its lock: what steering and the loop that trains both do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from django.conf import settings
+from django.db import transaction
+
+from runs import events
+from runs.models import Operation, Recipe
+from runs.schemas import requests
+from runs.services import commits, operations
+from runs.services.operations import Submission
+
+State = Recipe.State
+FINAL: Final = "final"
+HOLDING_A_SLOT: Final = (State.RUNNING, State.FINISHING, State.STOPPING)
+ACTIVE: Final = (State.PREPARING, State.QUEUED, State.DISCARDING, *HOLDING_A_SLOT)
+
+
+def num_slots() -> int:
+    """Return how many runs without code train at once; the others wait in a queue."""
+    slots: int = settings.CONCURRENT_RUNS
+    return slots
+
+
+@contextmanager
+def locked(recipe: Recipe) -> Iterator[Recipe]:
+    """Give the recipe's row as it is now, locked, and save it afterwards; one transaction."""
+    with transaction.atomic():
+        row = Recipe.objects.select_for_update(of=("self",)).select_related("run").get(pk=recipe.pk)
+        yield row
+        row.save()
+        events.run_changed(row.run_id, row.run.owner_id, row.run.public_id)
+
+
+def submit(row: Recipe, kind: str, payload: bytes, *, num_tokens: int = 0) -> int:
+    """Enter the locked recipe's next operation into the log and return its seq."""
+    seq = row.next_seq
+    operations.submit(row.run, Submission(kind=kind, seq=seq, payload=payload, num_tokens=num_tokens))
+    row.next_seq = seq + 1
+    return seq
+
+
+def submit_save(row: Recipe, *, name: str) -> int:
+    """Submit a save of weights and optimizer state under a name, replacing what has the name."""
+    body = requests.SaveWeights(model_id=row.run.public_id, path=name, seq_id=row.next_seq, overwrite=True)
+    return submit(row, Operation.Kind.SAVE_WEIGHTS, requests.canonical_json(body))
+
+
+def note(row: Recipe, kind: str, **detail: Any) -> None:
+    """Enter an event of the run at the step that is submitted next."""
+    commits.add_event(row.run_id, seq=row.next_seq - 1, step=row.next_step, kind=kind, detail=detail)
+
+
+def note_at(row: Recipe, step: int, kind: str, **detail: Any) -> None:
+    """Enter an event of the run at a step."""
+    commits.add_event(row.run_id, seq=row.next_seq - 1, step=step, kind=kind, detail=detail)

@@ -1,0 +1,152 @@
+"""How a run without code is getting on: its phase in words, how long it will take, what may be done to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from django.db.models import QuerySet
+
+from runs.models import Evaluation, FixedSample, Metric, Recipe, TrainingRun
+from runs.services import recipe_rows
+from runs.services.recipe_rows import State
+from runs.services.recipes import ACTIONS
+
+# Steps that the pace is taken from: all of them, and the newest few for a run that changes its pace.
+_NEWEST: Final = 20
+_PHASES: Final = {
+    State.FINISHING: "finishing: last validation, samples and checkpoint",
+    State.STOPPING: "stopping: saving a last checkpoint",
+    State.DISCARDING: "stopping: deleting the weights",
+    State.FINISHED: "finished",
+    State.STOPPED: "stopped",
+    State.DISCARDED: "stopped, weights discarded",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeStatus:
+    """What pages and REST show of a recipe.
+
+    Args:
+        step: optimizer steps done (not only submitted); `share` of the whole run.
+        eta_low_s, eta_high_s: a range for the time left; None before the pace is known.
+        position: place among the runs that wait for a slot, from 1; None when it does not wait.
+        starts_in_s: about when a waiting run starts; None when nobody can tell.
+    """
+
+    state: str
+    phase: str
+    step: int
+    num_steps: int
+    share: float
+    eta_low_s: float | None
+    eta_high_s: float | None
+    position: int | None
+    starts_in_s: float | None
+    allowed: frozenset[str]
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+def status_of(recipe: Recipe) -> RecipeStatus:
+    """Return how the recipe is getting on."""
+    run = recipe.run
+    step = min(max(run.step, recipe.first_step), recipe.num_steps or run.step)
+    low, high = _time_left(recipe, step)
+    position = _position(recipe)
+    return RecipeStatus(
+        state=recipe.state,
+        phase=_phase(recipe, step, position),
+        step=step,
+        num_steps=recipe.num_steps,
+        share=step / recipe.num_steps if recipe.num_steps else 0.0,
+        eta_low_s=low,
+        eta_high_s=high,
+        position=position,
+        starts_in_s=_starts_in(position) if position is not None else None,
+        allowed=frozenset(name for name, states in ACTIONS.items() if recipe.state in states),
+        started_at=recipe.started_at,
+        ended_at=recipe.ended_at,
+    )
+
+
+def evaluations_of(run: TrainingRun) -> list[Evaluation]:
+    """Return the run's finished evaluations in order of step and label."""
+    return list(Evaluation.objects.filter(run=run, loss__isnull=False))
+
+
+def fixed_samples_of(run: TrainingRun) -> QuerySet[FixedSample]:
+    """Return the run's samples of its fixed prompts with their operations; those of the base model have no step."""
+    return FixedSample.objects.filter(run=run).select_related("operation").order_by("step", "id")
+
+
+def queue_length() -> int:
+    """Return how many runs wait for a slot."""
+    return Recipe.objects.filter(state=State.QUEUED).count()
+
+
+def outlook() -> tuple[int, float | None]:
+    """Return where in the queue a run started now would stand, 0 for no wait, and about when it would start.
+
+    The time is None when nobody can tell.
+    """
+    position = queue_length() + 1
+    if position == 1 and _has_free_slot():
+        return 0, 0.0
+    return position, _starts_in(position)
+
+
+def _phase(recipe: Recipe, step: int, position: int | None) -> str:
+    state = State(recipe.state)
+    if state == State.FAILED:
+        return f"failed: {recipe.error}"
+    if state == State.PREPARING:
+        return f"reading the dataset: {recipe.progress:.0%}"
+    if state == State.QUEUED:
+        return f"queued, position {position}" if position and not _has_free_slot() else "starting"
+    if state == State.PAUSED:
+        return f"paused at step {step}"
+    if state == State.RUNNING:
+        return f"training: step {step} of {recipe.num_steps}"
+    return _PHASES[state]
+
+
+def _position(recipe: Recipe) -> int | None:
+    if recipe.state != State.QUEUED:
+        return None
+    waiting = Recipe.objects.filter(state=State.QUEUED, queued_at__lt=recipe.queued_at)
+    return waiting.count() + 1
+
+
+def _has_free_slot() -> bool:
+    return Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).count() < recipe_rows.num_slots()
+
+
+def _starts_in(position: int) -> float | None:
+    """Return when the waiting run at a position starts: as many runs must end before, the soonest first."""
+    if _has_free_slot():
+        return 0.0
+    running = Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).select_related("run")
+    ends = sorted(high for one in running if (high := _time_left(one, one.run.step)[1]) is not None)
+    return ends[position - 1] if position <= len(ends) else None
+
+
+def _time_left(recipe: Recipe, step: int) -> tuple[float | None, float | None]:
+    """Return the time left as a range: the steps left at the run's pace so far and at its newest pace."""
+    if recipe.state not in (State.RUNNING, State.PAUSED) or recipe.num_steps <= step:
+        return None, None
+    times = list(
+        Metric.objects.filter(run_id=recipe.run_id, name="loss", step__gt=recipe.first_step)
+        .order_by("-seq")
+        .values_list("recorded_at", flat=True)[: 10 * _NEWEST]
+    )
+    if len(times) < 3:
+        return None, None
+    newest = times[:_NEWEST]
+    paces = [
+        (some[0] - some[-1]).total_seconds() / (len(some) - 1) for some in (times, newest) if len(some) > 1
+    ]
+    left = recipe.num_steps - step
+    return 0.9 * left * min(paces), 1.1 * left * max(paces)

@@ -1,0 +1,388 @@
+"""What the loop of `runs.recipes` writes: each function is one transaction that a killed loop has done or not.
+
+All of them look again at the recipe's row under its lock, so that steering and a second loop are safe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from django.db import connection, transaction
+from django.db.models import Q
+from django.db.models.functions import Now
+
+from runs import ids
+from runs.models import Checkpoint, Evaluation, FixedSample, Operation, Recipe, SamplingSession
+from runs.schemas import requests, results
+from runs.schemas import sampling as schemas
+from runs.schemas.recipes import SftConfig
+from runs.services import checkpoints, operations, recipe_rows, sampling, webhooks
+from runs.services.operations import Submission
+from runs.services.recipe_rows import State
+
+VALIDATION_LOSS: Final = "validation_loss"
+_AUTOMATIC: Final = "step-"
+_SLOTS_LOCK: Final = 7_767_102
+# A step of these that fails leaves the run in a state that its recipe did not mean.
+_FATAL: Final = (
+    Operation.Kind.CREATE_MODEL,
+    Operation.Kind.FORWARD_BACKWARD,
+    Operation.Kind.OPTIM_STEP,
+    Operation.Kind.LOAD_WEIGHTS,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewOperation:
+    """An operation to submit; its payload holds its seq where the wire form does."""
+
+    kind: str
+    payload: bytes
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEvaluation:
+    """The forwards that measure the loss of one held-out dataset."""
+
+    label: str
+    forwards: Sequence[NewOperation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is submitted together: the operations of a step, and what is due after it.
+
+    `is_last`: the run's last checkpoint follows, so the evaluation is that of saved weights.
+    """
+
+    operations: Sequence[NewOperation] = ()
+    evaluations: Sequence[NewEvaluation] = ()
+    save: bool = False
+    is_last: bool = False
+    prompts: Sequence[str] = ()
+
+
+def active() -> list[Recipe]:
+    """Return the recipes that the loop has to look after, those that wait longest first."""
+    is_behind = Q(state=State.PAUSED) & ~Q(run__applied_seq=-1)
+    rows = Recipe.objects.filter(Q(state__in=recipe_rows.ACTIVE) | is_behind)
+    return list(rows.select_related("run__session", "dataset_version__dataset").order_by("queued_at", "pk"))
+
+
+def enter_progress(recipe: Recipe, share: float) -> None:
+    """Note how much of the dataset is read."""
+    with recipe_rows.locked(recipe) as row:
+        row.progress = share
+
+
+def prepared(recipe: Recipe, config: SftConfig, preparation: dict[str, Any]) -> None:
+    """Let a recipe whose data is ready wait for a slot, every open setting decided."""
+    with recipe_rows.locked(recipe) as row:
+        if row.state == State.PREPARING:
+            row.config = config.model_dump(mode="json")
+            row.num_steps = config.num_steps or 0
+            row.preparation = preparation
+            row.progress = 1.0
+            row.state = State.QUEUED
+
+
+def begin(recipe: Recipe, first: Step) -> bool:
+    """Start or go on when a slot is free; `first` is what a run that starts submits before it trains."""
+    with transaction.atomic():
+        _only_one_counts_slots()
+        if Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).count() >= recipe_rows.num_slots():
+            return False
+        with recipe_rows.locked(recipe) as row:
+            if row.state != State.QUEUED:
+                return False
+            row.state = State.RUNNING
+            if row.started_at is None:
+                row.started_at = Now()
+                recipe_rows.note(row, "started", num_steps=row.num_steps)
+                _submit(row, first)
+                _ask_base_model(row, first.prompts)
+    return True
+
+
+def submit_step(recipe: Recipe, step: Step) -> bool:
+    """Submit the next step; false when the recipe is no longer where the caller saw it."""
+    with recipe_rows.locked(recipe) as row:
+        if (row.state, row.next_seq, row.config) != (State.RUNNING, recipe.next_seq, recipe.config):
+            return False
+        row.next_step += 1
+        _submit(row, step)
+        if row.next_step >= row.num_steps:
+            _finish(row)
+    return True
+
+
+def finish_early(recipe: Recipe, *, best_step: int, patience: int) -> None:
+    """End a run that does not get better."""
+    with recipe_rows.locked(recipe) as row:
+        if row.state == State.RUNNING:
+            recipe_rows.note(row, "early_stopped", best_step=best_step, patience=patience)
+            row.num_steps = row.next_step
+            _finish(row)
+
+
+def watch(recipe: Recipe) -> None:
+    """Look at what the worker did since: enter saves as events, and a failed step as the run's failure."""
+    run = recipe.run
+    with recipe_rows.locked(recipe) as row:
+        done = Operation.objects.filter(run=run, seq__gt=row.watched_seq, seq__lte=run.applied_seq).order_by(
+            "seq"
+        )
+        for seq, kind, state, error in done.values_list("seq", "kind", "state", "error"):
+            if state == Operation.State.FAILED and kind in _FATAL:
+                _fail(row, f"operation {seq} ({kind}) failed: {error}")
+                break
+            _note_done(row, seq, kind, "" if state == Operation.State.DONE else error)
+        row.watched_seq = run.applied_seq
+
+
+def fail(recipe: Recipe, error: str) -> None:
+    """End a recipe that cannot go on."""
+    with recipe_rows.locked(recipe) as row:
+        if row.state in recipe_rows.ACTIVE:
+            _fail(row, error)
+
+
+def end(recipe: Recipe, state: State) -> None:
+    """Enter the end of a recipe whose last operations are done."""
+    with recipe_rows.locked(recipe) as row:
+        if row.state == recipe.state:
+            row.state = state
+            row.ended_at = Now()
+            recipe_rows.note(row, state.value)
+            is_finished = state == State.FINISHED
+            webhooks.run_ended(row.run, webhooks.FINISHED if is_finished else webhooks.STOPPED)
+
+
+def delete_weights(recipe: Recipe) -> None:
+    """Delete every checkpoint of the recipe's run."""
+    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id):
+        checkpoints.delete(checkpoint)
+
+
+def prune(recipe: Recipe, *, keep: int) -> None:
+    """Delete automatic checkpoints beyond the newest ones and the best; `keep` counts the best."""
+    rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=_AUTOMATIC).order_by("-step")
+    others = [row for row in rows if row.step != recipe.best_step]
+    num_newest = keep - 1 if len(others) < len(rows) else keep
+    for checkpoint in others[num_newest:]:
+        checkpoints.delete(checkpoint)
+
+
+# -- evaluations -----------------------------------------------------------------------------------------
+
+
+def open_evaluations(recipe: Recipe) -> list[Evaluation]:
+    """Return the evaluations without a loss, in order of step."""
+    return list(Evaluation.objects.filter(run_id=recipe.run_id, loss=None).order_by("step", "first_seq"))
+
+
+def close_evaluations(recipe: Recipe, group: Sequence[Evaluation]) -> None:
+    """Enter the losses of one step's evaluations, whose forwards are done, and record them as metrics."""
+    with recipe_rows.locked(recipe) as row:
+        fresh = list(
+            Evaluation.objects.filter(pk__in=[one.pk for one in group], loss=None).order_by("first_seq")
+        )
+        if len(fresh) != len(group):
+            return
+        for evaluation in fresh:
+            _measure(row, evaluation)
+        _record(row, fresh)
+        _note_best(row, fresh[0].step)
+
+
+def overall_losses(recipe: Recipe) -> dict[int, tuple[float, bool]]:
+    """Return (loss over all held-out tokens, whether there is a checkpoint) of each evaluated step."""
+    by_step: dict[int, list[Evaluation]] = {}
+    for one in Evaluation.objects.filter(run_id=recipe.run_id, loss__isnull=False):
+        by_step.setdefault(one.step, []).append(one)
+    return {step: (_overall(group), group[0].has_checkpoint) for step, group in sorted(by_step.items())}
+
+
+# -- fixed samples ---------------------------------------------------------------------------------------
+
+
+def unasked_samples(recipe: Recipe) -> list[FixedSample]:
+    """Return the samples whose weights are saved and that are not asked for yet."""
+    ready = Q(save_seq=None) | Q(save_seq__lte=recipe.run.applied_seq)
+    return list(FixedSample.objects.filter(ready, run_id=recipe.run_id, operation=None, error=""))
+
+
+def ask(
+    recipe: Recipe, sample: FixedSample, *, number: int, prompt: Iterable[int], config: SftConfig
+) -> None:
+    """Submit a fixed sample; asking twice is the same request."""
+    session = _sampling_session(recipe, sample)
+    if session is None:
+        FixedSample.objects.filter(pk=sample.pk).update(error="the weights of this step could not be saved")
+        return
+    settings = config.samples
+    body = schemas.Sample.model_validate(
+        {
+            "sampling_session_id": session.public_id,
+            "seq_id": number,
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]},
+            "sampling_params": {
+                "max_tokens": settings.max_tokens,
+                "temperature": settings.temperature,
+                "seed": settings.seed + number,
+            },
+        }
+    )
+    submission = Submission(kind=Operation.Kind.SAMPLE, seq=number, payload=requests.canonical_json(body))
+    FixedSample.objects.filter(pk=sample.pk).update(operation=operations.submit_sample(session, submission))
+
+
+def drop_sampled_weights(recipe: Recipe) -> None:
+    """Delete the weights that were saved for samples only, once those samples are there."""
+    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id, is_ephemeral=True):
+        drawn = FixedSample.objects.filter(run_id=recipe.run_id, save_seq=checkpoint.seq)
+        is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
+        if drawn.exists() and not drawn.filter(is_open).exists():
+            checkpoints.delete(checkpoint)
+
+
+def has_open_samples(recipe: Recipe) -> bool:
+    """Say whether samples of the recipe are still to be drawn."""
+    is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
+    return FixedSample.objects.filter(is_open, run_id=recipe.run_id).exists()
+
+
+# -- parts -----------------------------------------------------------------------------------------------
+
+
+def _submit(row: Recipe, step: Step) -> None:
+    for operation in step.operations:
+        recipe_rows.submit(row, operation.kind, operation.payload, num_tokens=operation.num_tokens)
+    for evaluation in step.evaluations:
+        first_seq = row.next_seq
+        for forward in evaluation.forwards:
+            recipe_rows.submit(row, forward.kind, forward.payload, num_tokens=forward.num_tokens)
+        Evaluation.objects.create(
+            run_id=row.run_id,
+            step=row.next_step,
+            label=evaluation.label,
+            first_seq=first_seq,
+            last_seq=row.next_seq - 1,
+            has_checkpoint=step.save or step.is_last,
+        )
+    if step.save:
+        recipe_rows.submit_save(row, name=f"{_AUTOMATIC}{row.next_step:06d}")
+    if step.prompts and row.next_step > row.first_step:
+        _save_for_samples(row, step.prompts)
+
+
+def _save_for_samples(row: Recipe, prompts: Sequence[str]) -> None:
+    """Save the weights for a sampling session whose number is the save's own seq, so never used before."""
+    seq = row.next_seq
+    body = requests.SaveWeightsForSampler(model_id=row.run.public_id, seq_id=seq, sampling_session_seq_id=seq)
+    recipe_rows.submit(row, Operation.Kind.SAVE_WEIGHTS_FOR_SAMPLER, requests.canonical_json(body))
+    for prompt in prompts:
+        FixedSample.objects.update_or_create(
+            run_id=row.run_id,
+            step=row.next_step,
+            prompt=prompt,
+            defaults={"save_seq": seq, "operation": None, "error": ""},
+        )
+
+
+def _ask_base_model(row: Recipe, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        FixedSample.objects.get_or_create(run_id=row.run_id, step=None, prompt=prompt)
+
+
+def _sampling_session(recipe: Recipe, sample: FixedSample) -> SamplingSession | None:
+    session = recipe.run.session
+    if sample.save_seq is None:
+        return sampling.create_sampling_session(
+            session, seq_id=0, base_model=recipe.run.base_model, checkpoint=None
+        )
+    public_id = ids.sampling_session_id(session.public_id, sample.save_seq)
+    return SamplingSession.objects.filter(public_id=public_id).first()
+
+
+def _finish(row: Recipe) -> None:
+    recipe_rows.submit_save(row, name=recipe_rows.FINAL)
+    row.state = State.FINISHING
+
+
+def _fail(row: Recipe, error: str) -> None:
+    row.state = State.FAILED
+    row.error = error
+    row.ended_at = Now()
+    recipe_rows.note(row, "failed", error=error)
+    webhooks.run_ended(row.run, webhooks.FAILED, error=error)
+
+
+def _note_done(row: Recipe, seq: int, kind: str, error: str) -> None:
+    if kind == Operation.Kind.SAVE_WEIGHTS:
+        saved = Checkpoint.objects.filter(run_id=row.run_id, seq=seq).first()
+        if saved is not None:
+            recipe_rows.note_at(row, saved.step, "saved", checkpoint=saved.name)
+        elif error:
+            recipe_rows.note(row, "save_failed", error=error)
+    elif error and kind == Operation.Kind.FORWARD:
+        recipe_rows.note(row, "evaluation_failed", error=error)
+
+
+def _measure(row: Recipe, evaluation: Evaluation) -> None:
+    """Enter an evaluation's loss; forwards that failed make it NaN."""
+    rows = Operation.objects.filter(
+        run_id=row.run_id, seq__gte=evaluation.first_seq, seq__lte=evaluation.last_seq
+    )
+    loss, weight, num_tokens = 0.0, 0.0, 0
+    for result in rows.values_list("result", flat=True):
+        if result is None:
+            loss = math.nan
+            continue
+        _, measured = results.decode_forward_backward(bytes(result))
+        loss += measured["loss:sum"]
+        weight += measured["loss_weight:sum"]
+        num_tokens += int(measured["loss_weight:sum"])
+    evaluation.loss = loss / weight if weight else math.nan
+    evaluation.num_tokens = num_tokens
+    evaluation.save(update_fields=["loss", "num_tokens"])
+
+
+def _record(row: Recipe, group: Sequence[Evaluation]) -> None:
+    values = {VALIDATION_LOSS: _overall(group)}
+    if len(group) > 1:
+        values |= {f"{VALIDATION_LOSS}/{one.label}": _loss(one) for one in group}
+    body = json.dumps({"step": group[0].step, "metrics": values}, separators=(",", ":"))
+    recipe_rows.submit(row, Operation.Kind.RECORD_METRICS, body.encode())
+
+
+def _note_best(row: Recipe, step: int) -> None:
+    losses = {
+        step: loss
+        for step, (loss, is_saved) in overall_losses(row).items()
+        if is_saved and math.isfinite(loss)
+    }
+    if losses and min(losses, key=losses.__getitem__) == step and row.best_step != step:
+        row.best_step = step
+        recipe_rows.note_at(row, step, "best", validation_loss=round(losses[step], 6))
+
+
+def _overall(group: Sequence[Evaluation]) -> float:
+    num_tokens = sum(one.num_tokens for one in group)
+    if num_tokens == 0:
+        return math.nan
+    return sum(_loss(one) * one.num_tokens for one in group) / num_tokens
+
+
+def _loss(evaluation: Evaluation) -> float:
+    return math.nan if evaluation.loss is None else evaluation.loss
+
+
+def _only_one_counts_slots() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_SLOTS_LOCK])

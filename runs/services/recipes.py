@@ -1,0 +1,291 @@
+"""Runs that need no code: start and fork them, and steer them while they train.
+
+The loop that trains them is `runs.recipes.loop`; both sides meet in the recipe's row. Every change of
+state is made under a lock on that row and leaves an event on the run's chart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+from django.db import transaction
+from django.db.models.functions import Now
+
+from runs import events, ids
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, Evaluation, Operation, Recipe, TrainingRun, User
+from runs.schemas.recipes import Changes, SftConfig
+from runs.services import access, recipe_checks, recipe_rows, sampling, sessions, training_runs
+from runs.services.recipe_rows import State
+from runs.services.training_runs import Lora, Start
+
+# What a person may do in each state.
+ACTIONS: Final[Mapping[str, tuple[State, ...]]] = {
+    "pause": (State.PREPARING, State.QUEUED, State.RUNNING),
+    "resume": (State.PAUSED, State.STOPPED),
+    "stop": (State.PREPARING, State.QUEUED, State.RUNNING, State.PAUSED),
+    "change": (State.PREPARING, State.QUEUED, State.RUNNING, State.PAUSED),
+    "save": (State.RUNNING, State.PAUSED),
+    "extend": (State.FINISHED, State.STOPPED),
+    "retry": (State.FAILED,),
+}
+
+
+def start(user: User, config: SftConfig, *, name: str = "", source: str) -> TrainingRun:
+    """Start a run on a dataset; it waits for its turn behind those that started before.
+
+    Raises:
+        RequestInvalid: names each setting that cannot be.
+    """
+    return _start(user, config, name=name, source=source, checkpoint=None, with_optimizer=False)
+
+
+def fork(
+    user: User,
+    checkpoint: Checkpoint,
+    *,
+    with_optimizer: bool,
+    changes: Mapping[str, Any],
+    name: str = "",
+    source: str,
+) -> TrainingRun:
+    """Start a run from a checkpoint, with the settings of the run that made it and some changed.
+
+    With the optimizer state it goes on at the checkpoint's step; without, its steps count from 0. The
+    checkpoint of a run without settings (one of an SDK client) needs them all in `changes`.
+
+    Raises:
+        RequestInvalid: names each setting that cannot be.
+    """
+    if with_optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
+        raise RequestInvalid("sampler weights hold no optimizer state", place="with_optimizer")
+    parent = Recipe.objects.filter(run=checkpoint.run).first()
+    run = checkpoint.run
+    shape = {
+        "rank": run.lora_rank,
+        "train_attn": run.train_attn,
+        "train_mlp": run.train_mlp,
+        "train_unembed": run.train_unembed,
+    }
+    held = dict(parent.config) if parent is not None else {}
+    if "num_epochs" in changes:
+        held.pop("num_steps", None)
+    config = recipe_checks.parse_config({**held, **changes, "base_model": run.base_model, "lora": shape})
+    if with_optimizer and config.num_steps is not None and config.num_steps <= checkpoint.step:
+        raise RequestInvalid(
+            f"{config.num_steps} is not after step {checkpoint.step}, where the fork starts",
+            place="num_steps",
+        )
+    return _start(
+        user, config, name=name, source=source, checkpoint=checkpoint, with_optimizer=with_optimizer
+    )
+
+
+def get_recipe(user: User, run_id: str) -> Recipe:
+    """Return the recipe of the user's run.
+
+    Raises:
+        NotFound: there is no such run of the user's, or no recipe trains it.
+    """
+    return access.get_recipe(user, run_id)
+
+
+# -- steering ------------------------------------------------------------------------------------------
+
+
+def pause(recipe: Recipe) -> None:
+    """Submit no further steps; those in the log already, about two seconds of them, are still done."""
+    with _steering(recipe, "pause") as row:
+        row.state = State.PAUSED
+        recipe_rows.note(row, "paused")
+
+
+def resume(recipe: Recipe) -> None:
+    """Go on after a pause or a stop, behind the runs that wait already."""
+    with _steering(recipe, "resume") as row:
+        _queue(row)
+        recipe_rows.note(row, "resumed")
+
+
+def stop(recipe: Recipe, *, keep: bool) -> None:
+    """End the run early: with a last checkpoint, or without keeping any of its weights."""
+    with _steering(recipe, "stop") as row:
+        if not keep:
+            recipe_rows.submit(row, Operation.Kind.UNLOAD_MODEL, b"{}")
+        elif row.next_step > row.first_step:
+            recipe_rows.submit_save(row, name=recipe_rows.FINAL)
+        row.state = State.STOPPING if keep else State.DISCARDING
+        recipe_rows.note(row, "stopping", kept="weights" if keep else "charts and samples only")
+
+
+def change(recipe: Recipe, changes: Changes) -> None:
+    """Change settings from the next step that is not in the log yet; an event says what they were.
+
+    Raises:
+        RequestInvalid: nothing is changed, or the run has passed the new end already.
+    """
+    with _steering(recipe, "change") as row:
+        given = {key: value for key, value in changes.given().items() if row.config.get(key) != value}
+        if not given:
+            raise RequestInvalid("nothing to change: the settings have these values already")
+        if given.get("num_steps") is not None and given["num_steps"] <= row.next_step:
+            raise RequestInvalid(
+                f"{given['num_steps']} is not after step {row.next_step}, which is submitted already",
+                place="num_steps",
+            )
+        old = {key: row.config.get(key) for key in given}
+        held = {**row.config, **given}
+        if given.get("num_steps") is not None:
+            held["num_epochs"] = None
+        row.config = recipe_checks.parse_config(held).model_dump(mode="json")
+        row.num_steps = row.config["num_steps"] or row.num_steps
+        detail = {key: f"{_short(old[key])} to {_short(value)}" for key, value in given.items()}
+        recipe_rows.note(row, "changed", **detail)
+
+
+def save_now(recipe: Recipe, *, name: str = "") -> str:
+    """Save a checkpoint after what is submitted already; returns its name."""
+    with _steering(recipe, "save") as row:
+        name = name or f"manual-{row.next_step:06d}"
+        recipe_rows.submit_save(row, name=name)
+    return name
+
+
+def extend(recipe: Recipe, num_steps: int) -> None:
+    """Train an ended run for more steps; the schedule is stretched to the new end."""
+    if not 1 <= num_steps <= 1_000_000:
+        raise RequestInvalid(f"must be 1 to 1000000, got {num_steps}", place="num_steps")
+    with _steering(recipe, "extend") as row:
+        row.num_steps = row.next_step + num_steps
+        row.config = {**row.config, "num_steps": row.num_steps, "num_epochs": None}
+        _queue(row)
+        recipe_rows.note(row, "extended", num_steps=num_steps, end=row.num_steps)
+
+
+def retry(recipe: Recipe) -> None:
+    """Go on after a failure, from the newest checkpoint with optimizer state.
+
+    Raises:
+        RequestInvalid: there is no such checkpoint, or the run cannot go on.
+    """
+    with _steering(recipe, "retry") as row:
+        checkpoint = retry_point(row)
+        if row.run.state != TrainingRun.State.OPEN or (checkpoint is None and row.next_step > row.first_step):
+            raise RequestInvalid("no checkpoint to go on from; start the same run again instead")
+        if checkpoint is not None:
+            _submit_load(row, checkpoint)
+            row.next_step = checkpoint.step
+            Evaluation.objects.filter(run_id=row.run_id, step__gt=checkpoint.step).delete()
+        row.watched_seq = row.next_seq - 1
+        row.error = ""
+        _queue(row)
+        recipe_rows.note(row, "retried", from_step=row.next_step)
+
+
+def retry_point(recipe: Recipe) -> Checkpoint | None:
+    """Return the checkpoint that `retry` would load."""
+    found = Checkpoint.objects.filter(
+        run_id=recipe.run_id, kind=Checkpoint.Kind.TRAINING, step__lte=recipe.next_step
+    )
+    return found.order_by("-step", "-seq").first()
+
+
+def _start(
+    user: User,
+    config: SftConfig,
+    *,
+    name: str,
+    source: str,
+    checkpoint: Checkpoint | None,
+    with_optimizer: bool,
+) -> TrainingRun:
+    version, validation = recipe_checks.check_config(user, config)
+    held = recipe_checks.pinned(config, version, validation).model_dump(mode="json")
+    first_step = checkpoint.step if checkpoint is not None and with_optimizer else 0
+    with transaction.atomic():
+        run = _make_run(user, config, name, source, checkpoint, with_optimizer)
+        recipe = Recipe.objects.create(
+            run=run,
+            name=config.recipe,
+            config=held,
+            started_config=held,
+            dataset_version=version,
+            first_step=first_step,
+            next_step=first_step,
+            num_steps=config.num_steps or 0,
+        )
+        recipe.validation_versions.set(validation)
+        if checkpoint is not None:
+            recipe_rows.note(recipe, "forked", path=run.parent_path, optimizer=with_optimizer)
+    events.ring_recipes()
+    return run
+
+
+def _make_run(
+    user: User,
+    config: SftConfig,
+    name: str,
+    source: str,
+    checkpoint: Checkpoint | None,
+    with_optimizer: bool,
+) -> TrainingRun:
+    session = sessions.create_session(user, tags=[source], display_name=name[:200])
+    path = sampling.path_of(checkpoint) if checkpoint is not None else ""
+    lora = config.lora
+    run, _ = training_runs.create_run(
+        session,
+        model_seq_id=0,
+        base_model=config.base_model,
+        lora=Lora(
+            rank=lora.rank,
+            seed=config.seed,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+        ),
+        start=None
+        if checkpoint is None
+        else Start(checkpoint=checkpoint, path=path, with_optimizer=with_optimizer),
+        source=source,
+        name=name[:200],
+    )
+    if checkpoint is not None:
+        run.parent, run.parent_step, run.parent_path = checkpoint.run, checkpoint.step, path
+        run.save(update_fields=["parent", "parent_step", "parent_path"])
+    return run
+
+
+@contextmanager
+def _steering(recipe: Recipe, action: str) -> Iterator[Recipe]:
+    with recipe_rows.locked(recipe) as row:
+        if row.state not in ACTIONS[action]:
+            allowed = ", ".join(state.value for state in ACTIONS[action])
+            raise RequestInvalid(
+                f"cannot {action} a run that is {row.state}; it must be {allowed}", place="state"
+            )
+        yield row
+    recipe.refresh_from_db()
+    events.ring_recipes()
+
+
+def _queue(row: Recipe) -> None:
+    row.state = State.QUEUED if row.preparation else State.PREPARING
+    row.queued_at = Now()
+    row.ended_at = None
+
+
+def _submit_load(row: Recipe, checkpoint: Checkpoint) -> None:
+    body = {
+        "directory": checkpoint.directory,
+        "path": str(ids.CheckpointPath(row.run.public_id, checkpoint.kind, checkpoint.name)),
+        "optimizer": True,
+    }
+    recipe_rows.submit(row, Operation.Kind.LOAD_WEIGHTS, json.dumps(body, separators=(",", ":")).encode())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
