@@ -1,14 +1,45 @@
-"""Celery tasks of the CPU worker: housekeeping that may run late, twice or not at all for a while."""
+"""Celery tasks of the CPU worker: checks and housekeeping that may run late, twice or not at all for a while."""
 
 from __future__ import annotations
 
 from celery import shared_task
 
-from runs.services import checkpoints, workers
+from runs import events
+from runs.recipes import tokens
+from runs.services import (
+    checkpoints,
+    dataset_checks,
+    dataset_rows,
+    datasets,
+    idempotency,
+    uploads,
+    webhooks,
+    workers,
+)
+
+
+@shared_task(name="runs.tasks.check_dataset", ignore_result=True)
+def check_dataset(version_pk: int) -> None:
+    """Look at a dataset version that waits for it."""
+    dataset_checks.check(version_pk)
+
+
+@shared_task(name="runs.tasks.deliver_webhooks", ignore_result=True)
+def deliver_webhooks() -> None:
+    """Send the messages to people's addresses that are due."""
+    webhooks.deliver_due()
 
 
 @shared_task(name="runs.tasks.housekeeping", ignore_result=True)
 def housekeeping() -> None:
-    """Enter the end of dead workers and delete expired checkpoints."""
+    """Enter the end of dead workers, delete what has expired or is cached too long, and begin lost checks anew."""
     workers.bury_dead()
     checkpoints.delete_expired()
+    tokens.remove_unused()
+    webhooks.forget_old()
+    idempotency.forget_old()
+    uploads.clean_up()
+    datasets.remove_orphans()
+    dataset_rows.remove_unused_copies()
+    for version_pk in dataset_checks.unfinished():
+        events.ring_dataset_check(version_pk)

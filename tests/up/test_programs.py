@@ -46,7 +46,7 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_gpu_worker_serves_the_gpu_queue() -> None:
     serving = [program.name for program in programs.services() if "--queues=gpu" in program.command]
     assert serving == ["gpu"]
-    assert [program.name for program in programs.services()] == ["gpu", "web", "cpu", "beat"]
+    assert [program.name for program in programs.services()] == ["gpu", "web", "recipes", "cpu", "beat"]
 
 
 def test_supervisord_reads_each_command_as_it_is(settings: Settings, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_static_files_are_served_and_asked_for_again_cheaply(up: Instance) -> No
 
 def test_each_process_logs_to_its_file(up: Instance) -> None:
     names = {log.name for log in (up.data_dir / "logs").iterdir()}
-    assert {"web.log", "gpu.log", "cpu.log", "beat.log", "postgres.log", "redis.log"} <= names
+    assert {"web.log", "gpu.log", "recipes.log", "cpu.log", "beat.log", "postgres.log", "redis.log"} <= names
 
 
 def test_a_second_instance_on_the_same_data_is_refused(up: Instance) -> None:
@@ -140,7 +140,14 @@ def test_create_api_key_prints_both_spellings(up: Instance) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["--queues=gpu", "--queues=cpu", "celery --app mintweb --skip-checks beat", "uvicorn"]
+    "part",
+    [
+        "--queues=gpu",
+        "--queues=recipes",
+        "--queues=cpu",
+        "celery --app mintweb --skip-checks beat",
+        "uvicorn",
+    ],
 )
 def test_a_killed_process_is_replaced(up: Instance, part: str) -> None:
     old = up.processes(part)

@@ -1,0 +1,124 @@
+"""Which rows a step trains on: a pure function of seed and step, so that a loop that starts again agrees with itself.
+
+Rows come in one endless stream, epoch after epoch, each epoch in an order of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from runs.schemas.recipes import Validation
+
+Int64Array = npt.NDArray[np.int64]
+
+MIN_ROWS_TO_SPLIT: Final = 20
+_SPLIT_STREAM, _ORDER_STREAM = 1, 2
+
+
+def split(
+    num_trained: npt.NDArray[np.int32], validation: Validation, *, seed: int
+) -> tuple[Int64Array, Int64Array]:
+    """Return the rows to train on and those held out for validation, both sorted.
+
+    Rows without a trained token are in neither. Fewer than 20 rows are all trained on.
+
+    Shapes:
+        num_trained: (rows,), trained tokens of each row.
+    """
+    usable = np.flatnonzero(num_trained > 0).astype(np.int64)
+    num_out = num_held_out(len(usable), validation)
+    if num_out == 0:
+        return usable, usable[:0]
+    mixed = _generator(seed, _SPLIT_STREAM).permutation(usable)
+    return np.sort(mixed[num_out:]), np.sort(mixed[:num_out])
+
+
+def num_held_out(num_usable: int, validation: Validation) -> int:
+    """Return how many of the rows with a trained token are held out for validation."""
+    if num_usable < MIN_ROWS_TO_SPLIT:
+        return 0
+    return min(validation.max_rows, math.ceil(validation.share * num_usable))
+
+
+def some_of(num_trained: npt.NDArray[np.int32], *, max_rows: int, seed: int) -> Int64Array:
+    """Return at most `max_rows` of the rows with a trained token, chosen by the seed, sorted."""
+    usable = np.flatnonzero(num_trained > 0).astype(np.int64)
+    return np.sort(_generator(seed, _SPLIT_STREAM).permutation(usable)[:max_rows])
+
+
+class BatchPlan:
+    """The batches of a run: so many rows each, or as many rows as fit a number of tokens.
+
+    Args:
+        rows: row numbers to train on.
+        lengths: tokens of every row of the dataset.
+        batch_tokens: fill each batch up to this many tokens instead; one longer row is a batch of its own.
+    """
+
+    def __init__(
+        self,
+        rows: Int64Array,
+        lengths: npt.NDArray[np.int32],
+        *,
+        seed: int,
+        batch_size: int,
+        batch_tokens: int | None,
+    ) -> None:
+        assert len(rows) > 0
+        self._rows = rows
+        self._lengths = lengths
+        self._seed = seed
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
+        self._starts = [0]
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def rows_of(self, step: int) -> Int64Array:
+        """Return the row numbers that a step, counted from 0, trains on."""
+        start, end = self._start_of(step), self._start_of(step + 1)
+        return np.array([self._row_at(position) for position in range(start, end)], dtype=np.int64)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Return how many steps it takes to see the rows `num_epochs` times, at least one."""
+        end = max(1, math.ceil(num_epochs * len(self._rows)))
+        if self._batch_tokens is None:
+            return math.ceil(end / self._batch_size)
+        while self._starts[-1] < end:
+            self._extend()
+        return int(np.searchsorted(self._starts, end))
+
+    def _start_of(self, step: int) -> int:
+        """Return where in the stream a step's batch begins."""
+        if self._batch_tokens is None:
+            return step * self._batch_size
+        while len(self._starts) <= step:
+            self._extend()
+        return self._starts[step]
+
+    def _extend(self) -> None:
+        """Find where the next batch by tokens ends."""
+        assert self._batch_tokens is not None
+        position = self._starts[-1]
+        num_tokens = 0
+        while True:
+            num_tokens += int(self._lengths[self._row_at(position)])
+            if num_tokens > self._batch_tokens and position > self._starts[-1]:
+                break
+            position += 1
+        self._starts.append(position)
+
+    def _row_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._rows))
+        return int(self._order(epoch)[place])
+
+    def _order_of(self, epoch: int) -> Int64Array:
+        return _generator(self._seed, _ORDER_STREAM, epoch).permutation(self._rows)
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))

@@ -1,0 +1,222 @@
+"""The loop that trains runs without a client: it submits operations as an SDK client would, some seconds ahead.
+
+All it knows is in rows, so it may be killed at any point; a new one goes on with the next operation.
+One turn looks once after every active recipe; `runs.recipes.process` repeats it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from itertools import groupby
+from typing import Final
+
+from django.db import InterfaceError, OperationalError
+
+from runs.exceptions import MintError, RequestInvalid
+from runs.models import DatasetVersion, Recipe
+from runs.recipes import defaults, materials, rendering, sft
+from runs.recipes.materials import Materials
+from runs.recipes.sft import Material
+from runs.schemas.recipes import SftConfig
+from runs.services import base_models, recipe_steps
+from runs.services.recipe_rows import State
+from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
+
+logger = logging.getLogger(__name__)
+
+# Work in the log beyond what the worker has done: enough that the device never waits for a turn of the loop.
+AHEAD_S: Final = 2.0
+MIN_AHEAD, MAX_AHEAD = 4, 256
+
+
+class RecipeLoop:
+    """Looks after the active recipes; holds nothing that a new loop could not find again."""
+
+    def __init__(self) -> None:
+        self.materials = Materials()
+        self._paces: dict[int, _Pace] = {}
+
+    def turn(self) -> bool:
+        """Look after every active recipe once; false when there is none."""
+        recipes = recipe_steps.active()
+        self.materials.keep_only(recipes)
+        for recipe in recipes:
+            try:
+                self._advance(recipe)
+            except (OperationalError, InterfaceError):
+                raise
+            except (MintError, OSError) as error:
+                logger.warning("run %s cannot go on: %s", recipe.run.public_id, error)
+                recipe_steps.fail(recipe, str(error))
+            except Exception as error:
+                logger.exception("run %s cannot go on", recipe.run.public_id)
+                recipe_steps.fail(recipe, f"the server failed: {type(error).__name__}")
+        return any(recipe.state != State.PAUSED for recipe in recipes)
+
+    def _advance(self, recipe: Recipe) -> None:
+        if recipe.state == State.PREPARING:
+            self._prepare(recipe)
+        elif recipe.state == State.QUEUED:
+            self._begin(recipe)
+        elif recipe.state == State.DISCARDING:
+            self._end(recipe)
+        else:
+            self._collect(recipe)
+            if recipe.state == State.RUNNING:
+                self._submit(recipe)
+            elif recipe.state in (State.FINISHING, State.STOPPING):
+                self._end(recipe)
+
+    # -- before the first step -----------------------------------------------------------------------
+
+    def _prepare(self, recipe: Recipe) -> None:
+        material = self.materials.get(recipe)
+        if material is None:
+            return
+        config = SftConfig.model_validate(recipe.config)
+        num_steps = config.num_steps or material.plan.num_steps(config.num_epochs or defaults.NUM_EPOCHS)
+        if num_steps <= recipe.first_step:
+            raise RequestInvalid(
+                f"{num_steps} is not after step {recipe.first_step}, where the fork starts", place="num_steps"
+            )
+        info = base_models.get(config.base_model)
+        completed = defaults.completed(config, info=info, num_steps=num_steps)
+        recipe_steps.prepared(recipe, completed, materials.summary_of(material))
+
+    def _begin(self, recipe: Recipe) -> None:
+        material = self.materials.get(recipe)
+        if material is None:
+            return
+        config = SftConfig.model_validate(recipe.config)
+        evaluations = _evaluations(recipe, material, recipe.next_seq)
+        recipe_steps.begin(recipe, Step(evaluations=evaluations, prompts=config.samples.prompts))
+
+    # -- what the worker did -------------------------------------------------------------------------
+
+    def _collect(self, recipe: Recipe) -> None:
+        """Look at results: failures, saves, evaluations and samples."""
+        if recipe.run.state == recipe.run.State.FAILED:
+            recipe_steps.fail(recipe, recipe.run.error)
+        if recipe.run.applied_seq > recipe.watched_seq:
+            recipe_steps.watch(recipe)
+        for _, group in groupby(recipe_steps.open_evaluations(recipe), key=lambda one: one.step):
+            evaluations = list(group)
+            if evaluations[-1].last_seq <= recipe.run.applied_seq:
+                recipe_steps.close_evaluations(recipe, evaluations)
+        self._ask_samples(recipe)
+        recipe.refresh_from_db(fields=["state", "next_seq", "next_step", "best_step", "config", "num_steps"])
+        recipe_steps.prune(recipe, keep=SftConfig.model_validate(recipe.config).keep_checkpoints)
+
+    def _ask_samples(self, recipe: Recipe) -> None:
+        waiting = recipe_steps.unasked_samples(recipe)
+        if waiting:
+            config = SftConfig.model_validate(recipe.config)
+            renderer = rendering.renderer_of(config.base_model)
+            prompts = config.samples.prompts
+            is_chat = recipe.dataset_version.kind == DatasetVersion.Kind.CHAT
+            for sample in waiting:
+                number = prompts.index(sample.prompt) if sample.prompt in prompts else len(prompts)
+                prompt = renderer.prompt(sample.prompt, as_chat=is_chat)
+                recipe_steps.ask(recipe, sample, number=number, prompt=prompt, config=config)
+        recipe_steps.drop_sampled_weights(recipe)
+
+    # -- the next steps ------------------------------------------------------------------------------
+
+    def _submit(self, recipe: Recipe) -> None:
+        """Submit steps until the worker has enough ahead of it."""
+        material = self.materials.get(recipe)
+        if material is None or self._stops_early(recipe):
+            return
+        pace = self._paces.setdefault(recipe.pk, _Pace())
+        target = pace.ahead(recipe.run.applied_seq)
+        while recipe.next_seq - 1 - recipe.run.applied_seq < target and recipe.state == State.RUNNING:
+            if self._waits_for_validation(recipe):
+                return
+            if not recipe_steps.submit_step(recipe, _step(recipe, material)):
+                return
+            recipe.refresh_from_db(fields=["state", "next_seq", "next_step"])
+
+    def _waits_for_validation(self, recipe: Recipe) -> bool:
+        """Say whether early stopping may end the run before the next step; no step is then done in vain."""
+        return recipe.config["early_stopping"] is not None and bool(recipe_steps.open_evaluations(recipe))
+
+    def _stops_early(self, recipe: Recipe) -> bool:
+        patience = recipe.config["early_stopping"]
+        if patience is None or self._waits_for_validation(recipe):
+            return False
+        losses = {step: loss for step, (loss, _) in recipe_steps.overall_losses(recipe).items()}
+        finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        if not finite:
+            return False
+        best_step = min(finite, key=finite.__getitem__)
+        if sum(step > best_step for step in losses) < patience:
+            return False
+        recipe_steps.finish_early(recipe, best_step=best_step, patience=patience)
+        return True
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def _end(self, recipe: Recipe) -> None:
+        """Enter the end once everything submitted is done."""
+        if recipe.run.applied_seq < recipe.next_seq - 1 and recipe.run.state == recipe.run.State.OPEN:
+            return
+        if recipe.state == State.DISCARDING:
+            recipe_steps.delete_weights(recipe)
+            recipe_steps.end(recipe, State.DISCARDED)
+        elif recipe.state == State.STOPPING:
+            recipe_steps.end(recipe, State.STOPPED)
+        elif not recipe_steps.open_evaluations(recipe) and not recipe_steps.has_open_samples(recipe):
+            recipe_steps.drop_sampled_weights(recipe)
+            recipe_steps.end(recipe, State.FINISHED)
+        self._paces.pop(recipe.pk, None)
+
+
+def _step(recipe: Recipe, material: Material) -> Step:
+    """Return the next step's operations and what is due after it."""
+    config = SftConfig.model_validate(recipe.config)
+    operations = sft.train_step(
+        material, config, step=recipe.next_step, model_id=recipe.run.public_id, seq=recipe.next_seq
+    )
+    number = recipe.next_step + 1
+    is_last = number >= recipe.num_steps
+    is_saved = number % (config.save_every or number) == 0 and not is_last
+    is_looked_at = is_last or is_saved or number % (config.eval_every or number) == 0
+    is_sampled = is_last or number % defaults.samples_every(config.samples, config) == 0
+    first_seq = recipe.next_seq + len(operations)
+    return Step(
+        operations=operations,
+        evaluations=_evaluations(recipe, material, first_seq) if is_looked_at else (),
+        save=is_saved,
+        is_last=is_last,
+        prompts=config.samples.prompts if is_sampled else (),
+    )
+
+
+def _evaluations(recipe: Recipe, material: Material, first_seq: int) -> list[NewEvaluation]:
+    evaluations = []
+    for held_out in material.held_out:
+        forwards: list[NewOperation] = list(
+            sft.validation_forwards(held_out, model_id=recipe.run.public_id, first_seq=first_seq)
+        )
+        evaluations.append(NewEvaluation(label=held_out.label, forwards=forwards))
+        first_seq += len(forwards)
+    return evaluations
+
+
+class _Pace:
+    """How fast the worker goes through a run's operations."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[float, int] | None = None
+        self._per_s = 0.0
+
+    def ahead(self, applied_seq: int) -> int:
+        """Return how many operations should wait in the log."""
+        now = time.monotonic()
+        if self._seen is None or now - self._seen[0] >= AHEAD_S:
+            if self._seen is not None:
+                self._per_s = (applied_seq - self._seen[1]) / (now - self._seen[0])
+            self._seen = (now, applied_seq)
+        return min(max(MIN_AHEAD, math.ceil(AHEAD_S * self._per_s)), MAX_AHEAD)

@@ -1,0 +1,1 @@
+"""Tests of the recipes: what they submit, and that a loop may die at any point."""

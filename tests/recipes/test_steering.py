@@ -1,0 +1,190 @@
+"""Steering a run while it trains, and what may be done after its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, Metric, Recipe, RunEvent, TrainingRun, User
+from runs.recipes.loop import RecipeLoop
+from runs.schemas.recipes import Changes
+from runs.services import recipe_status, recipes
+from runs.services.recipe_rows import State
+from tests.recipes.conftest import Staff, ended, turn_until
+from tests.recipes.test_loop import break_a_step, series
+
+Begin = Callable[..., Recipe]
+
+
+def started(recipe: Recipe, *, step: int = 4) -> Recipe:
+    return turn_until(recipe, lambda row: row.run.step >= step, what=f"step {step}")
+
+
+def drained(recipe: Recipe) -> Recipe:
+    return turn_until(
+        recipe, lambda row: row.run.applied_seq == row.next_seq - 1, what="the submitted operations' end"
+    )
+
+
+def event(recipe: Recipe, kind: str) -> RunEvent:
+    return RunEvent.objects.get(run=recipe.run, kind=kind)
+
+
+def test_a_paused_run_does_what_is_submitted_and_then_nothing(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400))
+    recipes.pause(recipe)
+
+    recipe = drained(recipe)
+    paused_at = recipe.run.step
+    for _ in range(5):
+        RecipeLoop().turn()
+    recipe.run.refresh_from_db()
+    assert recipe.run.step == paused_at < 400
+    assert recipe_status.status_of(recipe).phase == f"paused at step {paused_at}"
+
+    recipes.change(recipe, Changes(num_steps=paused_at + 2))
+    recipes.resume(recipe)
+    recipe = ended(recipe)
+    assert [step for step, _ in series(recipe, "loss")] == list(range(1, paused_at + 3))
+
+
+def test_a_changed_rate_holds_from_the_next_step_and_is_told(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400, schedule="constant", warmup_share=0, learning_rate=1e-3))
+    recipes.pause(recipe)
+    recipe = drained(recipe)
+    recipes.change(recipe, Changes(learning_rate=2e-4, num_steps=recipe.next_step + 3))
+    changed_at = recipe.next_step
+    recipes.resume(recipe)
+
+    recipe = ended(recipe)
+
+    rates = dict(series(recipe, "learning_rate"))
+    assert {rate for step, rate in rates.items() if step <= changed_at} == {1e-3}
+    assert {rate for step, rate in rates.items() if step > changed_at} == {2e-4}
+    told = event(recipe, "changed")
+    assert told.step == changed_at
+    assert told.detail["learning_rate"] == "0.001 to 0.0002"
+
+
+def test_a_run_stopped_to_keep_ends_with_a_checkpoint_and_can_go_on(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400))
+    recipes.stop(recipe, keep=True)
+
+    recipe = ended(recipe)
+    assert recipe.state == State.STOPPED
+    saved = Checkpoint.objects.get(run=recipe.run, name="final")
+    assert saved.step == recipe.run.step < 400
+
+    recipes.extend(recipe, 3)
+    recipe = ended(recipe)
+    assert recipe.state == State.FINISHED
+    assert recipe.run.step == saved.step + 3
+
+
+def test_a_discarded_run_keeps_its_charts_and_no_weights(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400, save_every=2), step=6)
+    recipes.stop(recipe, keep=False)
+
+    recipe = ended(recipe)
+
+    assert recipe.state == State.DISCARDED
+    assert not Checkpoint.objects.filter(run=recipe.run).exists()
+    assert Metric.objects.filter(run=recipe.run, name="loss").count() >= 6
+    assert recipe.run.state == TrainingRun.State.CLOSED
+    with pytest.raises(RequestInvalid, match="cannot extend a run that is discarded"):
+        recipes.extend(recipe, 2)
+
+
+def test_a_finished_run_is_extended_in_place(begin: Begin) -> None:
+    recipe = ended(begin(num_steps=4))
+    recipes.extend(recipe, 4)
+
+    recipe = ended(recipe)
+
+    assert [step for step, _ in series(recipe, "loss")] == list(range(1, 9))
+    assert Checkpoint.objects.get(run=recipe.run, name="final").step == 8
+
+
+def test_a_checkpoint_is_saved_on_demand(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400))
+    name = recipes.save_now(recipe)
+    recipes.stop(recipe, keep=True)
+
+    recipe = ended(recipe)
+
+    saved = Checkpoint.objects.get(run=recipe.run, name=name)
+    assert saved.kind == Checkpoint.Kind.TRAINING
+    assert name == f"manual-{saved.step:06d}"
+
+
+def test_a_fork_goes_on_where_its_checkpoint_was(begin: Begin, alice: User) -> None:
+    parent = ended(begin(num_steps=8, save_every=4, schedule="constant", warmup_share=0))
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="step-000004")
+
+    run = recipes.fork(alice, checkpoint, with_optimizer=True, changes={}, source="browser")
+    fork = ended(Recipe.objects.get(run=run))
+
+    assert (run.parent, run.parent_step) == (parent.run, 4)
+    assert fork.state == State.FINISHED, fork.error
+    assert series(fork, "loss") == series(parent, "loss")[4:]
+    assert event(fork, "forked").detail["optimizer"] is True
+
+
+def test_a_fork_without_optimizer_state_starts_to_count_again(begin: Begin, alice: User) -> None:
+    parent = ended(begin(num_steps=4))
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
+
+    run = recipes.fork(
+        alice, checkpoint, with_optimizer=False, changes={"num_steps": 3, "seed": 5}, source="rest"
+    )
+    fork = ended(Recipe.objects.get(run=run))
+
+    assert [step for step, _ in series(fork, "loss")] == [1, 2, 3]
+    assert series(fork, "loss")[0][1] < series(parent, "loss")[0][1]
+
+
+def test_a_fork_must_end_after_its_start(begin: Begin, alice: User) -> None:
+    parent = ended(begin(num_steps=4))
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
+
+    with pytest.raises(RequestInvalid, match="4 is not after step 4"):
+        recipes.fork(alice, checkpoint, with_optimizer=True, changes={"num_steps": 4}, source="rest")
+    assert TrainingRun.objects.count() == 1
+
+
+def test_a_failed_run_goes_on_from_its_newest_checkpoint(begin: Begin, worker: Staff) -> None:
+    undisturbed = ended(begin(num_steps=12, save_every=3))
+    recipe = break_a_step(begin(num_steps=12, save_every=3), worker, after=3)
+    assert recipe.state == State.FAILED
+
+    recipes.retry(recipe)
+    recipe = ended(recipe)
+
+    assert (recipe.state, recipe.error, recipe.run.step) == (State.FINISHED, "", 12)
+    retried = event(recipe, "retried")
+    assert retried.detail["from_step"] % 3 == 0
+    assert series(recipe, "loss")[-1] == series(undisturbed, "loss")[-1]
+
+
+@pytest.mark.parametrize("action", ["resume", "retry", "extend"])
+def test_what_the_state_forbids_is_refused_in_words(begin: Begin, action: str) -> None:
+    recipe = begin()
+    actions: dict[str, Callable[[], object]] = {
+        "resume": lambda: recipes.resume(recipe),
+        "retry": lambda: recipes.retry(recipe),
+        "extend": lambda: recipes.extend(recipe, 1),
+    }
+
+    with pytest.raises(RequestInvalid, match=f"cannot {action} a run that is preparing"):
+        actions[action]()
+
+
+def test_the_end_cannot_be_moved_before_what_is_submitted(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400))
+
+    with pytest.raises(RequestInvalid, match="is not after step"):
+        recipes.change(recipe, Changes(num_steps=2))
+    with pytest.raises(RequestInvalid, match="nothing to change"):
+        recipes.change(recipe, Changes(num_steps=400))
