@@ -27,7 +27,7 @@ from django.utils.crypto import constant_time_compare
 from runs import events
 from runs.exceptions import MintError
 from runs.models import User
-from runs.services import access, metrics, run_rows, training_runs
+from runs.services import access, metrics, run_rows
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +200,7 @@ class RunConsumer(LiveConsumer):
             self._news.set()
 
     def _read(self, cursor: int) -> tuple[list[metrics.Point], str]:
-        runs = training_runs.with_activity(access.runs_of(self.user))
-        run = runs.filter(pk=self.run.pk).select_related("session").first()
+        run = run_rows.with_facts(self.user).filter(pk=self.run.pk).first()
         if run is None:
             raise MintError
         facts = render_to_string("runs/_facts.html", {"facts": run_rows.facts_of(run)})

@@ -6,13 +6,38 @@ these lists and fail on a route without one.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from django.urls import URLPattern, path
 
 from runs import consumers
-from runs.api import sdk
-from runs.pages import account, checkpoints, health, login, run_data, run_detail, run_list, workers
+from runs.api import sdk, uploads
+from runs.pages import (
+    account,
+    checkpoints,
+    film_strip,
+    health,
+    lineage,
+    login,
+    new_run,
+    playground,
+    run_data,
+    run_detail,
+    run_list,
+    steering,
+    workers,
+)
+from runs.playground_consumer import PlaygroundConsumer
+from runs.rest import api as rest
 
 sdk_routes = sdk.routes
+rest_urls = rest.urls
+
+# Under /datasets/uploads/ for the pages and, the same, under /rest/v1/uploads/ for scripts.
+upload_routes: list[URLPattern] = [
+    path("", cast(Any, uploads.collection)),
+    path("<str:upload_id>", cast(Any, uploads.single)),
+]
 
 health_urls = [
     path("health", health.live, name="health"),
@@ -25,12 +50,27 @@ page_urls: list[URLPattern] = [
     path("login/<str:token>/", login.link, name="login-link"),
     path("logout/", login.sign_out, name="logout"),
     path("runs/", run_list.run_list, name="run-list"),
+    path("runs/new/", new_run.new_run, name="run-new"),
+    path("runs/new/preview", new_run.preview, name="run-new-preview"),
+    path("runs/new/import", new_run.read_file, name="run-new-import"),
+    path("runs/new/export", new_run.write_file, name="run-new-export"),
+    path("runs/try", new_run.try_it, name="run-try"),
     path("runs/<str:run_id>/", run_detail.run_detail, name="run-detail"),
     path("runs/<str:run_id>/panels/", run_detail.panels, name="run-panels"),
     path("runs/<str:run_id>/rename", run_detail.rename, name="run-rename"),
     path("runs/<str:run_id>/metrics.json", run_data.values, name="run-metrics"),
     path("runs/<str:run_id>/metrics.csv", run_data.as_csv, name="run-metrics-csv"),
     path("runs/<str:run_id>/series.json", run_data.series, name="run-series"),
+    path("runs/<str:run_id>/ancestry.json", lineage.ancestry, name="run-ancestry"),
+    path("runs/<str:run_id>/film_strip/", film_strip.film_strip, name="run-film-strip"),
+    path("runs/<str:run_id>/settings.yaml", steering.export, name="run-settings-yaml"),
+    path("runs/<str:run_id>/pause", steering.pause, name="run-pause"),
+    path("runs/<str:run_id>/resume", steering.resume, name="run-resume"),
+    path("runs/<str:run_id>/stop", steering.stop, name="run-stop"),
+    path("runs/<str:run_id>/save", steering.save, name="run-save"),
+    path("runs/<str:run_id>/change", steering.change, name="run-change"),
+    path("runs/<str:run_id>/extend", steering.extend, name="run-extend"),
+    path("runs/<str:run_id>/retry", steering.retry, name="run-retry"),
     path(
         "runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/download",
         checkpoints.download,
@@ -46,6 +86,8 @@ page_urls: list[URLPattern] = [
     ),
     path("checkpoints/", checkpoints.checkpoint_list, name="checkpoint-list"),
     path("checkpoints/delete", checkpoints.delete_many, name="checkpoint-delete-many"),
+    path("playground/", playground.playground, name="playground"),
+    path("playground/weights.json", playground.weights, name="playground-weights"),
     path("workers/", workers.worker_list, name="worker-list"),
     path("settings/", account.settings_page, name="settings"),
     path("settings/keys/create", account.create_key, name="key-create"),
@@ -55,5 +97,6 @@ page_urls: list[URLPattern] = [
 
 socket_routes: list[URLPattern] = [
     path("ws/runs/", consumers.RunListConsumer.as_asgi(), name="run-list-socket"),  # type: ignore[arg-type]
+    path("ws/playground/", PlaygroundConsumer.as_asgi(), name="playground-socket"),  # type: ignore[arg-type]
     path("ws/runs/<str:run_id>/", consumers.RunConsumer.as_asgi(), name="run-socket"),  # type: ignore[arg-type]
 ]

@@ -51,7 +51,7 @@ class CheckpointRow:
 def checkpoint_list(request: HttpRequest) -> HttpResponseBase:
     """Show all checkpoints of a person and what they take."""
     checkpoints = access.checkpoints_of(_user(request))
-    rows = [_row(checkpoint) for checkpoint in checkpoints[: MAX_ROWS + 1]]
+    rows = [row_of(checkpoint) for checkpoint in checkpoints[: MAX_ROWS + 1]]
     context = {
         "checkpoints": rows[:MAX_ROWS],
         "has_more": len(rows) > MAX_ROWS,
@@ -115,10 +115,11 @@ def keep(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRespons
 def rows_of_run(run: TrainingRun) -> list[CheckpointRow]:
     """Return the rows of the checkpoints that a person named in this run."""
     named = Checkpoint.objects.filter(run=run, is_ephemeral=False).select_related("run")
-    return [_row(checkpoint) for checkpoint in named[:MAX_ROWS]]
+    return [row_of(checkpoint) for checkpoint in named[:MAX_ROWS]]
 
 
-def _row(checkpoint: Checkpoint) -> CheckpointRow:
+def row_of(checkpoint: Checkpoint) -> CheckpointRow:
+    """Return what a table shows of a checkpoint that comes with its run."""
     return CheckpointRow(
         pk=checkpoint.pk,
         run_id=checkpoint.run.public_id,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from typing import Final, overload
 
@@ -17,12 +15,10 @@ from django.views.decorators.http import require_GET
 from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
 from runs.pages.policies import signed_in
-from runs.services import access, histories, metrics
+from runs.services import access, histories, metric_exports, metrics
 
 MAX_NAMES: Final = 32
 _PAGE_VALUES: Final = 10_000
-_CSV_COLUMNS: Final = ("seq", "step", "recorded_at", "name", "value")
-_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
 @signed_in
@@ -74,44 +70,17 @@ def as_csv(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Return every stored value as CSV, or those of one metric."""
     run = _run(request, run_id)
     name = request.GET.get("name", "")
-    # The file ends where the run stood when it was asked for, or a running one would never end.
-    response = StreamingHttpResponse(
-        _csv(run, name, metrics.last_seq(run)), content_type="text/csv; charset=utf-8"
-    )
+    parts = metric_exports.as_csv(metric_exports.pages(run, name=name))
+    response = StreamingHttpResponse(_pulled(parts), content_type="text/csv; charset=utf-8")
     session, _, number = run.public_id.partition(":train:")
     response["Content-Disposition"] = f'attachment; filename="metrics-{session[:8]}-{number}.csv"'
     return response
 
 
-def safe_cell(text: str) -> str:
-    """Return a text that a spreadsheet will not run as a formula; numbers are never passed here."""
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
-
-
-async def _csv(run: TrainingRun, name: str, up_to_seq: int) -> AsyncIterator[str]:
-    yield ",".join(_CSV_COLUMNS) + "\r\n"
-    cursor = -1
-    while cursor < up_to_seq:
-        points = await sync_to_async(metrics.points_after)(run, cursor, limit=_PAGE_VALUES)
-        if not points:
-            return
-        cursor = points[-1].seq
-        yield _csv_lines(point for point in points if point.seq <= up_to_seq and name in ("", point.name))
-
-
-def _csv_lines(points: Iterable[metrics.Point]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows(
-        (
-            point.seq,
-            point.step,
-            point.recorded_at.isoformat(),
-            safe_cell(point.name),
-            repr(point.value) if math.isfinite(point.value) else metrics.word(point.value),
-        )
-        for point in points
-    )
-    return text.getvalue()
+async def _pulled(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+    read = sync_to_async(lambda: next(parts, None))
+    while (part := await read()) is not None:
+        yield part
 
 
 def _run(request: HttpRequest, run_id: str) -> TrainingRun:

@@ -1,7 +1,8 @@
-"""One run: its head, charts, latest samples, checkpoints, operations and events."""
+"""One run: its head, steering, charts, film strip, latest samples, checkpoints, operations and events."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -11,18 +12,17 @@ from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from runs.models import Operation, RunEvent, TrainingRun, User
-from runs.pages import checkpoints, sample_texts
+from runs.models import Operation, Recipe, TrainingRun, User
+from runs.pages import checkpoints, film_strip, lineage, playground, run_events, sample_texts, steering
 from runs.pages.policies import signed_in
 from runs.services import access, metrics, operations, run_rows, sampling, training_runs
+from runs.services.run_rows import RunFacts
 
 NUM_OPERATIONS: Final = 20
 NUM_SAMPLES: Final = 8
-NUM_EVENTS: Final = 30
 # Looked through for the latest samples; most of the rest only asked for log-probabilities.
 _NUM_SAMPLES_READ: Final = 24
 _TONES: Final = {"queued": "busy", "done": "done", "failed": "bad"}
-_EVENT_TONES: Final = {"recovered": "warn", "diverged": "bad", "failed": "bad", "saved": "good"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +42,30 @@ class OperationRow:
     attempts: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class EventRow:
-    """What the page shows of an event."""
-
-    kind: str
-    tone: str
-    step: int
-    created_at: datetime
-    details: list[tuple[str, str]]
-
-
 @signed_in
 @require_GET
 def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Show the run's page."""
     run = _run(request, run_id)
     is_large = metrics.is_large(run)
+    recipe = getattr(run, "recipe", None)
+    panels = _panels(run)
     context = {
-        **_panels(run),
+        **panels,
         "run": run,
         "title": run_rows.title_of(run),
+        "talk": playground.talk_of_run(run, panels["checkpoints"]),
         "chart_settings": {
             "runId": run.public_id,
             "isLarge": is_large,
             "upToSeq": metrics.last_seq(run) if is_large else -1,
             "names": metrics.names(run) if is_large else [],
+            "hasAncestry": panels["lineage"].continues,
         },
     }
+    if recipe is not None:
+        num_columns = film_strip.num_columns_of(request)
+        context["strip"] = film_strip.strip_of(run, recipe.config, num_columns=num_columns)
     return render(request, "runs/run_detail.html", context)
 
 
@@ -94,21 +90,36 @@ def rename(request: HttpRequest, run_id: str) -> HttpResponseBase:
 
 def _run(request: HttpRequest, run_id: str) -> TrainingRun:
     user: User = request.user  # type: ignore[assignment]
-    pk = access.get_run(user, run_id).pk
-    return training_runs.with_activity(access.runs_of(user)).select_related("session").get(pk=pk)
+    return run_rows.with_facts(user).get(pk=access.get_run(user, run_id).pk)
 
 
 def _panels(run: TrainingRun) -> dict[str, Any]:
     samples = sampling.samples_of(run, limit=_NUM_SAMPLES_READ)
-    events = RunEvent.objects.filter(run=run).order_by("-id")[:NUM_EVENTS]
+    events = run_events.rows_of(run)
+    recipe = getattr(run, "recipe", None)
+    facts = run_rows.facts_of(run)
+    saved = checkpoints.rows_of_run(run)
     return {
         "run": run,
-        "facts": run_rows.facts_of(run),
+        "facts": facts,
         "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
-        "checkpoints": checkpoints.rows_of_run(run),
+        "checkpoints": saved,
         "operations": [_operation_row(row) for row in operations.latest_of(run, limit=NUM_OPERATIONS)],
-        "events": [_event_row(event) for event in events],
+        "events": events[: run_events.NUM_SHOWN],
+        "older_events": events[run_events.NUM_SHOWN :],
+        "marks": run_events.marks_of(events, best_step=None if recipe is None else recipe.best_step),
+        "lineage": lineage.lineage_of(run),
+        "steering": _steering(recipe, facts, saved),
+        "strip_version": "" if recipe is None else film_strip.version_of(run),
     }
+
+
+def _steering(
+    recipe: Recipe | None, facts: RunFacts, saved: Sequence[checkpoints.CheckpointRow]
+) -> steering.Steering | None:
+    if recipe is None or facts.progress is None:
+        return None
+    return steering.steering_of(recipe, facts.progress.status, saved)
 
 
 def _operation_row(row: Operation) -> OperationRow:
@@ -125,14 +136,4 @@ def _operation_row(row: Operation) -> OperationRow:
         error=row.error,
         error_category=row.error_category,
         attempts=row.attempts,
-    )
-
-
-def _event_row(event: RunEvent) -> EventRow:
-    return EventRow(
-        kind=event.kind.replace("_", " "),
-        tone=_EVENT_TONES.get(event.kind, "idle"),
-        step=event.step,
-        created_at=event.created_at,
-        details=[(str(key).replace("_", " "), str(value)[:300]) for key, value in event.detail.items()],
     )

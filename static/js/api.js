@@ -1,4 +1,6 @@
 // Requests to this server. A lost sign-in leads to the login page.
+import { morph } from "./morph.js";
+
 async function get(url, accept) {
   const response = await fetch(url, { headers: { accept }, credentials: "same-origin" });
   if (response.redirected && new URL(response.url).pathname.startsWith("/login/")) {
@@ -22,17 +24,26 @@ export function parsePage(html) {
   return new DOMParser().parseFromString(html, "text/html");
 }
 
-// Replaces every [data-part] that differs, unless somebody is using it.
+// Sends a form; returns the answer, and whether it was accepted.
+export async function postForm(url, form) {
+  const response = await fetch(url, {
+    method: "POST",
+    body: new URLSearchParams(form),
+    headers: { accept: "application/json" },
+    credentials: "same-origin",
+  });
+  if (!(response.headers.get("content-type") ?? "").startsWith("application/json")) {
+    throw new Error(response.redirected ? "you are signed out; reload the page" : `the server answered ${response.status}`);
+  }
+  return { isDone: response.ok, answer: await response.json() };
+}
+
+// Brings every [data-part] up to date without disturbing whoever uses it.
 export function replaceParts(page) {
   for (const fresh of page.querySelectorAll("[data-part]")) {
     const current = document.querySelector(`[data-part="${fresh.dataset.part}"]`);
-    if (!current || current.isEqualNode(fresh) || isInUse(current)) continue;
-    current.replaceWith(document.adoptNode(fresh));
+    if (!current || current.isEqualNode(fresh)) continue;
+    morph(current, fresh);
+    current.dispatchEvent(new CustomEvent("partchange", { bubbles: true }));
   }
-}
-
-function isInUse(part) {
-  const selection = getSelection();
-  if (selection && !selection.isCollapsed && part.contains(selection.anchorNode)) return true;
-  return part.contains(document.activeElement) || part.querySelector(":popover-open") !== null;
 }

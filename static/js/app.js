@@ -65,6 +65,8 @@ function onKey(event) {
     event.preventDefault();
     search.focus();
     search.select();
+  } else if (event.key === "n") {
+    document.querySelector(".new-run-link")?.click();
   } else if (event.key === "?") {
     document.getElementById("help").togglePopover();
   }
@@ -87,6 +89,19 @@ document.addEventListener("click", (event) => {
 document.addEventListener("change", (event) => {
   if (event.target.closest("[data-theme-choice]")) setTheme(event.target.value);
   if (event.target.matches("[data-submits]")) event.target.form.requestSubmit();
+});
+// A form that starts something starts it once, however often its button is pressed.
+document.addEventListener("submit", (event) => {
+  if (!event.target.matches("[data-once]")) return;
+  if (event.target.getAttribute("aria-busy") === "true") event.preventDefault();
+  event.target.setAttribute("aria-busy", "true");
+  event.submitter?.setAttribute("aria-disabled", "true");
+});
+addEventListener("pageshow", () => {
+  for (const form of document.querySelectorAll("[data-once][aria-busy]")) {
+    form.removeAttribute("aria-busy");
+    form.querySelector("[aria-disabled]")?.removeAttribute("aria-disabled");
+  }
 });
 document.addEventListener("keydown", onKey);
 showTheme();

@@ -1,6 +1,12 @@
 // One metric's chart: uPlot with an honest band, marks for what is not a number, and a table and words beside it.
 /* global uPlot */
+import { niceTicks, tickStep, yRange } from "./axes.js";
+import { saveImage } from "./chart_image.js";
+import { EventsLane } from "./events_lane.js";
+import { readColors } from "./chart_colors.js";
+import { tableOf } from "./chart_table.js";
 import { clock, count, decimal, tick, timeLabels } from "./format.js";
+import { drawBest, drawFaint, drawOverlay, drawVertical, extremes, valueBefore } from "./overlays.js";
 
 const TITLES = {
   loss: "Loss per token",
@@ -13,7 +19,8 @@ const TITLES = {
   loss_sum: "Loss, summed",
   tokens: "Tokens of a step",
 };
-const MAX_TABLE_ROWS = 300;
+const X_TITLES = { step: "step", tokens: "tokens", time: "time" };
+const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [4, 4]];
 const LONE_POINTS = 40;
 const template = document.getElementById("chart-template");
 
@@ -34,7 +41,14 @@ export class Chart {
     this.part("title").textContent = TITLES[series.name] ?? series.name;
     this.part("title").title = series.name;
     this.holder = this.part("plot");
+    // Other series in the same chart, as { label, series }, and those of the runs that this one goes on from.
+    this.overlays = [];
+    this.ancestors = [];
+    this.marks = { events: [], bestStep: null };
+    this.pointed = null;
+    this.lane = null;
     this.holder.addEventListener("keydown", (event) => this.#onKey(event));
+    this.part("image-button").addEventListener("click", () => this.#saveImage());
     this.part("table-button").addEventListener("click", () => this.#toggleTable());
   }
 
@@ -46,13 +60,36 @@ export class Chart {
     if (this.isVisible) this.draw();
   }
 
+  addOverlay(label, series) {
+    this.overlays.push({ label, series });
+    this.overlays.sort((a, b) => (a.label < b.label ? -1 : 1));
+  }
+
+  // Events go into a lane of their own; the tokens axis needs to know where a step is.
+  setMarks(marks) {
+    this.marks = marks;
+    if (!this.lane) this.lane = new EventsLane(this.element.querySelector(".events-lane"), { onPoint: (event) => this.#point(event) });
+    this.lane.setEvents(marks.events);
+    this.plot?.redraw(false);
+  }
+
+  #point(event) {
+    this.pointed = event;
+    this.plot?.redraw(false);
+  }
+
+  get isEmpty() {
+    return this.series.isEmpty && this.overlays.every(({ series }) => series.isEmpty);
+  }
+
   draw() {
-    if (!this.range || this.series.isEmpty) return;
+    if (!this.range || this.isEmpty) return;
     this.isStale = false;
     const [from, to] = this.range;
     const width = this.holder.clientWidth;
     if (!width) return;
     this.view = this.series.view(this.options.axis, from, to, Math.max(width, 200));
+    this.#viewOthers(from, to, Math.max(width, 200));
     const data = this.#columns();
     if (!this.plot) this.#build(data);
     else this.plot.batch(() => {
@@ -67,6 +104,15 @@ export class Chart {
     this.plot = null;
     if (this.isVisible) this.draw();
     else this.isStale = true;
+  }
+
+  #viewOthers(from, to, maxPoints) {
+    const { axis, isLog } = this.options;
+    for (const overlay of this.overlays) overlay.view = overlay.series.view(axis, from, to, maxPoints);
+    // Their tokens and their time are not this run's.
+    const shown = axis === "step" ? this.ancestors : [];
+    this.faint = shown.map((series) => ({ ...series.view(axis, from, to, maxPoints), isOverlay: series.name !== this.series.name }));
+    this.extremes = extremes([...this.overlays.map(({ view }) => view), ...this.faint], isLog);
   }
 
   #columns() {
@@ -85,6 +131,7 @@ export class Chart {
 
   #build(data) {
     const colors = readColors(this.element);
+    this.colors = colors;
     const { options } = this;
     const [from, to] = this.range;
     const axis = {
@@ -104,10 +151,10 @@ export class Chart {
         padding: [8, 22, 0, 0],
         scales: {
           x: { time: options.axis === "time", range: (u, min, max) => [min, max] },
-          y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => yRange(min, max, options.isLog) },
+          y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => yRange(...this.#withOthers(min, max), options.isLog) },
         },
         axes: [
-          { ...axis, size: 26, space: 56, ...(options.axis === "step" ? { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) } : { values: (u, ticks) => timeLabels(ticks) }) },
+          { ...axis, size: 26, space: 56, ...(options.axis !== "time" ? { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) } : { values: (u, ticks) => timeLabels(ticks) }) },
           {
             ...axis,
             size: 54,
@@ -133,6 +180,7 @@ export class Chart {
           bind: { dblclick: () => () => this.onReset() },
         },
         hooks: {
+          drawAxes: [(u) => this.#drawBehind(u, colors)],
           draw: [(u) => this.#drawMarks(u, colors)],
           setCursor: [(u) => this.#read(u)],
           setSelect: [(u) => this.#zoomTo(u)],
@@ -166,13 +214,77 @@ export class Chart {
     const { ctx, bbox } = u;
     const inside = (x) => x >= u.scales.x.min && x <= u.scales.x.max;
     ctx.save();
-    for (const { step, time, value } of this.series.abandoned) {
-      const axis = this.options.axis === "step" ? step : time;
-      strokeLine(u, axis, value, colors.abandoned);
-    }
+    this.overlays.forEach(({ view }, index) => drawOverlay(u, view, { color: colors[`overlay-${index + 1}`] ?? colors["overlay-1"], dash: DASHES[index % DASHES.length] }));
+    this.#drawBest(u, colors);
     for (const [x] of this.view.bad) if (inside(x)) triangle(ctx, u.valToPos(x, "x", true), bbox.top + bbox.height, colors.bad);
     for (const x of this.floored) if (inside(x)) triangle(ctx, u.valToPos(x, "x", true), bbox.top + bbox.height, colors.floor);
     ctx.restore();
+    this.lane?.place(u, (event) => this.#placeOf(event));
+  }
+
+  // Under the run's own line: whom it was forked from, what it left behind, and what happened.
+  #drawBehind(u, colors) {
+    const isSmooth = this.options.weight > 0;
+    for (const { x, mean, smooth, isOverlay } of this.faint) {
+      drawFaint(u, x, isSmooth && !isOverlay ? smooth : mean, isOverlay ? colors["ancestor-overlay"] : colors.ancestor);
+    }
+    for (const { x, value } of this.series.abandoned(this.options.axis)) drawFaint(u, x, value, colors.abandoned, [4, 3]);
+    for (const event of this.marks.events) {
+      if (!event.isQuiet && event !== this.pointed) drawVertical(u, this.#placeOf(event), colors[event.tone] ?? colors.idle, false);
+    }
+    if (this.pointed) drawVertical(u, this.#placeOf(this.pointed), colors[this.pointed.tone] ?? colors.idle, true);
+  }
+
+  #placeOf({ step, time }) {
+    if (this.options.axis === "time") return time;
+    return this.options.axis === "tokens" && this.series.tokensAt ? this.series.tokensAt(step) : step;
+  }
+
+  #drawBest(u, colors) {
+    const { bestStep } = this.marks;
+    const overall = this.overlays[0];
+    if (bestStep === null || !overall) return;
+    const found = valueBefore(overall.series, bestStep);
+    const index = overall.series.step.lastIndexOf(bestStep);
+    if (!found || found[0] !== bestStep) return;
+    const x = this.#placeOf({ step: bestStep, time: overall.series.time[index] ?? 0 });
+    drawBest(u, x, found[1], { color: colors["overlay-1"], surface: colors.surface, font: colors.font });
+  }
+
+  // The range of the run's own values and of what else is in view.
+  #withOthers(min, max) {
+    const values = [min, max, ...(this.extremes ?? [])].filter((value) => value !== null && value !== undefined);
+    return values.length ? [Math.min(...values), Math.max(...values)] : [null, null];
+  }
+
+  #legend(colors) {
+    const items = [];
+    if (this.overlays.length && !this.series.isEmpty) items.push({ label: "training", color: colors.line });
+    this.overlays.forEach(({ label }, index) => items.push({ label, color: colors[`overlay-${index + 1}`] ?? colors["overlay-1"] }));
+    if (this.ancestors.length) items.push({ label: "before the fork", color: colors.ancestor });
+    if (this.series.hasAbandoned) items.push({ label: "left behind", color: colors.abandoned });
+    return items;
+  }
+
+  #showLegend() {
+    const list = this.part("legend");
+    const items = this.#legend(this.colors);
+    list.hidden = items.length === 0;
+    list.replaceChildren(...items.map(({ label, color }) => {
+      const item = document.createElement("li");
+      const swatch = document.createElement("span");
+      swatch.className = "legend-swatch";
+      swatch.style.background = color;
+      item.append(swatch, label);
+      return item;
+    }));
+  }
+
+  #saveImage() {
+    if (!this.plot) return;
+    const { colors } = this;
+    const title = `${this.part("title").textContent} by ${X_TITLES[this.options.axis]}`;
+    saveImage({ canvas: this.plot.ctx.canvas, title, legend: this.#legend(colors), colors, name: this.series.name });
   }
 
   #read(u) {
@@ -191,6 +303,10 @@ export class Chart {
     if (view.numValues[index] > 1 && view.low[index] !== null) {
       parts.push(`${decimal(view.low[index])} to ${decimal(view.high[index])} in ${count(view.numValues[index])}`);
     }
+    for (const { label, series } of this.overlays) {
+      const found = valueBefore(series, view.step[index]);
+      if (found) parts.push(`${label} ${decimal(found[1])} (step ${count(found[0])})`);
+    }
     readout.textContent = parts.join("  \u00b7  ");
   }
 
@@ -205,7 +321,11 @@ export class Chart {
     const words = [];
     if (first !== null) words.push(`${decimal(first)} \u2192 ${decimal(last)}, lowest ${decimal(lowest)} ${place} step ${count(lowestStep)}`);
     if (this.view.width > 1) words.push(`${count(this.view.width)} steps a point, with their range`);
-    if (this.series.abandoned.length) words.push("grey: left behind when the run went back");
+    for (const { label, series: { facts } } of this.overlays) {
+      if (facts.last !== null) words.push(`${label} ${decimal(facts.first)} \u2192 ${decimal(facts.last)}, lowest ${decimal(facts.lowest)} at step ${count(facts.lowestStep)}`);
+    }
+    if (this.series.hasAbandoned) words.push("grey: left behind when the run went back");
+    if (this.ancestors.length) words.push("faint: the run it was forked from");
     const summary = words.join("; ");
     this.part("summary").textContent = summary;
     this.part("summary").title = summary;
@@ -214,6 +334,7 @@ export class Chart {
     chip(this.part("floor"), this.floored.length, `${count(this.floored.length)} at or below 0`);
     if (!this.plot || this.plot.cursor.left < 0) this.part("readout").textContent = this.#lastWords();
     if (!this.part("table").hidden) this.#fillTable();
+    this.#showLegend();
   }
 
   #onKey(event) {
@@ -222,6 +343,7 @@ export class Chart {
     if (!move || !this.plot) return;
     event.preventDefault();
     const { x } = this.view;
+    if (!x.length) return;
     const at = this.plot.cursor.left < 0 ? x.length : this.plot.cursor.idx;
     const next = Math.min(Math.max(at + move, 0), x.length - 1);
     this.plot.setCursor({ left: this.plot.valToPos(x[next], "x"), top: 10 });
@@ -235,35 +357,12 @@ export class Chart {
   }
 
   #fillTable() {
-    const { view } = this;
-    const isBucketed = view.width > 0;
-    const heads = ["Step", isBucketed ? "Mean" : "Value", "Smoothed", ...(isBucketed ? ["Lowest", "Highest", "Values"] : [])];
-    const table = document.createElement("table");
-    table.className = "table";
-    table.createTHead().append(rowOf("th", heads));
-    const body = table.createTBody();
-    for (let index = view.x.length - 1; index >= 0 && view.x.length - index <= MAX_TABLE_ROWS; index -= 1) {
-      const value = view.mean[index] === null ? "not finite" : decimal(view.mean[index]);
-      const range = isBucketed ? [decimal(view.low[index]), decimal(view.high[index]), count(view.numValues[index])] : [];
-      body.append(rowOf("td", [count(view.step[index]), value, decimal(view.smooth[index]), ...range]));
-    }
-    this.part("table").replaceChildren(table);
+    this.part("table").replaceChildren(tableOf(this.view, this.overlays));
   }
 }
 
 // Steps are whole numbers, and so are their labels.
 const WHOLE = [1, 2, 5].flatMap((digit) => Array.from({ length: 10 }, (_, power) => digit * 10 ** power)).sort((a, b) => a - b);
-
-function rowOf(kind, texts) {
-  const row = document.createElement("tr");
-  for (const text of texts) {
-    const cell = document.createElement(kind);
-    cell.className = "number";
-    cell.textContent = text;
-    row.append(cell);
-  }
-  return row;
-}
 
 function chip(element, number, text) {
   element.hidden = number === 0;
@@ -272,40 +371,6 @@ function chip(element, number, text) {
 
 function padded(from, to) {
   return from === to ? { min: from - 1, max: to + 1 } : { min: from, max: to };
-}
-
-function yRange(min, max, isLog) {
-  if (min === null || max === null) return isLog ? [0.1, 1] : [0, 1];
-  // Rounding in the average makes a constant vary in its last digits; such a range has no ticks.
-  const isConstant = max - min <= 1e-7 * Math.max(Math.abs(min), Math.abs(max));
-  if (isLog) return isConstant ? [min / 2, max * 2] : [min / (max / min) ** 0.06, max * (max / min) ** 0.06];
-  const space = isConstant ? Math.abs(max) * 0.1 || 1 : (max - min) * 0.07;
-  // Measures that cannot be negative do not get an axis below zero.
-  return [min >= 0 ? Math.max(min - space, 0) : min - space, max + space];
-}
-
-function niceTicks(min, max, isLog) {
-  if (!isLog || max / min < 8) return linearTicks(min, max);
-  const digits = max / min > 1000 ? [1] : [1, 2, 5];
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(min)); power <= Math.ceil(Math.log10(max)); power += 1) {
-    for (const digit of digits) ticks.push(Number(`${digit}e${power}`));
-  }
-  return ticks.filter((value) => value >= min && value <= max);
-}
-
-function linearTicks(min, max) {
-  const rough = (max - min) / 4;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= rough * 0.999);
-  const first = Math.ceil(min / step - 1e-9);
-  const number = Math.min(Math.floor(max / step + 1e-9) - first + 1, 12);
-  return Array.from({ length: Math.max(number, 0) }, (_, index) => Number(((first + index) * step).toPrecision(12)));
-}
-
-function tickStep(ticks, index) {
-  const other = index > 0 ? ticks[index - 1] : ticks[index + 1];
-  return other === undefined ? ticks[index] / 100 : Math.abs(ticks[index] - other);
 }
 
 // A value between two gaps would be no line at all: it is drawn as a dot.
@@ -334,36 +399,4 @@ function triangle(ctx, x, y, color) {
   ctx.lineTo(x - size, y);
   ctx.lineTo(x + size, y);
   ctx.fill();
-}
-
-function strokeLine(u, xs, values, color) {
-  const { ctx, bbox } = u;
-  ctx.save();
-  ctx.beginPath();
-  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
-  ctx.clip();
-  ctx.strokeStyle = color;
-  ctx.lineWidth = devicePixelRatio;
-  ctx.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
-  ctx.beginPath();
-  xs.forEach((x, index) => {
-    if (Number.isFinite(values[index])) ctx.lineTo(u.valToPos(x, "x", true), u.valToPos(values[index], "y", true));
-  });
-  ctx.stroke();
-  ctx.restore();
-}
-
-// Canvas needs colours resolved for the theme in force.
-function readColors(element) {
-  const probe = document.createElement("span");
-  element.append(probe);
-  const style = getComputedStyle(probe);
-  const read = (name) => {
-    probe.style.color = `var(--chart-${name})`;
-    return style.color;
-  };
-  const colors = Object.fromEntries(["line", "raw", "band", "abandoned", "grid", "axis", "bad", "floor"].map((name) => [name, read(name)]));
-  colors.font = style.fontFamily;
-  probe.remove();
-  return colors;
 }

@@ -3,6 +3,8 @@ import { getJson, getPage, parsePage, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
 import { count } from "./format.js";
 import { Series } from "./series.js";
+import { connectSteering } from "./steering.js";
+import { TokenAxis } from "./token_axis.js";
 import { LiveSocket, showState } from "./socket.js";
 
 const settings = JSON.parse(document.getElementById("chart-settings").textContent);
@@ -16,6 +18,11 @@ const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
 
 const options = { weight: 0.6, isLog: false, axis: "step", span: "all" };
 const charts = new Map();
+// Series that are drawn in the loss chart, by metric name.
+const overlays = new Map();
+const VALIDATION = "validation_loss";
+const AXES = ["step", "tokens", "time"];
+const tokenAxis = new TokenAxis();
 let cursor = settings.isLarge ? settings.upToSeq : -1;
 let zoom = null;
 let numMissed = 0;
@@ -27,7 +34,7 @@ function takePoints(points, next) {
   let numNew = 0;
   for (const [seq, step, time, name, value] of points) {
     if (seq <= cursor) continue;
-    chartOf(name).series.push(step, time, typeof value === "string" ? NUMBERS[value] : value);
+    seriesOf(name).push(step, time, typeof value === "string" ? NUMBERS[value] : value);
     numNew += 1;
   }
   cursor = Math.max(cursor, next);
@@ -35,6 +42,7 @@ function takePoints(points, next) {
   grid.dataset.numValues = numValues;
   grid.dataset.cursor = cursor;
   if (!numNew) return;
+  if (allSeries().some((series) => series.isOutdated)) restart();
   if (zoom) numMissed += numNew;
   scheduleDraw();
 }
@@ -67,11 +75,36 @@ async function loadHistoryOf(name, range) {
     query.set("to", Math.ceil(range[1]));
   }
   const { series: [history] } = await getJson(`${address}/series.json?${query}`);
-  const { series } = chartOf(name);
+  const series = seriesOf(name);
   const before = series.numValues;
   series.setHistory(history);
   numValues += series.numValues - before;
   grid.dataset.numValues = numValues;
+  scheduleDraw();
+}
+
+// The run went back into the past that came in buckets: all of it is asked for again, up to now.
+function restart() {
+  for (const series of allSeries()) series.clear();
+  settings.isLarge = true;
+  settings.upToSeq = cursor;
+  settings.names = [...charts.keys(), ...overlays.keys()];
+  numValues = 0;
+  loadHistory(zoom).catch(showProblem);
+}
+
+// The curves of the runs that this one goes on from.
+async function loadAncestry() {
+  const { ancestors } = await getJson(`${address}/ancestry.json`);
+  for (const { series } of ancestors) {
+    for (const past of series) {
+      const line = new Series(past.name);
+      line.setWeight(options.weight);
+      past.step.forEach((step, index) => line.push(step, past.time_s[index], past.mean[index] ?? NaN));
+      const chart = past.name === VALIDATION ? charts.get("loss") : charts.get(past.name);
+      chart?.ancestors.push(line);
+    }
+  }
   scheduleDraw();
 }
 
@@ -98,6 +131,21 @@ const resized = new ResizeObserver((entries) => {
   for (const { target } of entries) charts.get(target.closest("[data-metric]").dataset.metric)?.resize();
 });
 
+function seriesOf(name) {
+  if (!name.startsWith(VALIDATION)) return chartOf(name).series;
+  const known = overlays.get(name);
+  if (known) return known;
+  const series = new Series(name);
+  overlays.set(name, series);
+  const label = name.slice(VALIDATION.length + 1);
+  chartOf("loss").addOverlay(label ? `validation: ${label}` : "validation", series);
+  return series;
+}
+
+function allSeries() {
+  return [...[...charts.values()].map(({ series }) => series), ...overlays.values()];
+}
+
 function chartOf(name) {
   const known = charts.get(name);
   if (known) return known;
@@ -105,6 +153,7 @@ function chartOf(name) {
   series.setWeight(options.weight);
   const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom });
   charts.set(name, chart);
+  if (name === "loss") chart.setMarks(readMarks());
   const place = rank(name);
   const next = [...grid.children].find((element) => rank(element.dataset.metric) > place);
   grid.insertBefore(chart.element, next ?? null);
@@ -131,6 +180,7 @@ function scheduleDraw() {
 }
 
 function drawAll() {
+  readTokens();
   const range = zoom ?? shownRange();
   for (const chart of charts.values()) chart.update(range);
   follow.hidden = !zoom;
@@ -141,7 +191,7 @@ function drawAll() {
 function shownRange() {
   let from = Infinity;
   let to = -Infinity;
-  for (const { series } of charts.values()) {
+  for (const series of shownSeries()) {
     const extent = series.extent(options.axis);
     if (!extent) continue;
     from = Math.min(from, extent[0]);
@@ -150,6 +200,20 @@ function shownRange() {
   if (options.span === "tenth") return [to - (to - from) / 10, to];
   if (options.span !== "all" && options.axis === "step") return [Math.max(from, to - Number(options.span)), to];
   return from > to ? null : [from, to];
+}
+
+function shownSeries() {
+  const ancestors = options.axis === "step" ? [...charts.values()].flatMap((chart) => chart.ancestors) : [];
+  return [...allSeries(), ...ancestors];
+}
+
+// Where each step is on the axis of tokens; without their metric there is no such axis.
+function readTokens() {
+  const tokens = charts.get("tokens")?.series;
+  tools.elements.axis.options[1].disabled = !tokens;
+  if (options.axis !== "tokens") return;
+  if (tokens) tokenAxis.read(tokens);
+  for (const series of allSeries()) series.tokensAt = tokens && !tokenAxis.isEmpty ? tokenAxis.at : null;
 }
 
 function setZoom(from, to) {
@@ -182,7 +246,7 @@ function keepInAddress() {
 
 function readAddress() {
   const view = new URLSearchParams(location.hash.slice(1));
-  if (view.get("axis") === "time") options.axis = "time";
+  if (AXES.includes(view.get("axis"))) options.axis = view.get("axis");
   options.isLog = view.has("log");
   if (["1000", "tenth"].includes(view.get("span"))) options.span = view.get("span");
   const numbers = (view.get("zoom") ?? "").split(",").map(Number);
@@ -218,7 +282,7 @@ function onWeight() {
   } catch {
     // Kept for this page only.
   }
-  for (const { series } of charts.values()) series.setWeight(options.weight);
+  for (const series of shownSeries()) series.setWeight(options.weight);
   if ((was > 0) !== (options.weight > 0)) rebuildAll();
   refineHistory();
   scheduleDraw();
@@ -259,16 +323,28 @@ let panelsAt = performance.now();
 function refreshPanels() {
   if (panelsTimer) return;
   const wait = Math.max(0, panelsAt + PANELS_INTERVAL_MS - performance.now());
-  panelsTimer = setTimeout(async () => {
-    panelsTimer = null;
-    panelsAt = performance.now();
-    if (document.hidden) return;
-    try {
-      replaceParts(await getPage(`${address}/panels/`));
-    } catch {
-      // The next change tries again.
-    }
-  }, wait);
+  panelsTimer = setTimeout(refreshNow, wait);
+}
+
+async function refreshNow() {
+  clearTimeout(panelsTimer);
+  panelsTimer = null;
+  panelsAt = performance.now();
+  if (document.hidden) return;
+  try {
+    replaceParts(await getPage(`${address}/panels/`));
+  } catch {
+    // The next change tries again.
+  }
+}
+
+function readMarks() {
+  return JSON.parse(document.getElementById("run-marks").dataset.marks);
+}
+
+async function copyView(button) {
+  keepInAddress();
+  button.dataset.copyText = location.href;
 }
 
 function onMessage({ points, cursor: next, changed, facts }) {
@@ -283,6 +359,7 @@ tools.addEventListener("input", (event) => {
   if (event.target.name === "weight") onWeight();
 });
 tools.addEventListener("change", onTool);
+tools.querySelector("[data-copy-view]").addEventListener("click", (event) => copyView(event.currentTarget));
 tools.addEventListener("submit", (event) => event.preventDefault());
 follow.addEventListener("click", resetZoom);
 document.addEventListener("themechange", rebuildAll);
@@ -291,9 +368,15 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) refreshPanels();
 });
 
+document.addEventListener("partchange", ({ target }) => {
+  if (target.dataset.part === "events") charts.get("loss")?.setMarks(readMarks());
+});
+connectSteering(document.querySelector("[data-part='steering']"), refreshNow);
+
 readAddress();
 try {
   await loadPast();
+  if (settings.hasAncestry) await loadAncestry();
   new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {
     hello: () => ({ after: cursor }),
     onMessage,

@@ -4,15 +4,19 @@
 export class Series {
   constructor(name) {
     this.name = name;
-    this.history = null;
-    this.abandoned = [];
     this.weight = 0;
-    this.numValues = 0;
-    this.facts = noFacts();
-    this.#clear();
+    // Says how many tokens the run had seen at a step; there is no such axis before it is set.
+    this.tokensAt = null;
+    this.clear();
   }
 
-  #clear() {
+  clear() {
+    this.history = null;
+    this.leftBehind = [];
+    this.numValues = 0;
+    this.facts = noFacts();
+    // The run went back into the past that came in buckets, which must be asked for again.
+    this.isOutdated = false;
     this.step = [];
     this.time = [];
     this.value = [];
@@ -22,7 +26,7 @@ export class Series {
 
   push(step, time, value) {
     this.numValues += 1;
-    if (this.step.length && step < this.step.at(-1)) this.#goBack(step);
+    if (step < this.#lastStep()) this.#goBack(step);
     this.step.push(step);
     this.time.push(time);
     this.value.push(value);
@@ -30,9 +34,14 @@ export class Series {
     this.#seeValue(step, value);
   }
 
+  #lastStep() {
+    return this.step.at(-1) ?? this.history?.last_step.at(-1) ?? -Infinity;
+  }
+
   #goBack(step) {
+    if (step <= (this.history?.last_step.at(-1) ?? -Infinity)) this.isOutdated = true;
     const cut = lowerBound(this.step, step);
-    this.abandoned.push({ step: this.step.splice(cut), time: this.time.splice(cut), value: this.value.splice(cut) });
+    if (cut < this.step.length) this.leftBehind.push({ step: this.step.splice(cut), time: this.time.splice(cut), value: this.value.splice(cut) });
     this.setWeight(this.weight);
     this.#seeAgain();
   }
@@ -57,84 +66,111 @@ export class Series {
 
   // The past up to the page's first cursor, in buckets made by the server.
   setHistory(history) {
-    if (!this.history) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0);
+    if (!this.history) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0) + history.num_abandoned;
     const isFirst = !this.history;
     this.history = history;
     this.setWeight(this.weight);
     if (isFirst) this.#seeAgain();
   }
 
+  // What was left behind when the run went back, each stretch on an axis.
+  abandoned(axis) {
+    const past = (this.history?.abandoned ?? []).map(({ step, time_s: time, mean }) => ({ step, time, value: mean }));
+    return [...past, ...this.leftBehind].map(({ step, time, value }) => ({ x: this.#onAxis(axis, step, time), value }));
+  }
+
+  get hasAbandoned() {
+    return this.leftBehind.length > 0 || (this.history?.abandoned.length ?? 0) > 0;
+  }
+
+  // The places of steps on an axis ("step", "time" or "tokens").
+  #onAxis(axis, step, time) {
+    if (axis === "time") return time;
+    return axis === "tokens" && this.tokensAt ? step.map(this.tokensAt) : step;
+  }
+
+  #pastOnAxis(axis) {
+    const past = this.history;
+    return past?.step.length ? this.#onAxis(axis, past.step, past.time_s) : null;
+  }
+
   get isEmpty() {
     return this.step.length === 0 && !this.history?.step.length;
   }
 
-  // The extent on an axis ("step" or "time").
+  // The extent on an axis.
   extent(axis) {
-    const past = this.history?.step.length ? this.history : null;
-    const tail = this[axis];
+    const tail = this.#onAxis(axis, this.step, this.time);
+    const past = this.#pastOnAxis(axis);
     if (!past && !tail.length) return null;
-    const pastAxis = past && (axis === "step" ? past.step : past.time_s);
-    const pastEnd = past && (axis === "step" ? past.last_step.at(-1) : past.time_s.at(-1));
-    return [past ? pastAxis[0] : tail[0], tail.length ? tail.at(-1) : pastEnd];
+    const end = past && (axis === "time" ? past.at(-1) : this.#onAxis(axis, [this.history.last_step.at(-1)], [])[0]);
+    return [past ? past[0] : tail[0], tail.length ? tail.at(-1) : end];
   }
 
   // What to draw between two places on an axis, in at most `maxPoints` columns.
   view(axis, from, to, maxPoints) {
-    const tail = this[axis];
+    const tail = this.#onAxis(axis, this.step, this.time);
     const first = Math.max(lowerBound(tail, from) - 1, 0);
     const end = Math.min(upperBound(tail, to) + 1, tail.length);
-    if (!this.history && end - first <= maxPoints) return this.#rawView(axis, first, end);
-    return this.#bucketView(axis, from, to, first, end, maxPoints);
+    if (!this.history && end - first <= maxPoints) return this.#rawView(tail, first, end);
+    const past = this.#pastInside(axis, from, to);
+    return this.#bucketView(tail, past, first, end, maxPoints);
   }
 
-  #rawView(axis, first, end) {
+  // The buckets of the past that lie in a range, as [index, place on the axis].
+  #pastInside(axis, from, to) {
+    const places = this.#pastOnAxis(axis) ?? [];
+    const inside = [];
+    for (let index = 0; index < places.length && places[index] <= to; index += 1) {
+      const end = axis === "step" ? this.history.last_step[index] : places[index + 1] ?? places[index];
+      if (end >= from) inside.push([index, places[index]]);
+    }
+    return inside;
+  }
+
+  #rawView(tail, first, end) {
     const view = emptyView();
     for (let index = first; index < end; index += 1) {
       const value = this.value[index];
       const isFinite = Number.isFinite(value);
-      view.x.push(this[axis][index]);
+      view.x.push(tail[index]);
       view.step.push(this.step[index]);
       view.mean.push(isFinite ? value : null);
       view.smooth.push(isFinite ? this.smooth[index] : null);
       view.low.push(null);
       view.high.push(null);
       view.numValues.push(1);
-      if (!isFinite) view.bad.push([this[axis][index], 1]);
+      if (!isFinite) view.bad.push([tail[index], 1]);
     }
     return view;
   }
 
   // Buckets are a power of two wide and start at its multiples, so they stay put as values arrive.
-  #bucketView(axis, from, to, first, end, maxPoints) {
-    const buckets = new Buckets(this.#width(axis, from, to, first, end, maxPoints));
-    const past = this.history;
-    for (let index = 0; past && index < past.step.length; index += 1) {
-      const x = axis === "step" ? past.step[index] : past.time_s[index];
-      if (x > to) break;
-      if ((axis === "step" ? past.last_step[index] : x) < from) continue;
-      buckets.add(past.step[index], x, past.num_values[index] - past.num_nonfinite[index], past.num_nonfinite[index],
-        past.mean[index], past.low[index], past.high[index], past.smooth[index]);
+  #bucketView(tail, past, first, end, maxPoints) {
+    const buckets = new Buckets(this.#width(past, first, end, maxPoints));
+    const { history } = this;
+    for (const [index, x] of past) {
+      const numBad = history.num_nonfinite[index];
+      buckets.add(history.step[index], x, history.num_values[index] - numBad, numBad,
+        history.mean[index], history.low[index], history.high[index], history.smooth[index]);
     }
     for (let index = first; index < end; index += 1) {
       const value = this.value[index];
       const isFinite = Number.isFinite(value);
-      buckets.add(this.step[index], this[axis][index], isFinite ? 1 : 0, isFinite ? 0 : 1, value, value, value, this.smooth[index]);
+      buckets.add(this.step[index], tail[index], isFinite ? 1 : 0, isFinite ? 0 : 1, value, value, value, this.smooth[index]);
     }
     return buckets.view();
   }
 
-  #width(axis, from, to, first, end, maxPoints) {
+  #width(past, first, end, maxPoints) {
+    const { history } = this;
     let low = end > first ? this.step[first] : Infinity;
     let high = end > first ? this.step[end - 1] : -Infinity;
-    const past = this.history;
-    for (let index = 0; past && index < past.step.length; index += 1) {
-      const x = axis === "step" ? past.step[index] : past.time_s[index];
-      if (x > to) break;
-      if ((axis === "step" ? past.last_step[index] : x) < from) continue;
-      low = Math.min(low, past.step[index]);
-      high = Math.max(high, past.last_step[index]);
+    for (const [index] of past) {
+      low = Math.min(low, history.step[index]);
+      high = Math.max(high, history.last_step[index]);
     }
-    let width = past?.width ?? 1;
+    let width = history?.width ?? 1;
     while (high - low > width * maxPoints) width *= 2;
     return width;
   }

@@ -127,8 +127,10 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     messages: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
-        # The browser itself says this when the server is gone, and the page comes back from it.
-        if message.type in ("error", "warning") and "ERR_CONNECTION_REFUSED" not in message.text:
+        # The browser itself says this when the server is gone, and when it refuses what a form holds; the
+        # page comes back from the one and shows the other.
+        is_told = "ERR_CONNECTION_REFUSED" in message.text or "status of 422" in message.text
+        if message.type in ("error", "warning") and not is_told:
             messages.append(message.text)
 
     tab.on("console", note)

@@ -47,8 +47,8 @@ def test_it_counts_its_queries(
         seed.add_sample(run, seed.chat(tokenizer, name), [[5, 6]])
         RunEvent.objects.create(run=run, seq=1, kind="saved")
     # session, user, run twice (access, then its state), size of the past, samples, base models,
-    # checkpoints, operations, events
-    with django_assert_num_queries(10):
+    # checkpoints, operations, events, forks
+    with django_assert_num_queries(11):
         assert page.get(f"/runs/{run.public_id}/").status_code == 200
 
 
@@ -71,7 +71,7 @@ def test_it_shows_the_run(page: Client, run: TrainingRun) -> None:
 
 def test_panels_are_the_same_parts_as_on_the_page(page: Client, run: TrainingRun) -> None:
     text = page.get(f"/runs/{run.public_id}/panels/").content.decode()
-    for part in ("facts", "samples", "checkpoints", "operations", "events"):
+    for part in ("facts", "lineage", "samples", "checkpoints", "operations", "events"):
         assert f'data-part="{part}"' in text
 
 

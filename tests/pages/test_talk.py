@@ -1,0 +1,169 @@
+"""The box that talks to weights, in a real browser: text while it is drawn, and never anything but text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from gpuworker.worker import GpuWorker
+from runs.models import Operation, Recipe, TrainingRun, User
+from runs.recipes import rendering
+from runs.schemas import results
+from runs.schemas.requests import from_canonical
+from runs.schemas.sampling import StoredSample
+from runs.services import commits, sessions, training_runs
+from runs.services.commits import Result
+from runs.services.training_runs import Lora
+from tests.pages import recipe_seed, seed
+from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
+    CHROMIUM,
+    Server,
+    alice,
+    browser,
+    open_run,
+    server,
+    tab,
+)
+from tests.worker import conftest as worker_side
+from tests.worker.conftest import finished, wait_for
+
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.e2e,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+MODEL = "mintweb/tiny"
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202e[](javascript:alert(3))"
+
+
+@pytest.fixture
+def worker(transactional_db: None) -> Iterator[GpuWorker]:
+    """Return a worker with the shipped model in this process."""
+    worker = GpuWorker()
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture
+def trained(alice: User, worker: GpuWorker) -> TrainingRun:  # noqa: F811
+    """Return a run with a checkpoint that the worker has saved."""
+    session = sessions.create_session(alice)
+    run, _ = training_runs.create_run(
+        session, model_seq_id=0, base_model=MODEL, lora=Lora(rank=4, seed=1), name="talkative"
+    )
+    client = worker_side.Client(run)
+    client.forward_backward([1, 2, 3, 4, 5, 6])
+    client.optim_step(learning_rate=1e-3)
+    finished(client.save("step-000001"))
+    return run
+
+
+def box(tab: Page) -> Locator:  # noqa: F811
+    return tab.locator("[data-talk]")
+
+
+def say(tab: Page, text: str) -> None:  # noqa: F811
+    message = box(tab).get_by_label("Message", exact=True)
+    message.fill(text)
+    message.press("Control+Enter")
+
+
+def answer(text: str) -> None:
+    """Answer the waiting sample as a worker would."""
+    row = wait_for(lambda: Operation.objects.filter(kind="sample", state="queued").first(), what="a question")
+    tokens = rendering.renderer_of(MODEL).prompt(text, as_chat=False)
+    sequence = results.SampledSequence(
+        tokens=np.array(tokens), logprobs=np.zeros(len(tokens), np.float32), stop_reason="stop"
+    )
+    body = results.encode_sample(results.SampleOutput(sequences=(sequence,)))
+    commits.commit_sample(row.pk, Result(body=body, is_proto=True))
+
+
+def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> None:  # noqa: F811
+    open_run(tab, trained)
+    say(tab, "Tell me a story about a fox.")
+    answers = box(tab).locator(".talk-answer")
+    expect(answers).to_have_count(2)
+    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(2, timeout=60_000)
+    expect(answers.nth(0).locator(".talk-by")).to_have_text(MODEL)
+    expect(answers.nth(1).locator(".talk-by")).to_have_text("step-000001, step 1")
+    expect(answers.nth(0).locator(".talk-end")).to_contain_text(re.compile(r"\d+ tokens, \d+ a second"))
+    assert len(answers.nth(0).locator(".talk-text").inner_text()) > 20
+    expect(box(tab).get_by_role("button", name="Stop")).to_be_hidden()
+
+    say(tab, "And then?")
+    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(4, timeout=60_000)
+    renderer = rendering.renderer_of(MODEL)
+    for number, row in enumerate(Operation.objects.filter(kind="sample").order_by("-pk")[:2]):
+        asked = from_canonical(StoredSample, bytes(row.payload or b""))
+        prompt = renderer.decode(asked.prompt.array(place="prompt").tolist())
+        assert "Tell me a story about a fox." in prompt
+        assert answers.nth(1 - number).locator(".talk-text").inner_text()[:40].strip() in prompt
+    box(tab).get_by_role("button", name="Clear").click()
+    expect(answers).to_have_count(0)
+    expect(box(tab).get_by_text("Ask something.")).to_be_visible()
+
+
+def test_stopping_keeps_what_is_there(tab: Page, trained: TrainingRun) -> None:  # noqa: F811
+    open_run(tab, trained)
+    box(tab).get_by_text("Settings").click()
+    box(tab).get_by_label("Longest answer, tokens").fill("1500")
+    box(tab).get_by_label("Temperature").fill("5")
+    say(tab, "Go on for ever")
+    drawing = box(tab).locator('.talk-answer[data-state="drawing"]').first
+    expect(drawing).to_be_visible(timeout=60_000)
+    box(tab).get_by_role("button", name="Stop").click()
+    expect(box(tab).locator('.talk-answer[data-state="stopped"]')).to_have_count(2, timeout=20_000)
+    assert len(box(tab).locator(".talk-text").first.inner_text()) > 0
+
+
+def test_hostile_text_stays_text(
+    tab: Page,  # noqa: F811
+    alice: User,  # noqa: F811
+) -> None:
+    tab.goto("/playground/")
+    say(tab, HOSTILE)
+    expect(box(tab).locator(".talk-said")).to_have_text(HOSTILE)
+    answer(HOSTILE)
+    expect(box(tab).locator(".talk-text")).to_have_text(HOSTILE, timeout=20_000)
+    assert box(tab).locator("img, script:not([type='application/json'])").count() == 0
+
+
+def test_a_run_without_weights_offers_to_save(tab: Page, alice: User) -> None:  # noqa: F811
+    run = seed.make_run(alice, name="young")
+    recipe_seed.make_recipe(run, state=Recipe.State.RUNNING, next_seq=1, next_step=0)
+    open_run(tab, run)
+    box(tab).get_by_role("button", name="Remove this column").first.click()
+    say(tab, "Hello?")
+    expect(box(tab).locator(".talk-note")).to_contain_text("This run has no checkpoint yet")
+    box(tab).get_by_role("button", name="Save a checkpoint now").click()
+    wait_for(lambda: Operation.objects.filter(run=run, kind="save_weights").exists(), what="the save")
+    expect(box(tab).locator(".talk-note")).to_contain_text("Saving the weights")
+    seed.add_checkpoint(run, "manual-000000", step=0)
+    answer("Here I am")
+    expect(box(tab).locator(".talk-text")).to_have_text("Here I am", timeout=20_000)
+
+
+def test_an_answer_survives_a_restart_of_the_server(
+    tab: Page,  # noqa: F811
+    alice: User,  # noqa: F811
+    server: Server,  # noqa: F811
+) -> None:
+    tab.goto("/playground/")
+    say(tab, "Are you there?")
+    first = wait_for(lambda: Operation.objects.filter(kind="sample").first(), what="the question")
+    server.kill()
+    expect(box(tab).locator(".talk-note")).to_contain_text("Reconnecting")
+    server.start()
+    again = wait_for(
+        lambda: Operation.objects.filter(kind="sample", pk__gt=first.pk).first(), what="it again"
+    )
+    Operation.objects.filter(pk=first.pk).update(state="failed", error="stopped")
+    assert again.payload_digest
+    answer("Back again")
+    expect(box(tab).locator(".talk-text")).to_have_text("Back again", timeout=20_000)
