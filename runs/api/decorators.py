@@ -150,31 +150,20 @@ class Endpoint:
         self.needs_key = needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; every error becomes JSON here."""
-        try:
-            reply = await self._answer(scope, receive)
-        except MintError as error:
-            reply = error_reply(error)
-        except (OperationalError, InterfaceError) as error:
-            logger.warning("the database did not answer: %s", error)
-            reply = error_reply(RateLimited("the database is not reachable just now; send the request again"))
-        except _ClientLeft:
-            return
-        except Exception:  # noqa: BLE001 - the boundary: whatever it was, the client gets JSON
-            reply = _crash_reply(scope)
-        await _send(reply, send)
+        """Answer one request."""
+        await respond(scope, send, self._answer(scope, receive))
 
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
         view = self.views.get(scope["method"])
         if view is None:
             raise MethodNotAllowed(f"use {' or '.join(self.views)} here, not {scope['method']}")
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        credential = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        headers = headers_of(scope)
+        credential = credential_in(headers)
         user = None
         if self.needs_key:
             if not credential:
                 raise NotAuthenticated
-            user = keys.cached_user(credential) or await in_thread(lambda: keys.authenticate(credential))
+            user = await user_of(credential)
         path_args: Mapping[str, str] = scope["url_route"]["kwargs"]
         if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
@@ -204,9 +193,45 @@ def open_endpoint(**views: View) -> Endpoint:
     return Endpoint(views, needs_key=False)
 
 
-async def in_thread(call: Callable[[], Result]) -> Result:
-    """Run a database call in the API's thread pool."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, _with_connection, call)
+async def respond(scope: Scope, send: Send, answering: Coroutine[Any, Any, Reply]) -> None:
+    """Send an answer when it is there; every error becomes JSON here."""
+    try:
+        reply = await answering
+    except MintError as error:
+        reply = error_reply(error)
+    except (OperationalError, InterfaceError) as error:
+        logger.warning("the database did not answer: %s", error)
+        reply = error_reply(RateLimited("the database is not reachable just now; send the request again"))
+    except ClientLeft:
+        return
+    except Exception:  # noqa: BLE001 - the boundary: whatever it was, the client gets JSON
+        reply = _crash_reply(scope)
+    await _send(reply, send)
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Return a request's headers; their names are lower case."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def credential_in(headers: Mapping[str, str]) -> str:
+    """Return the API key or token that was sent, or an empty text."""
+    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+
+
+async def user_of(credential: str) -> User:
+    """Return whose key or token this is.
+
+    Raises:
+        NotAuthenticated: nobody's.
+    """
+    known = keys.cached_user(credential)
+    return known if known is not None else await in_thread(lambda: keys.authenticate(credential))
+
+
+async def in_thread(call: Callable[[], Result], pool: ThreadPoolExecutor = _threads) -> Result:
+    """Run a database call in the API's thread pool, or another one."""
+    return await asyncio.get_running_loop().run_in_executor(pool, _with_connection, call)
 
 
 # What a client does next: exchange its key for a fresh token, or wait a second.
@@ -224,7 +249,7 @@ def error_reply(error: MintError) -> Reply:
     return json_reply(content, status=error.http_status, headers=_HINTS.get(error.http_status))
 
 
-class _ClientLeft(Exception):
+class ClientLeft(Exception):
     """The client closed the connection before it had its answer."""
 
 
@@ -235,7 +260,7 @@ async def _while_connected(view: Coroutine[Any, Any, Reply], receive: Receive) -
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            raise _ClientLeft
+            raise ClientLeft
         return answering.result()
     finally:
         answering.cancel()
@@ -299,7 +324,7 @@ async def _receive_all(receive: Receive, limit: int) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _ClientLeft
+            raise ClientLeft
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
