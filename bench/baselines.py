@@ -51,13 +51,19 @@ def logprobs(batch_: dict[str, int], adapter: str = "") -> list[list[float]]:
 
 def peft_loop(batches: Sequence[dict[str, int]], steps: int, rank: int) -> float:
     """Return the seconds of a plain PEFT training loop over padded batches."""
+    sequences = [batch(one).sequences() for one in batches]
+    return peft_recorded([sequences[step % len(sequences)] for step in range(steps)], rank)
+
+
+def peft_recorded(batches: Sequence[Sequence[list[int]]], rank: int) -> float:
+    """Return the seconds of a plain PEFT training loop, one step for each of these padded batches."""
     key = f"peft-{rank}"
     if key not in _held:
         _held[key] = PeftRuns(str(_held["directory"]), [rank])
-    padded = [[pad(batch(one).sequences())] for one in batches]
+    padded = [[pad(sequences)] for sequences in batches]
     begin = time.perf_counter()
-    for step in range(steps):
-        _held[key].step([padded[step % len(padded)]])
+    for one in padded:
+        _held[key].step([one])
     return time.perf_counter() - begin
 
 
@@ -199,4 +205,4 @@ def _lora(rank: int) -> LoraConfig:
 
 
 if __name__ == "__main__":
-    serve({one.__name__: one for one in (use_model, logprobs, peft_loop, engine_rounds)})
+    serve({one.__name__: one for one in (use_model, logprobs, peft_loop, peft_recorded, engine_rounds)})

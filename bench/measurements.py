@@ -17,6 +17,7 @@ import psycopg
 from bench.batches import Batch
 from bench.companion import Companion
 from bench.instance import Instance
+from bench.recipe_runs import Finished, Recipes
 from bench.table import Row, limit_row, ratio_row
 from mintweb import embedded
 
@@ -159,6 +160,36 @@ def against_peft(lab: Lab) -> list[Row]:
     ]
 
 
+def recipe(lab: Lab) -> list[Row]:
+    """Put a run without code, from database to database, beside a PEFT loop on the very same batches."""
+    recipes, num_steps = Recipes(lab.instance, lab.base_model), 20
+    pairs: list[tuple[float, Finished]] = []
+    for seed in range(lab.rounds + 1):
+        run = recipes.train(num_steps, seed=seed, lora={"rank": _RANK})
+        pairs.append((lab.torch_side.ask("peft_recorded", batches=run.batches, rank=_RANK), run))
+    peft, runs = [pair[0] for pair in pairs[1:]], [pair[1] for pair in pairs[1:]]
+    padding = median(run.padding_ratio for run in runs)
+    speed = median(run.num_tokens / run.seconds for run in runs)
+    busy = sum(run.busy_s for run in runs) / sum(run.seconds for run in runs)
+    return [
+        ratio_row(
+            "recipe",
+            "supervised fine-tuning without code against transformers + PEFT, padded, on the same batches",
+            peft,
+            [run.seconds for run in runs],
+            at_least=1.0,
+            note=f"{num_steps} steps of 16 rows, padding ratio {padding:.2f}; {speed:.0f} tokens/s",
+        ),
+        Row(
+            measurement="recipe",
+            what="device busy from the first optimizer step to the last",
+            target=">= 95 %",
+            measured=f"{100 * busy:.0f} %",
+            is_met=busy >= 0.95,
+        ),
+    ]
+
+
 def exactness(lab: Lab) -> list[Row]:
     """Compare log-probabilities with transformers', before any step and for an exported adapter in plain PEFT."""
     version, client = lab.oldest, lab.clients[lab.oldest]
@@ -255,6 +286,7 @@ MEASUREMENTS: Final[dict[str, Callable[[Lab], list[Row]]]] = {
     "round-trip": round_trip,
     "pipeline": pipeline,
     "against-peft": against_peft,
+    "recipe": recipe,
     "exactness": exactness,
     "neighbours": neighbours,
     "engine": engine,
