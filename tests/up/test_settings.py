@@ -82,7 +82,11 @@ def test_a_database_address_becomes_djangos_settings() -> None:
     assert (entry["USER"], entry["PASSWORD"], entry["HOST"], entry["PORT"], entry["NAME"]) == (
         *("u", "p@ss", "db.example", "5433", "mint"),
     )
-    assert entry["OPTIONS"] == {"connect_timeout": "5", "sslmode": "require"}
+    assert entry["OPTIONS"] == {
+        "connect_timeout": "5",
+        "options": "-c idle_in_transaction_session_timeout=30s",
+        "sslmode": "require",
+    }
     assert addresses.parse_database_url("postgresql://u@/mint?host=/run/pg")["HOST"] == "/run/pg"
 
 

@@ -217,6 +217,24 @@ def test_a_program_that_keeps_ending_is_named_with_its_last_line(make_instance: 
     assert instance.processes() == []
 
 
+def test_a_program_that_dies_again_and_again_later_on_takes_nothing_down(make_instance: MakeInstance) -> None:
+    instance = make_instance()
+    instance.start()
+    killed: set[int] = set()
+
+    def kill_and_look() -> bool:
+        pids = set(instance.processes("--queues=recipes"))
+        for pid in pids - killed:
+            os.kill(pid, signal.SIGKILL)
+        killed.update(pids)
+        return "recipes ended 5 times soon after its start" in instance.output
+
+    wait_for(kill_and_look, 60, instance.describe)
+    wait_for(lambda: set(instance.processes("--queues=recipes")) - killed, 30, instance.describe)
+    assert instance.returncode is None
+    assert instance.stop() == 0
+
+
 def test_a_second_interrupt_ends_a_worker_that_does_not_stop(make_instance: MakeInstance) -> None:
     instance = make_instance()
     instance.start()

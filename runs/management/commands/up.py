@@ -79,6 +79,9 @@ class Command(BaseCommand):
             self.stdout.flush()
             while True:
                 self._watch()
+                for name, reason in given_up().items():
+                    self._say(f"{reason}; starting it again")
+                    ask("startProcess", name, False)
         except KeyboardInterrupt:
             self._say(f"{self._signal_name}: stopping once current operations are finished (again: at once)")
             raise
@@ -96,6 +99,8 @@ class Command(BaseCommand):
         remind_at = time.monotonic() + REMIND_EVERY_S
         while True:
             self._watch()
+            for reason in given_up().values():
+                raise StartFailed(reason)
             try:
                 return probes.check_ready()
             except probes.NotAnswering as error:
@@ -105,14 +110,6 @@ class Command(BaseCommand):
 
     def _watch(self) -> None:
         self._repeat_warnings()
-        for name, state in states().items():
-            if state == "FATAL":
-                log = settings.LOG_DIR / f"{name}.log"
-                last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-                raise StartFailed(
-                    f"{name} ended {programs.NUM_RETRIES + 1} times soon after its start, at last with: "
-                    f"{last_line[:300]} (see {log})"
-                )
         time.sleep(ASK_EVERY_S)
 
     def _stop(self, group: str) -> None:
@@ -162,6 +159,20 @@ def states(group: str = "") -> dict[str, str]:
     """Return the state in which supervisord holds each program, of one group or all."""
     infos = ask("getAllProcessInfo")
     return {info["name"]: info["statename"] for info in infos if group in {"", info["group"]}}
+
+
+def given_up() -> dict[str, str]:
+    """Return the programs that supervisord no longer starts, as group:name, and why."""
+    reasons = {}
+    for info in ask("getAllProcessInfo"):
+        if info["statename"] == "FATAL":
+            log = settings.LOG_DIR / f"{info['name']}.log"
+            last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+            reasons[f"{info['group']}:{info['name']}"] = (
+                f"{info['name']} ended {programs.NUM_RETRIES + 1} times soon after its start, at last with: "
+                f"{last_line[:300]} (see {log})"
+            )
+    return reasons
 
 
 def wait_for_supervisord(process: subprocess.Popen[bytes]) -> None:

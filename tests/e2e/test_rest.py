@@ -1,0 +1,137 @@
+"""The examples for the REST API against the running product: from a file to an adapter that PEFT can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors import safe_open
+
+from tests.e2e.conftest import ROOT
+from tests.rest.receiver import receiving
+from tests.up.instances import Instance, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+TRAIN = [sys.executable, str(ROOT / "examples" / "rest_train.py")]
+QUICKSTART = ["sh", str(ROOT / "examples" / "rest_quickstart.sh")]
+STEPS = 12
+
+
+@pytest.fixture
+def rest_env(product: Instance, sdk_env: dict[str, str]) -> dict[str, str]:
+    """Return what a script needs to know."""
+    return {"MINTWEB_URL": product.address, "MINTWEB_API_KEY": sdk_env["TINKER_API_KEY"]}
+
+
+def run(command: list[str], *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run an example to its end."""
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("MINTWEB_")}
+    return subprocess.run(
+        [*command, *args], env={**clean, **env}, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def check_adapter(folder: Path, *, rank: int) -> None:
+    """Check that a folder holds an adapter whose weights have moved."""
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", rank)
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    assert ups
+    assert all(rank in tensor.shape for tensor in ups)
+    assert any(abs(tensor).max() > 0 for tensor in ups)  # they start at zero
+
+
+def test_the_python_example_trains_and_downloads(rest_env: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    done = run(
+        TRAIN,
+        "--steps",
+        str(STEPS),
+        "--rank",
+        "4",
+        "--out",
+        str(folder),
+        "--name",
+        "from python",
+        env=rest_env,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = re.findall(r"^step +(\d+)  loss ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in losses] == list(range(1, STEPS + 1))
+    assert "200 rows of the kind chat" in done.stdout
+    check_adapter(folder, rank=4)
+
+
+def test_the_curl_example_trains_and_downloads(rest_env: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    file = tmp_path / "my rows.jsonl"
+    rows = [{"prompt": f"What is {n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(QUICKSTART, str(file), str(folder), env={**rest_env, "MINTWEB_STEPS": str(STEPS)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 rows of the kind completion" in done.stdout
+    assert re.search(r"finished, loss [\d.]+", done.stdout)
+    check_adapter(folder, rank=16)
+
+
+@pytest.mark.parametrize("command", [TRAIN, QUICKSTART], ids=["python", "curl"])
+def test_the_examples_say_what_is_wrong(command: list[str], rest_env: dict[str, str], tmp_path: Path) -> None:
+    helped = run(command, "--help", env={})
+    assert (helped.returncode, "usage" in helped.stdout) == (0, True)
+    assert "MINTWEB_API_KEY" in helped.stdout
+    keyless = run(command, env={"MINTWEB_URL": rest_env["MINTWEB_URL"]})
+    assert keyless.returncode != 0
+    assert "set MINTWEB_API_KEY" in keyless.stderr
+    wrong = run(command, env={**rest_env, "MINTWEB_API_KEY": "tml-wrong"})
+    assert wrong.returncode == 1
+    assert "401" in wrong.stderr
+    assert "unknown or was revoked" in wrong.stderr
+    missing = run(command, str(tmp_path / "none.jsonl"), env=rest_env)
+    assert missing.returncode == 1
+    assert "none.jsonl" in missing.stderr
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"a": 1}\n{"b": \n')
+    refused = run(command, str(bad), env=rest_env)
+    assert refused.returncode == 1
+    assert "needs" in refused.stderr or "failed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp_path_factory: Any) -> None:
+    settings = {"MINTWEB_WEBHOOK_HOSTS": "127.0.0.1"}
+    instance = Instance(tmp_path_factory.mktemp("webhooks") / "data", **settings)
+    instance.start()
+    try:
+        found = re.search(r"TINKER_API_KEY=(\S+)", instance.output)
+        assert found is not None
+        with (
+            receiving() as receiver,
+            httpx.Client(
+                base_url=f"{instance.address}/rest/v1/", headers={"X-API-Key": found[1]}, trust_env=False
+            ) as client,
+        ):
+            body = {"url": receiver.url, "events": ["run.finished", "metric.threshold"]}
+            body |= {"threshold": {"metric": "loss", "above": 0}}
+            made = client.post("webhooks", json=body).json()
+            receiver.statuses = [500]
+            env = {"MINTWEB_URL": instance.address, "MINTWEB_API_KEY": found[1]}
+            folder = tmp_path_factory.mktemp("adapter")
+            done = run(TRAIN, "--steps", "3", "--out", str(folder), env=env)
+            assert done.returncode == 0, done.stdout + done.stderr
+            wait_for(lambda: len(receiver.told) >= 3, 60)
+            events = [told.content["event"] for told in receiver.told]
+            assert sorted(set(events)) == ["metric.threshold", "run.finished"]
+            assert len(events) == 3  # one of them was told again after its 500
+            assert all(told.is_signed_with(made["secret"]) for told in receiver.told)
+    finally:
+        assert instance.stop() == 0
