@@ -102,7 +102,7 @@ def register(
                 owner = (
                     _still_there(dataset)
                     if dataset
-                    else _new_dataset(user, name or Path(filename).stem, description)
+                    else _new_dataset(user, printable(name) or Path(filename).stem, description)
                 )
                 version = _insert(owner, digest, directory, filename=filename, path=path)
                 _have_checked(version)

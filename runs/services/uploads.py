@@ -79,11 +79,13 @@ def begin(upload: Upload, *, offset: int, length: int | None, checksum: Checksum
     """
     if upload.version_id is not None:
         raise OffsetConflict("this upload is finished", place="upload-offset")
+    writer = PartWriter(_path(upload.public_id), offset=offset, end=upload.size_bytes, checksum=checksum)
     if length is not None and offset + length > upload.size_bytes:
+        writer.close()
         raise PayloadTooLarge(
             f"the upload was announced with {upload.size_bytes} bytes; {length} more from {offset} on are too many"
         )
-    return PartWriter(_path(upload.public_id), offset=offset, end=upload.size_bytes, checksum=checksum)
+    return writer
 
 
 def end(upload: Upload, writer: PartWriter, *, is_whole: bool) -> Upload:

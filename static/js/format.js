@@ -16,6 +16,21 @@ export function decimal(value) {
   return value.toPrecision(4);
 }
 
+export function filesize(bytes) {
+  let size = bytes;
+  for (const unit of ["B", "kB", "MB", "GB"]) {
+    if (size < 1000) return `${unit === "B" || size >= 100 ? size.toFixed(0) : size.toFixed(1)} ${unit}`;
+    size /= 1000;
+  }
+  return `${size.toFixed(1)} TB`;
+}
+
+export function duration(seconds) {
+  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+}
+
 // A label on an axis: as short as the distance between labels allows.
 export function tick(value, step) {
   const size = Math.max(Math.abs(value), Math.abs(step));

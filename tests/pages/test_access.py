@@ -24,14 +24,25 @@ POST_ONLY = {
     "run-change",
     "run-extend",
     "run-retry",
+    "run-new-preview",
+    "run-new-import",
+    "run-new-export",
+    "run-try",
     "checkpoint-delete",
     "checkpoint-delete-many",
     "checkpoint-keep",
+    "dataset-check",
+    "dataset-columns",
+    "dataset-delete",
+    "dataset-edit",
+    "dataset-encoding",
+    "dataset-example",
+    "dataset-skip",
     "key-create",
     "key-revoke",
     "password-change",
 }
-POSTS_TOO = {"login", "login-link"}
+POSTS_TOO = {"login", "login-link", "run-new"}
 OF_A_RUN = {
     "run-detail",
     "run-panels",
@@ -68,6 +79,8 @@ def address(pattern: URLPattern, checkpoint: Checkpoint, key_pk: int) -> str:
         "kind": checkpoint.kind,
         "name": checkpoint.name,
         "pk": key_pk,
+        "dataset_id": "ds-000000000000",
+        "number": 1,
         "token": "x",
     }
     assert pattern.name
@@ -139,7 +152,7 @@ def test_a_change_needs_a_post(page: Client, alice: User, pattern: URLPattern) -
 
 
 @pytest.mark.parametrize(
-    "path", ["/runs/", "/checkpoints/", "/workers/", "/settings/", "/login/x/", "/nothing/"]
+    "path", ["/runs/", "/datasets/", "/checkpoints/", "/workers/", "/settings/", "/login/x/", "/nothing/"]
 )
 def test_every_page_forbids_foreign_and_inline_code(page: Client, path: str) -> None:
     reply = page.get(path)

@@ -1,0 +1,9 @@
+// The list of datasets: uploads, and checks as they go on.
+import { Polling } from "./polling.js";
+import { connectUploads } from "./uploads.js";
+
+const polling = new Polling();
+connectUploads(document.querySelector("[data-uploads]"), ({ url, isKnown, isLast }) => {
+  if (isLast && url && !isKnown) location.assign(url);
+  else polling.now();
+});

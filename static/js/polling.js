@@ -1,0 +1,31 @@
+// Reads the page's parts again while one of them is busy, quickly at first and only while somebody looks.
+import { getPage, replaceParts } from "./api.js";
+
+const INTERVAL_MS = 1000;
+const AFTER_ERROR_MS = 4000;
+
+export class Polling {
+  #timer = null;
+
+  constructor() {
+    document.addEventListener("visibilitychange", () => this.#plan(0));
+    this.#plan(INTERVAL_MS);
+  }
+
+  async now() {
+    clearTimeout(this.#timer);
+    let delay = INTERVAL_MS;
+    try {
+      replaceParts(await getPage(location.pathname + location.search));
+    } catch {
+      delay = AFTER_ERROR_MS;
+    }
+    this.#plan(delay);
+  }
+
+  #plan(delay) {
+    clearTimeout(this.#timer);
+    if (document.hidden || !document.querySelector("[data-busy]")) return;
+    this.#timer = setTimeout(() => this.now(), delay);
+  }
+}
