@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
 from django.core.exceptions import ImproperlyConfigured
+
+# A process that freezes inside a transaction holds its locks, and with them a run, until the server ends its session.
+FROZEN_AFTER_S: Final = 30
 
 
 def parse_database_url(url: str) -> dict[str, Any]:
@@ -25,7 +28,11 @@ def parse_database_url(url: str) -> dict[str, Any]:
     name = unquote(parts.path.removeprefix("/"))
     if not name:
         raise ImproperlyConfigured("DATABASE_URL names no database; use postgresql://user@host/name.")
-    options: dict[str, Any] = {"connect_timeout": "5", **dict(parse_qsl(parts.query))}
+    options: dict[str, Any] = {
+        "connect_timeout": "5",
+        "options": f"-c idle_in_transaction_session_timeout={FROZEN_AFTER_S}s",
+        **dict(parse_qsl(parts.query)),
+    }
     return {
         "ENGINE": "django.db.backends.postgresql",
         "NAME": name,

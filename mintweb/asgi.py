@@ -20,11 +20,12 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
 django_application = get_asgi_application()
 
 from runs import urls  # noqa: E402 - models exist only once Django is set up
+from runs.rest.body_guard import BodyGuard  # noqa: E402
 
 # Django's types know views only, Channels' router calls ASGI applications.
 _sdk: Any = URLRouter(cast(Any, urls.sdk_routes))
 _uploads: Any = URLRouter(cast(Any, urls.upload_routes))
-_pages: Any = django_application
+_pages: Any = BodyGuard(cast(Any, django_application))
 _sockets: Any = URLRouter(cast(Any, urls.socket_routes))
 
 _lean = [path("api/v1/", _sdk), path("datasets/uploads/", _uploads), path("rest/v1/uploads/", _uploads)]

@@ -15,6 +15,9 @@ from runs.api import sdk, uploads
 from runs.pages import (
     account,
     checkpoints,
+    dataset_files,
+    dataset_list,
+    datasets,
     film_strip,
     health,
     lineage,
@@ -54,10 +57,12 @@ page_urls: list[URLPattern] = [
     path("runs/new/preview", new_run.preview, name="run-new-preview"),
     path("runs/new/import", new_run.read_file, name="run-new-import"),
     path("runs/new/export", new_run.write_file, name="run-new-export"),
+    path("runs/delete", run_list.delete_many, name="run-delete-many"),
     path("runs/try", new_run.try_it, name="run-try"),
     path("runs/<str:run_id>/", run_detail.run_detail, name="run-detail"),
     path("runs/<str:run_id>/panels/", run_detail.panels, name="run-panels"),
     path("runs/<str:run_id>/rename", run_detail.rename, name="run-rename"),
+    path("runs/<str:run_id>/delete", run_detail.delete, name="run-delete"),
     path("runs/<str:run_id>/metrics.json", run_data.values, name="run-metrics"),
     path("runs/<str:run_id>/metrics.csv", run_data.as_csv, name="run-metrics-csv"),
     path("runs/<str:run_id>/series.json", run_data.series, name="run-series"),
@@ -84,6 +89,19 @@ page_urls: list[URLPattern] = [
     path(
         "runs/<str:run_id>/checkpoints/<str:kind>/<str:name>/keep", checkpoints.keep, name="checkpoint-keep"
     ),
+    path("datasets/", dataset_list.dataset_list, name="dataset-list"),
+    path("datasets/example", dataset_list.take_example, name="dataset-example"),
+    path("datasets/<str:dataset_id>/", datasets.dataset_detail, name="dataset-detail"),
+    path("datasets/<str:dataset_id>/edit", datasets.edit, name="dataset-edit"),
+    path("datasets/<str:dataset_id>/delete", datasets.delete, name="dataset-delete"),
+    path("datasets/<str:dataset_id>/<int:number>/original", dataset_files.original, name="dataset-original"),
+    path("datasets/<str:dataset_id>/<int:number>/bad_rows", dataset_files.bad_rows, name="dataset-bad-rows"),
+    path("datasets/<str:dataset_id>/<int:number>/skip", datasets.skip, name="dataset-skip"),
+    path("datasets/<str:dataset_id>/<int:number>/columns", datasets.choose_columns, name="dataset-columns"),
+    path(
+        "datasets/<str:dataset_id>/<int:number>/encoding", datasets.choose_encoding, name="dataset-encoding"
+    ),
+    path("datasets/<str:dataset_id>/<int:number>/check", datasets.check_again, name="dataset-check"),
     path("checkpoints/", checkpoints.checkpoint_list, name="checkpoint-list"),
     path("checkpoints/delete", checkpoints.delete_many, name="checkpoint-delete-many"),
     path("playground/", playground.playground, name="playground"),

@@ -21,10 +21,10 @@ from mintweb import asgi
 from runs import urls
 from runs.api.decorators import Endpoint
 
-PUBLIC_PAGES = {"health", "health-ready", "login", "login-link", "logout"}
+PUBLIC_PAGES = {"health", "health-ready", "login", "login-link", "logout", "rest-schema", "rest-docs"}
 OPEN_ENDPOINTS = {"client/config", "client/dynamic_config", "healthz", "telemetry", "archives/<str:token>"}
 application: Any = asgi.application
-POLICIES = {"public", "owner"}
+POLICIES = {"public", "owner", "key"}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -40,7 +40,7 @@ def page_routes(patterns: list[Any] | None = None, prefix: str = "") -> Iterator
 
 def filled(route: str) -> str:
     """Return an address of the route whose ids name nothing."""
-    return re.sub(r"<(\w+):\w+>", lambda match: "1" if match[1] == "int" else "nothing", route)
+    return re.sub(r"<(?:(\w+):)?\w+>", lambda match: "1" if match[1] == "int" else "nothing", route)
 
 
 def policy_of(pattern: URLPattern) -> str:
@@ -61,6 +61,9 @@ def test_there_are_routes_of_every_sort() -> None:
 @pytest.mark.parametrize(("address", "pattern"), PAGES, ids=[address or "/" for address, _ in PAGES])
 def test_every_page_declares_its_policy(address: str, pattern: URLPattern) -> None:
     assert policy_of(pattern) in POLICIES
+    assert (policy_of(pattern) == "key") == (
+        address.startswith("rest/v1/") and pattern.name not in PUBLIC_PAGES
+    )
     assert (policy_of(pattern) == "public") == (pattern.name in PUBLIC_PAGES)
 
 
@@ -82,12 +85,24 @@ def test_every_socket_declares_its_policy(address: str, consumer: Any) -> None:
 def test_a_stranger_is_sent_to_the_login_by_every_page_that_is_not_public(method: str) -> None:
     stranger = Client(raise_request_exception=False)
     for address, pattern in PAGES:
-        if policy_of(pattern) == "public":
+        if policy_of(pattern) != "owner":
             continue
         reply = stranger.generic(method, "/" + filled(address))
         assert reply.status_code in (302, 403), address
         if reply.status_code == 302:
             assert reply.headers["location"].startswith("/login/?next="), address
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.django_db
+def test_a_stranger_gets_401_from_every_address_that_needs_a_key(method: str) -> None:
+    stranger = Client(raise_request_exception=False, headers={"cookie": "mintweb_session=x; csrftoken=y"})
+    addresses = [address for address, pattern in PAGES if policy_of(pattern) == "key"]
+    assert len(addresses) > 30
+    for address in addresses:
+        reply = stranger.generic(method, "/" + filled(address))
+        assert reply.status_code in (401, 404, 405), address
+        assert reply.status_code != 404 or address == "rest/v1/", address
 
 
 @pytest.mark.django_db
@@ -103,7 +118,7 @@ def test_a_stranger_sees_public_pages() -> None:
 def test_no_page_takes_a_post_without_its_token() -> None:
     stranger = Client(enforce_csrf_checks=True, raise_request_exception=False)
     for address, pattern in PAGES:
-        if pattern.name not in ("health", "health-ready"):
+        if pattern.name not in ("health", "health-ready") and not address.startswith("rest/v1/"):
             reply = stranger.post("/" + filled(address))
             assert reply.status_code in (302, 403), address
             assert reply.status_code == 403 or policy_of(pattern) == "owner", address

@@ -107,6 +107,24 @@ def test_the_examples_say_what_is_wrong(command: list[str], rest_env: dict[str, 
     assert "Traceback" not in refused.stderr
 
 
+def test_a_file_larger_than_other_bodies_comes_from_who_has_a_key(rest_env: dict[str, str]) -> None:
+    line = json.dumps({"text": "x" * 1000}).encode() + b"\n"
+    content = line * (65 * 1024**2 // len(line))
+    with httpx.Client(base_url=f"{rest_env['MINTWEB_URL']}/rest/v1/", trust_env=False, timeout=60) as client:
+        try:
+            refused = client.post("datasets", content=content)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "not_authenticated"
+        except httpx.WriteError:
+            pass  # the server has closed the connection while the rest was being sent
+        client.headers["X-API-Key"] = rest_env["MINTWEB_API_KEY"]
+        made = client.post("datasets?filename=large.jsonl", content=content)
+        assert made.status_code == 201, made.text
+        assert made.json()["version"]["size_bytes"] == len(content)
+        assert client.post("webhooks", content=content).status_code == 413
+        assert client.delete(f"datasets/{made.json()['id']}").status_code == 204
+
+
 def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp_path_factory: Any) -> None:
     settings = {"MINTWEB_WEBHOOK_HOSTS": "127.0.0.1"}
     instance = Instance(tmp_path_factory.mktemp("webhooks") / "data", **settings)
@@ -120,8 +138,11 @@ def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp
                 base_url=f"{instance.address}/rest/v1/", headers={"X-API-Key": found[1]}, trust_env=False
             ) as client,
         ):
-            body = {"url": receiver.url, "events": ["run.finished", "metric.threshold"]}
-            body |= {"threshold": {"metric": "loss", "above": 0}}
+            body = {
+                "url": receiver.url,
+                "events": ["run.finished", "metric.threshold"],
+                "threshold": {"metric": "loss", "above": 0},
+            }
             made = client.post("webhooks", json=body).json()
             receiver.statuses = [500]
             env = {"MINTWEB_URL": instance.address, "MINTWEB_API_KEY": found[1]}

@@ -1,0 +1,96 @@
+"""The server: its GPU workers and the base models they hold."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from django.http import HttpRequest
+from ninja import Router
+from pydantic import BaseModel, Field
+
+from runs.rest.rendering import Number
+from runs.services import base_models, workers
+
+router = Router(tags=["server"])
+
+_MAX_WORKERS = 100
+
+
+class WorkerOut(BaseModel):
+    """A GPU worker, alive or ended."""
+
+    id: int
+    host: str
+    device: str
+    dtype: str
+    is_alive: bool
+    num_runs: int = Field(description="How many runs it holds.")
+    busy_share: Number = Field(description="How much of the time the device computes, 0 to 1.")
+    started_at: datetime
+    stopped_at: datetime | None
+
+
+class Workers(BaseModel):
+    """The live workers, then those that ended last; at most 100."""
+
+    items: list[WorkerOut]
+
+
+class BaseModelOut(BaseModel):
+    """A base model; the sizes are null until a worker has loaded it."""
+
+    name: str
+    is_loaded: bool
+    error: str
+    architecture: str
+    num_parameters: int | None
+    vocab_size: int | None
+    max_context: int | None
+    max_rank: int | None
+
+
+class BaseModels(BaseModel):
+    """The base models on offer, in the order of the settings."""
+
+    items: list[BaseModelOut]
+
+
+@router.get("/workers", response=Workers, summary="List workers")
+def list_workers(request: HttpRequest) -> Workers:
+    """Return the GPU workers."""
+    return Workers(
+        items=[
+            WorkerOut(
+                id=row.pk,
+                host=row.host,
+                device=row.device,
+                dtype=row.dtype,
+                is_alive=row.is_alive,  # type: ignore[attr-defined]
+                num_runs=row.num_runs,  # type: ignore[attr-defined]
+                busy_share=row.busy_share,
+                started_at=row.started_at,
+                stopped_at=row.stopped_at,
+            )
+            for row in workers.recent(limit=_MAX_WORKERS)
+        ]
+    )
+
+
+@router.get("/base-models", response=BaseModels, summary="List base models")
+def list_base_models(request: HttpRequest) -> BaseModels:
+    """Return the base models that can be trained and sampled from."""
+    return BaseModels(
+        items=[
+            BaseModelOut(
+                name=info.name,
+                is_loaded=info.is_loaded,
+                error=info.error,
+                architecture=info.architecture,
+                num_parameters=info.num_parameters or None,
+                vocab_size=info.vocab_size or None,
+                max_context=info.max_context or None,
+                max_rank=info.max_rank or None,
+            )
+            for info in base_models.available()
+        ]
+    )
