@@ -95,6 +95,7 @@ class Intake:
             try:
                 if time.monotonic() - last_sweep > SWEEP_S:
                     workers.bury_dead(sparing=self._worker)
+                    self._give_up_deleted()
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:
@@ -132,6 +133,16 @@ class Intake:
                 self._held_samples |= {sample.pk for sample in samples}
             if samples:
                 self.ready.set()
+
+    def _give_up_deleted(self) -> None:
+        """Let compute free what it holds of runs that people have deleted."""
+        with self._lock:
+            seats = dict(self.seats)
+        missing = claims.missing_among(seats) if seats else set()
+        for pk in missing:
+            seats[pk].is_lost = True
+        if missing:
+            self.ready.set()
 
     def _room(self) -> dict[int, int]:
         with self._lock:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from gpuworker import handlers, payloads, snapshots
+from gpuworker import failpoints, handlers, payloads, snapshots
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep
 from gpuworker.handlers import Outcome, Turn
@@ -30,10 +30,14 @@ def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
     seat.engine.drop_adapter(seat.adapter_id)
     start_seq = _load_snapshot(seat)
     seat.snapshot_seq = start_seq
+    if not claims.has_payloads_after(seat.run.pk, start_seq):
+        _give_up(seat)
+        return
     up_to_seq = seat.run.applied_seq
     progress = _Progress(seat, claims.count_applied(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq))
     for taken in claims.applied_operations(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq):
         _replay(seat, taken)
+        failpoints.reach("during_replay")
         beat()
         progress.advance()
     progress.end()
@@ -45,6 +49,15 @@ def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
             seat.run.pk, seq=seat.run.applied_seq, step=seat.step, kind="recovered", detail=detail
         )
         logger.info("run %s is back at operation %s", seat.run.public_id, seat.run.applied_seq)
+
+
+def _give_up(seat: Seat) -> None:
+    """Fail a run none of whose kept states can be read; its operations then fail one by one for want of an adapter."""
+    error = "none of the run's kept states can be read, and the operations before them are deleted"
+    logger.error("run %s is given up: %s", seat.run.public_id, error)
+    commits.fail_run(seat.run.pk, fence=seat.run.fence, error=error)
+    seat.step = seat.run.step
+    seat.is_restored = True
 
 
 class _Progress:

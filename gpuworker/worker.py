@@ -24,7 +24,7 @@ from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
 from runs.models import Worker
 from runs.services import claims, workers
-from runs.threads import database_thread
+from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,7 @@ class GpuWorker:
         failpoints.arm(settings.FAILPOINTS)
         self._busy = BusyMeter()
         self._stopping = threading.Event()
-        workers.bury_dead()
-        self.row: Worker = workers.register(device=settings.DEVICE, dtype=settings.DTYPE)
+        self.row: Worker = until_reachable(_register)
         self._lease = Lease(
             self.row,
             busy_share=self._busy.share,
@@ -106,6 +105,11 @@ class GpuWorker:
             self.give_up(run_pk)
         logger.error("this worker was declared dead; the process ends so that a fresh one starts")
         threading.Thread(target=_end_process, daemon=True).start()
+
+
+def _register() -> Worker:
+    workers.bury_dead()
+    return workers.register(device=settings.DEVICE, dtype=settings.DTYPE)
 
 
 def _end_stuck_process() -> None:

@@ -12,6 +12,7 @@ MintError                500  server
 + PreconditionFailed     412  user    REST only: the object changed since the ETag of If-Match
 + RateLimited            429  server  come back later; the SDK waits and sends again
 + SessionFinished        410  user    the SDK session was closed
++ ResultExpired          410  user    the answer was deleted; it is kept for a day
 + OperationFailed        200  either  a failed operation, told in its result
 + TokenRefused           403  user    a request by a browser without the page's token
 + OffsetConflict         409  user    an upload goes on elsewhere than where its file ends
@@ -145,6 +146,14 @@ class RateLimited(MintError):
     code = "rate_limited"
     http_status = 429
     category = "server"
+
+
+class ResultExpired(MintError):
+    """the answer to this request was deleted; answers are kept for 24 hours"""
+
+    code = "result_expired"
+    http_status = 410
+    category = "user"
 
 
 class SessionFinished(MintError):

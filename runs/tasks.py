@@ -11,7 +11,11 @@ from runs.services import (
     dataset_checks,
     dataset_rows,
     datasets,
+    disk,
+    expired_operations,
     idempotency,
+    payload_files,
+    state_folders,
     uploads,
     webhooks,
     workers,
@@ -35,11 +39,15 @@ def housekeeping() -> None:
     """Enter the end of dead workers, delete what has expired or is cached too long, and begin lost checks anew."""
     workers.bury_dead()
     checkpoints.delete_expired()
+    expired_operations.forget()
+    payload_files.delete_orphans()
+    state_folders.delete_orphans()
     tokens.remove_unused()
     webhooks.forget_old()
     idempotency.forget_old()
     uploads.clean_up()
     datasets.remove_orphans()
     dataset_rows.remove_unused_copies()
+    disk.measure()
     for version_pk in dataset_checks.unfinished():
         events.ring_dataset_check(version_pk)

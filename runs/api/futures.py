@@ -20,6 +20,7 @@ from django.db import Error as DatabaseProblem
 
 from runs import events, ids
 from runs.api.decorators import ApiRequest, Reply, in_thread, json_reply
+from runs.exceptions import ResultExpired
 from runs.models import Operation
 from runs.schemas import requests, responses, results
 from runs.schemas.parsing import validate
@@ -62,7 +63,9 @@ def _not_yet(operation: Operation) -> Reply:
 def _answer(operation: Operation, *, accepts_proto: bool, accepts_json: bool) -> Reply:
     if operation.state == Operation.State.FAILED:
         return json_reply({"error": operation.error, "category": operation.error_category or "unknown"})
-    body = bytes(operation.result or b"")
+    if operation.result is None:
+        raise ResultExpired
+    body = bytes(operation.result)
     if not operation.result_is_proto:
         return Reply(body=body)
     is_sample = operation.kind == Operation.Kind.SAMPLE

@@ -15,7 +15,8 @@ class TrainingRun(models.Model):
     `fence` and `applied_seq` carry the safety of the whole product: every commit is one
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
     A fork names the run, step and checkpoint it started from. `num_to_replay` is above 0 while a worker
-    that took the run over brings it back.
+    that took the run over brings it back. Payloads and results of operations up to `payloads_gone_seq` and
+    `results_gone_seq` were deleted.
     """
 
     class Source(models.TextChoices):
@@ -56,6 +57,9 @@ class TrainingRun(models.Model):
     applied_seq = models.BigIntegerField(default=-1)
     num_replayed = models.PositiveIntegerField(default=0)
     num_to_replay = models.PositiveIntegerField(default=0)
+
+    payloads_gone_seq = models.BigIntegerField(default=-1)
+    results_gone_seq = models.BigIntegerField(default=-1)
 
     parent = models.ForeignKey("self", null=True, on_delete=models.SET_NULL, related_name="forks")
     parent_step = models.PositiveBigIntegerField(null=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -20,8 +20,9 @@ from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
 from runs.pages.policies import signed_in
-from runs.services import access, run_rows, sampling
+from runs.services import access, checkpoint_facts, disk, run_rows, sampling
 from runs.services import checkpoints as service
+from runs.services.checkpoint_facts import CheckpointFacts
 
 MAX_ROWS: Final = 500
 LIFETIMES: Final = ((86_400, "1 day"), (7 * 86_400, "7 days"), (30 * 86_400, "30 days"), (0, "for ever"))
@@ -30,7 +31,7 @@ _CHUNK_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRow:
-    """What a table shows of a checkpoint."""
+    """What a table shows of a checkpoint; `can_go_on` with the optimizer's state, at the step where it was saved."""
 
     pk: int
     run_id: str
@@ -44,6 +45,10 @@ class CheckpointRow:
     expires_at: datetime | None
     path: str
     is_public: bool
+    can_go_on: bool
+    loss: float | None
+    validation_loss: float | None
+    is_best: bool
 
 
 @signed_in
@@ -51,13 +56,13 @@ class CheckpointRow:
 def checkpoint_list(request: HttpRequest) -> HttpResponseBase:
     """Show all checkpoints of a person and what they take."""
     checkpoints = access.checkpoints_of(_user(request))
-    rows = [row_of(checkpoint) for checkpoint in checkpoints[: MAX_ROWS + 1]]
+    found = list(checkpoints[: MAX_ROWS + 1])
     context = {
-        "checkpoints": rows[:MAX_ROWS],
-        "has_more": len(rows) > MAX_ROWS,
-        "num_checkpoints": checkpoints.count() if len(rows) > MAX_ROWS else len(rows),
+        "checkpoints": _rows_of(found[:MAX_ROWS]),
+        "has_more": len(found) > MAX_ROWS,
+        "num_checkpoints": checkpoints.count() if len(found) > MAX_ROWS else len(found),
         "size_bytes": service.size_of(checkpoints),
-        "lifetimes": LIFETIMES,
+        "disk": disk.usage(),
     }
     return render(request, "checkpoints/checkpoint_list.html", context)
 
@@ -79,8 +84,7 @@ def download(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRes
 def delete(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpResponseBase:
     """Delete a checkpoint with its files."""
     checkpoint = access.get_checkpoint(_user(request), ids.parse_checkpoint_id(run_id, kind, name))
-    service.delete(checkpoint)
-    messages.success(request, f"Checkpoint {checkpoint.name} was deleted.")
+    _delete(request, [checkpoint])
     return _back(request)
 
 
@@ -92,10 +96,8 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
     chosen = [
         access.get_checkpoint(user, ids.parse_path(path)) for path in request.POST.getlist("path")[:MAX_ROWS]
     ]
-    for checkpoint in chosen:
-        service.delete(checkpoint)
-    messages.success(request, f"{len(chosen)} checkpoint{'s were' if len(chosen) != 1 else ' was'} deleted.")
-    return redirect("checkpoint-list")
+    _delete(request, chosen)
+    return _back(request)
 
 
 @signed_in
@@ -115,10 +117,10 @@ def keep(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRespons
 def rows_of_run(run: TrainingRun) -> list[CheckpointRow]:
     """Return the rows of the checkpoints that a person named in this run."""
     named = Checkpoint.objects.filter(run=run, is_ephemeral=False).select_related("run")
-    return [row_of(checkpoint) for checkpoint in named[:MAX_ROWS]]
+    return _rows_of(named[:MAX_ROWS])
 
 
-def row_of(checkpoint: Checkpoint) -> CheckpointRow:
+def row_of(checkpoint: Checkpoint, facts: CheckpointFacts = checkpoint_facts.UNKNOWN) -> CheckpointRow:
     """Return what a table shows of a checkpoint that comes with its run."""
     return CheckpointRow(
         pk=checkpoint.pk,
@@ -133,7 +135,17 @@ def row_of(checkpoint: Checkpoint) -> CheckpointRow:
         expires_at=checkpoint.expires_at,
         path=sampling.path_of(checkpoint),
         is_public=checkpoint.is_public,
+        can_go_on=checkpoint.kind == Checkpoint.Kind.TRAINING,
+        loss=facts.loss,
+        validation_loss=facts.validation_loss,
+        is_best=facts.is_best,
     )
+
+
+def _rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
+    listed = list(checkpoints)
+    facts = checkpoint_facts.facts_of(listed)
+    return [row_of(checkpoint, facts.get(checkpoint.pk, checkpoint_facts.UNKNOWN)) for checkpoint in listed]
 
 
 async def _tar(checkpoint: Checkpoint) -> AsyncIterator[bytes]:
@@ -157,6 +169,23 @@ def _tar_parts(files: Iterator[tuple[str, File[bytes]]], *, mtime: float) -> Ite
         yield bytes(padding)
         num_bytes += tarfile.BLOCKSIZE + info.size + padding
     yield bytes(2 * tarfile.BLOCKSIZE + -(num_bytes + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+
+
+def _delete(request: HttpRequest, chosen: Sequence[Checkpoint]) -> None:
+    """Delete checkpoints and say so; one that a fork still needs is kept and named."""
+    kept = []
+    for checkpoint in chosen:
+        try:
+            service.delete(checkpoint)
+        except RequestInvalid as error:
+            kept.append(f"{error.message[0].upper()}{error.message[1:]}.")
+    num_deleted = len(chosen) - len(kept)
+    if num_deleted == 1:
+        messages.success(request, "1 checkpoint was deleted.")
+    elif num_deleted:
+        messages.success(request, f"{num_deleted} checkpoints were deleted.")
+    for reason in kept:
+        messages.warning(request, reason)
 
 
 def _back(request: HttpRequest) -> HttpResponseBase:

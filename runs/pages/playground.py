@@ -149,13 +149,13 @@ def _all_groups(user: User, chosen: Checkpoint | None) -> list[Group]:
         groups.append(
             Group(label=run_rows.title_of(chosen.run), choices=[_choice(checkpoints.row_of(chosen))])
         )
-    for run in runs:
-        groups.append(
-            Group(
-                label=run_rows.title_of(run),
-                choices=[_choice(checkpoints.row_of(one)) for one in of_run[run.pk][:MAX_PER_RUN]],
-            )
+    groups += [
+        Group(
+            label=run_rows.title_of(run),
+            choices=[_choice(checkpoints.row_of(one)) for one in of_run[run.pk][:MAX_PER_RUN]],
         )
+        for run in runs
+    ]
     return groups
 
 

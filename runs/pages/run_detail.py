@@ -12,6 +12,7 @@ from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
+from runs.exceptions import RequestInvalid
 from runs.models import Operation, Recipe, TrainingRun, User
 from runs.pages import checkpoints, film_strip, lineage, playground, run_events, sample_texts, steering
 from runs.pages.policies import signed_in
@@ -40,6 +41,15 @@ class OperationRow:
     error: str
     error_category: str
     attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deletion:
+    """What deleting the run takes away; `obstacle` says why it cannot be deleted now."""
+
+    num_checkpoints: int
+    size_bytes: int
+    obstacle: str
 
 
 @signed_in
@@ -78,6 +88,21 @@ def panels(request: HttpRequest, run_id: str) -> HttpResponseBase:
 
 @signed_in
 @require_POST
+def delete(request: HttpRequest, run_id: str) -> HttpResponseBase:
+    """Delete the run with all that it left."""
+    user: User = request.user  # type: ignore[assignment]
+    run = access.get_run(user, run_id)
+    try:
+        training_runs.delete(run)
+    except RequestInvalid as error:
+        messages.error(request, f"{error.message[0].upper()}{error.message[1:]}.")
+        return redirect("run-detail", run_id=run.public_id)
+    messages.success(request, f"The run {run_rows.title_of(run)} was deleted.")
+    return redirect("run-list")
+
+
+@signed_in
+@require_POST
 def rename(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Give the run a name."""
     user: User = request.user  # type: ignore[assignment]
@@ -110,6 +135,11 @@ def _panels(run: TrainingRun) -> dict[str, Any]:
         "marks": run_events.marks_of(events, best_step=None if recipe is None else recipe.best_step),
         "lineage": lineage.lineage_of(run),
         "steering": _steering(recipe, facts, saved),
+        "deletion": Deletion(
+            num_checkpoints=len(saved),
+            size_bytes=sum(row.size_bytes for row in saved),
+            obstacle=training_runs.obstacle_to_deletion(run, recipe),
+        ),
         "strip_version": "" if recipe is None else film_strip.version_of(run),
     }
 

@@ -7,15 +7,17 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from django.conf import settings
+from django.contrib import messages
 from django.core import signing
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_GET, require_POST
 
+from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
 from runs.pages.policies import signed_in
-from runs.services import base_models, keys, run_rows, training_runs, workers
+from runs.services import access, base_models, keys, run_rows, training_runs, workers
 from runs.services.training_runs import DisplayState
 
 PAGE_SIZE: Final = 50
@@ -56,6 +58,26 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
     if not found and not is_filtered and is_first_page:
         context.update(_first_steps(request, user))
     return render(request, "runs/run_list.html", context)
+
+
+@signed_in
+@require_POST
+def delete_many(request: HttpRequest) -> HttpResponseBase:
+    """Delete the chosen runs with all that they left; one that cannot be deleted now is kept and named."""
+    user: User = request.user  # type: ignore[assignment]
+    chosen = [access.get_run(user, run_id) for run_id in request.POST.getlist("run")[:PAGE_SIZE]]
+    kept: list[str] = []
+    for run in chosen:
+        try:
+            training_runs.delete(run)
+        except RequestInvalid as error:
+            kept.append(f"{run_rows.title_of(run)} was kept: {error.message}")
+    num_deleted = len(chosen) - len(kept)
+    if num_deleted:
+        messages.success(request, f"{num_deleted} run{'s were' if num_deleted != 1 else ' was'} deleted.")
+    for reason in kept:
+        messages.warning(request, f"{reason}.")
+    return redirect("run-list")
 
 
 def base_url(request: HttpRequest) -> str:

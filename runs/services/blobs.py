@@ -5,20 +5,62 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
+PAYLOADS: Final = "payloads"
+# Payloads are deleted only when nobody stored the same bytes for so long: the row that names them comes later.
+GRACE_S: Final = 3600.0
+
 
 def put(digest: str, data: bytes) -> str:
     """Store the bytes durably under their SHA-256 and return the name to read them back by."""
-    name = f"payloads/{digest[:2]}/{digest}"
+    name = f"{PAYLOADS}/{digest[:2]}/{digest}"
     if isinstance(storages["default"], FileSystemStorage):
-        _write_durably(Path(default_storage.path(name)), data)
-    elif not default_storage.exists(name):
+        path = Path(default_storage.path(name))
+        if not _touch(path):
+            _write_durably(path, data)
+    elif _age_s(name) > GRACE_S / 2:
         default_storage.save(name, ContentFile(data))
     return name
+
+
+def delete_if_old(name: str) -> bool:
+    """Delete a payload that no row names, unless somebody stored the same bytes a short while ago."""
+    if not isinstance(storages["default"], FileSystemStorage):
+        is_old = GRACE_S < _age_s(name) < float("inf")
+        if is_old:
+            default_storage.delete(name)
+        return is_old
+    path = Path(default_storage.path(name))
+    aside = path.with_name(f".old-{path.name}")
+    try:
+        if _file_age_s(path) < GRACE_S:
+            return False
+        # Whoever stores it again either touches it before it is moved, which is seen here, or writes it anew.
+        os.rename(path, aside)
+        if _file_age_s(aside) < GRACE_S:
+            os.replace(aside, path)
+            return False
+        aside.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def payload_names(prefix: str) -> Iterator[str]:
+    """Yield the names of the payloads whose digest begins with these two digits."""
+    folder = f"{PAYLOADS}/{prefix}"
+    try:
+        _, names = default_storage.listdir(folder)
+    except FileNotFoundError:
+        return
+    yield from (f"{folder}/{name}" for name in names)
 
 
 def get(name: str) -> bytes:
@@ -73,8 +115,6 @@ def delete_folder(directory: str) -> None:
 
 def _write_durably(path: Path, data: bytes) -> None:
     """Write, fsync, rename, fsync the folder: after a power cut the file is whole or absent."""
-    if path.exists():
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
         file.write(data)
@@ -82,6 +122,26 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(file.name, path)
     _flush_folder(path.parent)
+
+
+def _touch(path: Path) -> bool:
+    """Mark the file as stored just now; false if there is none."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _file_age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _age_s(name: str) -> float:
+    """Return how long ago a name of a remote storage was written; infinity if it does not exist."""
+    if not default_storage.exists(name):
+        return float("inf")
+    return time.time() - default_storage.get_modified_time(name).timestamp()
 
 
 def _flush_folder(path: Path) -> None:

@@ -10,8 +10,9 @@ from django.core.files.storage import default_storage
 from django.db.models import QuerySet, Sum
 from django.db.models.functions import Now
 
-from runs.models import Checkpoint
-from runs.services import blobs
+from runs.exceptions import RequestInvalid
+from runs.models import Checkpoint, TrainingRun
+from runs.services import blobs, sampling
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
@@ -26,17 +27,39 @@ def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
 
 
 def delete(checkpoint: Checkpoint) -> None:
-    """Delete the row and then the files."""
+    """Delete the row and then the files.
+
+    Raises:
+        RequestInvalid: a fork has not loaded the weights yet.
+    """
+    fork = _fork_that_needs(checkpoint)
+    if fork is not None:
+        raise RequestInvalid(
+            f"cannot delete {checkpoint.name} while the fork {fork.name or fork.public_id} has not loaded it; "
+            "wait until it has, or delete the fork first"
+        )
+    discard(checkpoint)
+
+
+def discard(checkpoint: Checkpoint) -> None:
+    """Delete the row and then the files, whoever needs them."""
     Checkpoint.objects.filter(pk=checkpoint.pk).delete()
     blobs.delete_folder(checkpoint.directory)
 
 
 def delete_expired() -> int:
-    """Delete every checkpoint whose time has come; returns how many."""
-    expired = list(Checkpoint.objects.filter(expires_at__lte=Now()))
-    for checkpoint in expired:
-        delete(checkpoint)
-    return len(expired)
+    """Delete every checkpoint whose time has come, unless a fork still needs it; returns how many."""
+    expired = Checkpoint.objects.filter(expires_at__lte=Now()).select_related("run")
+    unneeded = [checkpoint for checkpoint in expired if _fork_that_needs(checkpoint) is None]
+    for checkpoint in unneeded:
+        discard(checkpoint)
+    return len(unneeded)
+
+
+def _fork_that_needs(checkpoint: Checkpoint) -> TrainingRun | None:
+    """Return a run that starts from the checkpoint and has no state of its own kept yet."""
+    forks = TrainingRun.objects.filter(parent_id=checkpoint.run_id, parent_path=sampling.path_of(checkpoint))
+    return forks.filter(state=TrainingRun.State.OPEN, snapshots=None).first()
 
 
 def size_of(checkpoints: QuerySet[Checkpoint]) -> int:

@@ -141,6 +141,11 @@ def release_run(run_pk: int, worker: Worker, *, fence: int) -> None:
     TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None)
 
 
+def missing_among(run_pks: Collection[int]) -> set[int]:
+    """Return those of the runs that were deleted."""
+    return set(run_pks) - set(TrainingRun.objects.filter(pk__in=run_pks).values_list("pk", flat=True))
+
+
 def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int) -> list[TakenOperation]:
     """Return the operations after each held run's last taken seq, in order of run and seq.
 
@@ -238,6 +243,11 @@ def latest_snapshots(run_pk: int, *, up_to_seq: int) -> list[tuple[int, str]]:
     """Return (seq, storage folder) of the run's snapshots, newest first."""
     rows = Snapshot.objects.filter(run_id=run_pk, seq__lte=up_to_seq).order_by("-seq", "-fence")
     return list(rows.values_list("seq", "directory"))
+
+
+def has_payloads_after(run_pk: int, seq: int) -> bool:
+    """Return whether the payloads of all operations after this one are kept, so that they can be replayed."""
+    return TrainingRun.objects.filter(pk=run_pk, payloads_gone_seq__lte=seq).exists()
 
 
 def checkpoint_exists(run_pk: int, *, kind: str, name: str) -> bool:

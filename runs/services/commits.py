@@ -182,6 +182,16 @@ def commit_sample(operation_pk: int, result: Result) -> None:
             _sample_changed(operation_pk)
 
 
+def fail_run(run_pk: int, *, fence: int, error: str) -> None:
+    """Enter that a run cannot go on; what still waits is answered by whoever holds it."""
+    with transaction.atomic():
+        open_run = TrainingRun.objects.filter(pk=run_pk, fence=fence, state=TrainingRun.State.OPEN)
+        if open_run.update(state=TrainingRun.State.FAILED, error=error):
+            run = TrainingRun.objects.get(pk=run_pk)
+            webhooks.client_ended(run_pk)
+            events.run_changed(run.pk, run.owner_id, run.public_id)
+
+
 def add_event(run_pk: int, *, seq: int, step: int, kind: str, detail: Mapping[str, Any]) -> None:
     """Enter something people should see on the run's page."""
     RunEvent.objects.create(run_id=run_pk, seq=seq, step=step, kind=kind, detail=dict(detail))

@@ -166,7 +166,7 @@ def end(recipe: Recipe, state: State) -> None:
 def delete_weights(recipe: Recipe) -> None:
     """Delete every checkpoint of the recipe's run."""
     for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id):
-        checkpoints.delete(checkpoint)
+        checkpoints.discard(checkpoint)
 
 
 def prune(recipe: Recipe, *, keep: int) -> None:
@@ -175,7 +175,7 @@ def prune(recipe: Recipe, *, keep: int) -> None:
     others = [row for row in rows if row.step != recipe.best_step]
     num_newest = keep - 1 if len(others) < len(rows) else keep
     for checkpoint in others[num_newest:]:
-        checkpoints.delete(checkpoint)
+        checkpoints.discard(checkpoint)
 
 
 # -- evaluations -----------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def drop_sampled_weights(recipe: Recipe) -> None:
         drawn = FixedSample.objects.filter(run_id=recipe.run_id, save_seq=checkpoint.seq)
         is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
         if drawn.exists() and not drawn.filter(is_open).exists():
-            checkpoints.delete(checkpoint)
+            checkpoints.discard(checkpoint)
 
 
 def has_open_samples(recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ import socket
 from datetime import timedelta
 from typing import Final
 
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import BooleanField, Count, ExpressionWrapper, Q, QuerySet
 from django.db.models.functions import Now
 
@@ -97,5 +97,12 @@ def _bury(worker: Worker) -> bool:
     dead = Worker.objects.filter(is_dead, pk=worker.pk, stopped_at=None)
     if dead.update(stopped_at=Now()) == 0:
         return False
-    TrainingRun.objects.filter(worker=worker).update(worker=None)
+    _set_free(worker)
     return True
+
+
+def _set_free(worker: Worker) -> None:
+    """Set a dead worker's runs free, but for one that it froze over a commit of: that one is free once its lock is."""
+    with transaction.atomic():
+        unlocked = TrainingRun.objects.select_for_update(skip_locked=True).filter(worker=worker)
+        TrainingRun.objects.filter(pk__in=unlocked.values("pk")).update(worker=None)

@@ -21,7 +21,9 @@ function apply({ rows: changed }) {
     const current = body.querySelector(`[data-run="${CSS.escape(run)}"]`);
     if (current) {
       fresh.classList.toggle("is-selected", selected === run);
-      if (current.contains(document.activeElement)) queueMicrotask(() => fresh.querySelector("a").focus());
+      const focused = document.activeElement;
+      if (current.contains(focused)) queueMicrotask(() => fresh.querySelector(focused.localName).focus());
+      fresh.querySelector(".run-choice").checked = current.querySelector(".run-choice").checked;
       current.replaceWith(fresh);
     } else if (isNew) {
       leaveFirstSteps();
@@ -30,9 +32,9 @@ function apply({ rows: changed }) {
   }
 }
 
-// The first run of all: the instructions make way for the table.
+// The first run of all: the instructions make way for the table, unless "Try it" is on its way to that run's page.
 function leaveFirstSteps() {
-  if (document.querySelector("[data-first-steps]")) location.reload();
+  if (document.querySelector("[data-first-steps]:not(:has([aria-busy]))")) location.reload();
 }
 
 function select(index) {
@@ -57,7 +59,7 @@ document.addEventListener("keydown", (event) => {
 
 body.addEventListener("click", (event) => {
   const row = event.target.closest("[data-run]");
-  if (!row || event.target.closest("a") || !getSelection().isCollapsed) return;
+  if (!row || event.target.closest("a, input") || !getSelection().isCollapsed) return;
   row.querySelector("a").click();
 });
 

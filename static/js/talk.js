@@ -53,6 +53,11 @@ class Talk {
       event.preventDefault();
       this.#form.requestSubmit();
     });
+    this.#root.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || this.#open.size === 0) return;
+      event.preventDefault();
+      this.#stop();
+    });
     this.#form.elements.mode.addEventListener("change", () => this.#showMode());
     // The connection is made when it is about to be needed, not with every page.
     this.#root.addEventListener("focusin", () => this.#connect(), { once: true });

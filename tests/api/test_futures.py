@@ -58,6 +58,14 @@ async def test_a_finished_operation_is_answered_at_once_and_again(
         assert reply.headers["content-type"] == "application/json"
 
 
+async def test_an_answer_that_was_deleted_is_gone(alice: Actor, step: int, worker: HandWorker) -> None:
+    await in_thread(lambda: worker.finish(step, Result(body=b"{}")))
+    await in_thread(lambda: Operation.objects.filter(pk=step).update(result=None))
+    reply = await alice.poll(step)
+    assert (reply.status_code, reply.json()["code"]) == (410, "result_expired")
+    assert "kept for 24 hours" in reply.text
+
+
 async def test_a_waiting_request_wakes_when_the_answer_is_committed(
     alice: Actor, step: int, worker: HandWorker
 ) -> None:

@@ -24,6 +24,7 @@ from gpuworker.engine.types import (
     LoraSpec,
     OptimStep,
 )
+from tests.flushes import Flushes
 
 from .conftest import CONFIGS, load_reference, random_tokens
 from .reference import make_adapter, peft_logprobs
@@ -156,6 +157,15 @@ def test_writing_replaces_and_leaves_nothing_else(state: AdapterState, tmp_path:
     checkpoints.write(replace(state, step=9), tmp_path / "c", base_model="tiny")
     assert checkpoints.read(tmp_path / "c").step == 9
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_all_of_it_is_flushed_before_its_name_appears(
+    state: AdapterState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = Flushes()
+    flushes.watch(monkeypatch)
+    checkpoints.write(state, tmp_path / "c", base_model="tiny")
+    flushes.assert_safe(tmp_path / "c")
 
 
 def test_a_failed_write_leaves_the_old_one(state: AdapterState, tmp_path: Path) -> None:

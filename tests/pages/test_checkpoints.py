@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+from urllib.parse import quote
 
 import pytest
 from django.core.files.storage import default_storage
 from django.test import Client
 
-from runs.models import Checkpoint, TrainingRun
-from tests.pages import seed
+from runs.models import Checkpoint, Metric, TrainingRun
+from tests.pages import recipe_seed, seed
 from tests.pages.test_run_detail import streamed
 
 pytestmark = pytest.mark.django_db
@@ -30,6 +31,53 @@ def test_it_lists_them_with_what_they_take(page: Client, checkpoint: Checkpoint)
     assert "step-000030" in text
     assert "1 take 42.0 MB" in text
     assert "in 7 d" in text
+
+
+def test_it_shows_the_losses_at_the_step_and_the_best(page: Client, run: TrainingRun) -> None:
+    recipe_seed.make_recipe(run, best_step=20)
+    for step in (10, 20):
+        checkpoint = seed.add_checkpoint(run, f"step-{step:06d}", step=step)
+        Checkpoint.objects.filter(pk=checkpoint.pk).update(seq=2 * step)
+        Metric.objects.filter(run=run, name="loss", step=step).update(value=step + 0.125)
+        Metric.objects.create(run=run, seq=9000 + step, name="validation_loss", step=step, value=step + 0.5)
+    for address in ("/checkpoints/", f"/runs/{run.public_id}/"):
+        text = page.get(address).content.decode()
+        first, second = (
+            text.split(f'data-key="tinker://{run.public_id}/weights/step-0000{step}"')[-1]
+            for step in (10, 20)
+        )
+        first, second = first.partition("</tr>")[0], second.partition("</tr>")[0]
+        assert "10.12" in first
+        assert "10.50" in first
+        assert "best" not in first
+        assert "20.50" in second
+        assert '<span class="badge badge-best">best</span>' in second
+
+
+def test_it_leads_to_a_talk_and_a_fork(page: Client, checkpoint: Checkpoint, run: TrainingRun) -> None:
+    sampler = seed.add_checkpoint(run, "only", kind="sampler_weights")
+    text = page.get("/checkpoints/").content.decode()
+    path = quote(f"tinker://{run.public_id}/weights/{checkpoint.name}", safe="")
+    assert f"/playground/?checkpoint={path}" in text
+    assert f"/runs/new/?fork={path}&amp;optimizer=1" in text
+    path = quote(f"tinker://{run.public_id}/sampler_weights/{sampler.name}", safe="")
+    assert f"/runs/new/?fork={path}&amp;optimizer=0" in text
+    assert page.get(f"/playground/?checkpoint={path}").status_code == 200
+
+
+def test_it_shows_what_the_disk_holds(page: Client, checkpoint: Checkpoint) -> None:
+    text = page.get("/checkpoints/").content.decode()
+    assert "of mintweb&#x27;s data" in text or "of mintweb's data" in text
+    assert "free" in text
+
+
+def test_several_can_be_deleted_from_the_runs_page(
+    page: Client, checkpoint: Checkpoint, run: TrainingRun
+) -> None:
+    path = f"tinker://{run.public_id}/weights/{checkpoint.name}"
+    reply = page.post("/checkpoints/delete", {"path": [path], "next": f"/runs/{run.public_id}/"})
+    assert reply["location"] == f"/runs/{run.public_id}/"
+    assert not Checkpoint.objects.exists()
 
 
 def test_the_archive_holds_the_adapter_and_not_the_optimizer(page: Client, checkpoint: Checkpoint) -> None:

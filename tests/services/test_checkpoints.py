@@ -10,10 +10,11 @@ from django.core.files.storage import default_storage
 from django.db.models.functions import Now
 
 from runs import ids
-from runs.exceptions import NotFound
+from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
-from runs.services import access, blobs, checkpoints
+from runs.services import access, blobs, checkpoints, commits
 from tests.services import rows
+from tests.services.hand_worker import HandWorker
 
 
 def path_of(checkpoint: Checkpoint) -> ids.CheckpointPath:
@@ -42,6 +43,24 @@ def test_the_expired_are_deleted_with_their_files(run: TrainingRun) -> None:
     assert not folder_of(past).exists()
     assert folder_of(future).exists()
     assert set(Checkpoint.objects.filter(run=run)) == {future, lasting}
+
+
+def test_what_a_fork_has_not_loaded_yet_stays(run: TrainingRun, alice: User, worker: HandWorker) -> None:
+    checkpoint, other = rows.make_checkpoint(run, "one"), rows.make_checkpoint(run, "two")
+    fork = rows.make_run(alice)
+    TrainingRun.objects.filter(pk=fork.pk).update(
+        parent=run, parent_path=str(path_of(checkpoint)), name="child"
+    )
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=Now() - timedelta(seconds=1))
+    checkpoints.delete(other)
+    assert checkpoints.delete_expired() == 0
+    with pytest.raises(RequestInvalid, match="cannot delete one while the fork child has not loaded it"):
+        checkpoints.delete(checkpoint)
+    assert folder_of(checkpoint).exists()
+    fence = worker.hold(fork).fence
+    commits.register_snapshot(fork.pk, fence=fence, seq=0, directory="snapshots/x", size_bytes=1)
+    checkpoints.delete(checkpoint)
+    assert not folder_of(checkpoint).exists()
 
 
 def test_a_lifetime_can_be_taken_away(run: TrainingRun) -> None:

@@ -93,6 +93,14 @@ def test_a_run_of_a_dead_worker_is_free_even_if_nobody_set_it_free(
     assert claims.claim_runs(zombie.row, MODELS) == []
 
 
+def test_a_buried_worker_claims_nothing(run: TrainingRun) -> None:
+    """It would keep what it takes: it was buried once and is not looked at again."""
+    zombie = HandWorker()
+    Worker.objects.filter(pk=zombie.row.pk).update(stopped_at=Now())
+    assert claims.claim_runs(zombie.row, MODELS) == []
+    assert len(claims.claim_runs(HandWorker().row, MODELS)) == 1
+
+
 def test_operations_are_taken_in_seq_order_after_the_last_taken(run: TrainingRun, worker: HandWorker) -> None:
     for seq in (4, 2, 1, 3):
         rows.optim_step(run, seq)

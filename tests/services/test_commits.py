@@ -338,6 +338,14 @@ def test_a_snapshot_that_comes_late_does_not_push_out_newer_ones(run: TrainingRu
     assert commits.register_snapshot(run.pk, fence=1, seq=10, directory="s/late", size_bytes=1) == ["s/late"]
 
 
+def test_a_snapshot_of_a_former_owner_is_not_entered(run: TrainingRun) -> None:
+    TrainingRun.objects.filter(pk=run.pk).update(fence=2)
+    assert commits.register_snapshot(run.pk, fence=1, seq=99, directory="s/stale", size_bytes=1) == [
+        "s/stale"
+    ]
+    assert not Snapshot.objects.filter(run=run).exists()
+
+
 def test_an_event_is_entered(run: TrainingRun) -> None:
     commits.add_event(run.pk, seq=3, step=2, kind="recovered", detail={"from_seq": 1})
     event = RunEvent.objects.get(run=run)

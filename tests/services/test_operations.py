@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from django.core.files.storage import default_storage
-from pytest_django.fixtures import Settings
+from pytest_django.fixtures import DjangoCaptureOnCommitCallbacks, Settings
 
+from runs import events
 from runs.exceptions import RateLimited, RequestInvalid, SequenceConflict
 from runs.models import Operation, TrainingRun, User
 from runs.services import commits, operations
@@ -66,6 +67,15 @@ def test_fields_that_a_client_changes_on_retry_do_not_count(run: TrainingRun) ->
     )
     assert operations.submit(run, first) == operations.submit(run, second)
     assert bytes(Operation.objects.get(run=run, seq=1).payload or b"") == b"first"
+
+
+def test_the_doorbell_rings_after_the_commit(
+    run: TrainingRun, django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks
+) -> None:
+    """A worker that comes before it finds nothing, and nobody calls it again."""
+    with django_capture_on_commit_callbacks() as rung:
+        operations.submit(run, step(1))
+    assert events._drain_doorbell.ring in rung
 
 
 @pytest.mark.django_db(transaction=True)

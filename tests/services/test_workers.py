@@ -12,8 +12,9 @@ from django.db import connection
 from django.db.models import F
 from django.db.models.functions import Now
 
-from runs.models import TrainingRun, Worker
-from runs.services import workers
+from runs.models import TrainingRun, User, Worker
+from runs.services import claims, workers
+from tests.services import rows
 from tests.services.hand_worker import HandWorker
 
 DETECTED_WITHIN_S = 5.0
@@ -74,6 +75,26 @@ def test_a_lease_that_ran_out_means_death_though_the_lock_is_held(
     assert workers.bury_dead() == [worker.row]
     run.refresh_from_db()
     assert run.worker_id is None
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_frozen_in_a_commit_keeps_that_run_only(
+    worker: HandWorker, run: TrainingRun, alice: User
+) -> None:
+    """Its transaction stays open, and its lock on the run with it, until the server ends the session."""
+    other = rows.make_run(alice)
+    worker.hold(run)
+    worker.hold(other)
+    let_lease_end(worker)
+    with psycopg.connect(**connection.get_connection_params()) as frozen:
+        frozen.execute("UPDATE runs_trainingrun SET step = 1 WHERE id = %s", [run.pk])
+        with connection.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '3s'")
+        assert workers.bury_dead() == [worker.row]
+        assert [held.pk for held in claims.claim_runs(HandWorker().row, [other.base_model])] == [other.pk]
+        frozen.rollback()
+    assert [held.pk for held in claims.claim_runs(HandWorker().row, [run.base_model])] == [run.pk]
+    connection.close()
 
 
 def test_a_worker_that_just_started_may_not_have_its_lock_yet(worker: HandWorker) -> None:

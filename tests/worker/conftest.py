@@ -20,7 +20,7 @@ from runs.models import Operation, TrainingRun, User
 from runs.schemas import forward_backward, requests, results
 from runs.schemas.data import DatumArrays
 from runs.schemas.forward_backward import ForwardBackwardPayload
-from runs.services import accounts, operations, sessions, training_runs
+from runs.services import accounts, base_models, operations, sessions, training_runs
 from runs.services.operations import Submission
 from runs.services.training_runs import Lora
 
@@ -48,8 +48,9 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base_model(settings: Settings, model_directory: Path) -> str:
+def base_model(settings: Settings, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Offer the random model alone."""
+    monkeypatch.setattr(base_models, "_cache", None)  # what tests before this one have seen
     settings.BASE_MODELS = {MODEL: str(model_directory)}
     settings.DEVICE = "cpu"
     settings.DTYPE = "float32"

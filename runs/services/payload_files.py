@@ -1,0 +1,34 @@
+"""Payload files that no operation names any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from itertools import islice
+from typing import Final
+
+from runs.models import Operation
+from runs.services import blobs
+
+_BATCH: Final = 100
+_NUM_PREFIXES: Final = 256
+_PREFIXES_AT_ONCE: Final = 8
+_TURN_S: Final = 60
+
+
+def delete_unused(names: Iterable[str]) -> int:
+    """Delete those of the files that no operation names; what was stored just now stays for a later look."""
+    num_deleted = 0
+    rest = iter(names)
+    while batch := list(islice(rest, _BATCH)):
+        named = Operation.objects.filter(payload_file__in=batch).exclude(payload_file="")
+        used = set(named.values_list("payload_file", flat=True))
+        num_deleted += sum(blobs.delete_if_old(name) for name in batch if name not in used)
+    return num_deleted
+
+
+def delete_orphans(*, minute: int | None = None) -> int:
+    """Look at some of the folders, at others each minute, so that all are seen within about half an hour."""
+    turn = (int(time.time() / _TURN_S) if minute is None else minute) * _PREFIXES_AT_ONCE
+    prefixes = [f"{(turn + number) % _NUM_PREFIXES:02x}" for number in range(_PREFIXES_AT_ONCE)]
+    return sum(delete_unused(blobs.payload_names(prefix)) for prefix in prefixes)

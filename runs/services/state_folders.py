@@ -1,0 +1,66 @@
+"""Folders of checkpoints and snapshots that no row names and none ever will: their worker died in between.
+
+A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
+higher one, that owner can enter nothing more, so that what it left without a row is of no use.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Final
+
+from django.core.files.storage import FileSystemStorage, default_storage, storages
+
+from runs.models import Checkpoint, Snapshot, TrainingRun
+from runs.services import blobs
+
+_ROWS: Final[dict[str, type[Checkpoint] | type[Snapshot]]] = {
+    "checkpoints": Checkpoint,
+    "snapshots": Snapshot,
+}
+# A state that is still being written has a dot before its name and something random behind it.
+_NAME: Final = re.compile(r"\.?\d+-(?P<fence>\d+)-[0-9a-f]{8}(\..*)?")
+_NUM_TURNS: Final = 30
+_TURN_S: Final = 60
+
+
+def delete_orphans() -> int:
+    """Look at the folders of some runs, of others at each minute, so that all are seen within half an hour."""
+    if not isinstance(storages["default"], FileSystemStorage):
+        return 0  # written there from a temporary folder; a listing of a whole bucket is dear
+    turn = int(time.time() / _TURN_S) % _NUM_TURNS
+    return sum(_delete_orphans(kind, folder) for kind in _ROWS for folder in _folders_of_runs(kind, turn))
+
+
+def _folders_of_runs(kind: str, turn: int) -> list[Path]:
+    root = Path(default_storage.path(kind))
+    if not root.is_dir():
+        return []
+    named = (folder for folder in root.iterdir() if folder.name.isdecimal())
+    return [folder for folder in named if int(folder.name) % _NUM_TURNS == turn]
+
+
+def _delete_orphans(kind: str, folder: Path) -> int:
+    run_pk = int(folder.name)
+    # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
+    fence = TrainingRun.objects.filter(pk=run_pk).values_list("fence", flat=True).first()
+    if fence is None:
+        blobs.delete_folder(f"{kind}/{run_pk}")
+        return 1
+    named = set(_ROWS[kind].objects.filter(run_id=run_pk).values_list("directory", flat=True))
+    orphans = [
+        name
+        for name in (f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir())
+        if name not in named and _fence_of(name) < fence
+    ]
+    for name in orphans:
+        blobs.delete_folder(name)
+    return len(orphans)
+
+
+def _fence_of(name: str) -> float:
+    """Return the fence in a folder's name; infinity for a name of another form, which is left alone."""
+    match = _NAME.fullmatch(name.rpartition("/")[2])
+    return int(match["fence"]) if match else float("inf")

@@ -1,0 +1,73 @@
+"""Deleting a run from its page: what the dialog says, what happens, and who may."""
+
+from __future__ import annotations
+
+import pytest
+from django.test import Client
+
+from runs.models import Operation, TrainingRun, User
+from tests.pages import seed
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def rested(run: TrainingRun) -> TrainingRun:
+    Operation.objects.filter(run=run, state="queued").delete()
+    return run
+
+
+def test_the_dialog_says_what_goes(page: Client, rested: TrainingRun) -> None:
+    for name in ("step-000010", "step-000020"):
+        seed.add_checkpoint(rested, name)
+    text = page.get(f"/runs/{rested.public_id}/").content.decode()
+    assert (
+        "Its 2 checkpoints (84.0 MB), charts, samples, operations and settings are deleted for good" in text
+    )
+    assert "Delete run" in text
+
+
+def test_the_run_is_gone_and_the_list_says_so(page: Client, rested: TrainingRun) -> None:
+    reply = page.post(f"/runs/{rested.public_id}/delete", follow=True)
+    assert reply.redirect_chain == [("/runs/", 302)]
+    assert "The run alice&#x27;s run was deleted." in reply.content.decode()
+    assert not TrainingRun.objects.exists()
+    assert page.get(f"/runs/{rested.public_id}/").status_code == 404
+
+
+def test_a_run_with_work_is_kept_and_the_page_says_why(page: Client, run: TrainingRun) -> None:
+    queued = Operation.objects.filter(run=run).first()
+    assert queued is not None
+    Operation.objects.filter(pk=queued.pk).update(state="queued")
+    Operation.objects.filter(run=run).exclude(pk=queued.pk).exclude(state="done").delete()
+    address = f"/runs/{run.public_id}/"
+    assert "mintweb cannot delete a run with 1 unfinished operation" in page.get(address).content.decode()
+    reply = page.post(f"{address}delete", follow=True)
+    assert reply.redirect_chain == [(address, 302)]
+    assert "Cannot delete a run with 1 unfinished operation; stop its client" in reply.content.decode()
+    assert TrainingRun.objects.filter(pk=run.pk).exists()
+
+
+def test_it_is_nobody_elses_to_delete(client: Client, bob: User, rested: TrainingRun) -> None:
+    client.force_login(bob)
+    assert client.post(f"/runs/{rested.public_id}/delete").status_code == 404
+    assert client.get(f"/runs/{rested.public_id}/delete").status_code in (404, 405)
+    assert TrainingRun.objects.filter(pk=rested.pk).exists()
+
+
+def test_several_are_deleted_from_the_list_and_those_at_work_are_kept(
+    page: Client, run: TrainingRun, alice: User
+) -> None:
+    idle = [seed.make_run(alice, name=f"idle {number}") for number in range(2)]
+    assert Operation.objects.filter(run=run, state="queued").exists()
+    reply = page.post("/runs/delete", {"run": [one.public_id for one in (*idle, run)]}, follow=True)
+    text = reply.content.decode()
+    assert "2 runs were deleted." in text
+    assert "alice&#x27;s run was kept: cannot delete a run with 2 unfinished operations" in text
+    assert list(TrainingRun.objects.all()) == [run]
+
+
+def test_one_that_is_not_mine_stops_all(page: Client, alice: User, bob: User) -> None:
+    mine, foreign = seed.make_run(alice), seed.make_run(bob)
+    assert page.post("/runs/delete", {"run": [mine.public_id, foreign.public_id]}).status_code == 404
+    assert TrainingRun.objects.count() == 2

@@ -1,0 +1,248 @@
+"""Deleting a run: everything of it goes, nothing of others, and nobody brings it back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+from django.core.files.base import ContentFile
+from django.core.files.storage import default_storage
+from django.db import IntegrityError
+from pytest_django.fixtures import DjangoCaptureOnCommitCallbacks, Settings
+
+from runs.exceptions import NotFound, RequestInvalid
+from runs.models import (
+    Checkpoint,
+    Dataset,
+    Evaluation,
+    FixedSample,
+    Metric,
+    Operation,
+    Recipe,
+    RunEvent,
+    SamplingSession,
+    Session,
+    Snapshot,
+    TrainingRun,
+    User,
+)
+from runs.services import access, blobs, claims, commits, operations, payload_files, sampling, training_runs
+from runs.services.operations import Submission
+from tests.services import rows
+from tests.services.hand_worker import HandWorker, applied, commit_of
+from tests.services.races import race
+
+
+def finish_all(worker: HandWorker, run: TrainingRun) -> None:
+    last = Operation.objects.filter(run=run, state="queued").order_by("seq").last()
+    if last is not None:
+        worker.finish(last.pk)
+        worker.release(run)
+
+
+def make_old(name: str) -> Path:
+    path = Path(default_storage.path(name))
+    os.utime(path, (0, 0))
+    return path
+
+
+def submit_large(run: TrainingRun, content: bytes) -> str:
+    submission = Submission(
+        kind=Operation.Kind.FORWARD_BACKWARD, seq=operations.next_seq(run), payload=content
+    )
+    pk = operations.submit(run, submission)
+    return Operation.objects.get(pk=pk).payload_file
+
+
+@pytest.fixture
+def rested(run: TrainingRun, worker: HandWorker) -> TrainingRun:
+    finish_all(worker, run)
+    return run
+
+
+def test_everything_of_the_run_goes(
+    rested: TrainingRun, worker: HandWorker, alice: User, django_capture_on_commit_callbacks: object
+) -> None:
+    run, other = rested, rows.make_run(alice)
+    checkpoint = rows.make_checkpoint(run)
+    held = worker.hold(other)
+    session = rows.make_sampling_session(alice, checkpoint)
+    sampled = rows.sample(session, 0)
+    rows.answer_sample(sampled)
+    FixedSample.objects.create(run=run, step=1, prompt="Hello", operation_id=sampled)
+    Evaluation.objects.create(run=run, step=1, first_seq=1, last_seq=2)
+    Metric.objects.create(run=run, seq=1, name="loss", step=1, value=1.0)
+    commits.add_event(run.pk, seq=1, step=1, kind="saved", detail={})
+    recipe = rows.make_recipe(run, state="finished")
+    snapshot = f"snapshots/{run.pk}/1-1-a"
+    default_storage.save(f"{snapshot}/state", ContentFile(b"state"))
+    run.refresh_from_db()
+    commits.register_snapshot(run.pk, fence=run.fence, seq=1, directory=snapshot, size_bytes=5)
+
+    with django_capture_on_commit_callbacks(execute=True):  # type: ignore[operator]
+        training_runs.delete(run)
+
+    assert list(TrainingRun.objects.all()) == [other]
+    assert not default_storage.exists(checkpoint.directory)
+    assert not default_storage.exists(f"snapshots/{run.pk}")
+    for model in (Checkpoint, Snapshot, Metric, RunEvent, Evaluation, FixedSample, Recipe, SamplingSession):
+        assert not model.objects.exists(), model
+    assert set(Operation.objects.values_list("run_id", flat=True)) == {other.pk}
+    assert Dataset.objects.filter(pk=recipe.dataset_version.dataset_id).exists()
+    assert held.pk == other.pk
+    training_runs.delete(run)  # once more is no error
+
+
+def test_payload_files_go_that_nobody_else_names(
+    rested: TrainingRun,
+    worker: HandWorker,
+    alice: User,
+    settings: Settings,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 4
+    other = rows.make_run(alice)
+    shared, own, fresh = (submit_large(rested, content) for content in (b"shared", b"only here", b"just now"))
+    assert submit_large(other, b"shared") == shared
+    finish_all(worker, rested)
+    shared_path, own_path = make_old(shared), make_old(own)
+    with django_capture_on_commit_callbacks(execute=True):
+        training_runs.delete(rested)
+    assert shared_path.exists()
+    assert not own_path.exists()
+    assert default_storage.exists(fresh)  # somebody may be storing the same bytes: housekeeping looks later
+
+
+@pytest.mark.parametrize(
+    ("state", "advice"),
+    [
+        ("preparing", "stop it first"),
+        ("queued", "stop it first"),
+        ("running", "stop it first"),
+        ("paused", "stop it first"),
+        ("stopping", "wait until it has ended"),
+    ],
+)
+def test_a_run_that_trains_is_kept(rested: TrainingRun, state: str, advice: str) -> None:
+    rows.make_recipe(rested, state=state)
+    with pytest.raises(RequestInvalid, match=f"cannot delete a run that is {state}; {advice}"):
+        training_runs.delete(rested)
+    assert TrainingRun.objects.filter(pk=rested.pk).exists()
+
+
+def test_unfinished_operations_and_samples_keep_it(run: TrainingRun, worker: HandWorker, alice: User) -> None:
+    with pytest.raises(RequestInvalid, match="1 unfinished operation; stop its client and wait"):
+        training_runs.delete(run)
+    finish_all(worker, run)
+    session = rows.make_sampling_session(alice, rows.make_checkpoint(run))
+    pks = [rows.sample(session, seq) for seq in range(2)]
+    with pytest.raises(RequestInvalid, match="2 unfinished operations"):
+        training_runs.delete(run)
+    for pk in pks:
+        rows.answer_sample(pk)
+    training_runs.delete(run)
+    assert not TrainingRun.objects.exists()
+
+
+def test_another_persons_samples_do_not_keep_it_and_stay(rested: TrainingRun, alice: User, bob: User) -> None:
+    checkpoint = rows.make_checkpoint(rested, is_public=True)
+    session = rows.make_sampling_session(bob, checkpoint)
+    pk = rows.sample(session, 0)
+    training_runs.delete(rested)
+    (taken,) = claims.take_samples(HandWorker().row, [rows.BASE_MODEL], limit=1)
+    assert (taken.pk, taken.is_lost) == (pk, True)
+
+
+def test_a_fork_keeps_where_it_came_from(rested: TrainingRun, worker: HandWorker, alice: User) -> None:
+    checkpoint = rows.make_checkpoint(rested)
+    path = sampling.path_of(checkpoint)
+    fork = rows.make_run(alice)
+    TrainingRun.objects.filter(pk=fork.pk).update(
+        parent=rested, parent_step=3, parent_path=path, name="child"
+    )
+    with pytest.raises(RequestInvalid, match="its fork child has not loaded the weights"):
+        training_runs.delete(rested)
+    held = worker.hold(fork)
+    commits.register_snapshot(fork.pk, fence=held.fence, seq=0, directory="snapshots/x", size_bytes=1)
+    training_runs.delete(rested)
+    fork.refresh_from_db()
+    assert (fork.parent, fork.parent_step, fork.parent_path) == (None, 3, path)
+
+
+def test_a_run_without_a_client_takes_its_session_along(rested: TrainingRun, alice: User) -> None:
+    TrainingRun.objects.filter(pk=rested.pk).update(source=TrainingRun.Source.BROWSER)
+    base = sampling.create_sampling_session(
+        rested.session, seq_id=0, base_model=rows.BASE_MODEL, checkpoint=None
+    )
+    rows.answer_sample(rows.sample(base, 0))
+    training_runs.delete(rested)
+    assert not Session.objects.filter(pk=rested.session_id).exists()
+    assert not Operation.objects.exists()
+
+
+def test_a_worker_that_holds_it_cannot_bring_it_back(rested: TrainingRun, worker: HandWorker) -> None:
+    pk = rows.optim_step(rested, 1)
+    held = worker.hold(rested)
+    worker.finish(pk)
+    training_runs.delete(rested)
+
+    late = commit_of(held, [applied(pk, 2)], from_seq=1)
+    assert commits.commit_all([late]) == [False]
+    folder = "snapshots/late"
+    kept = commits.register_snapshot(held.pk, fence=held.fence, seq=2, directory=folder, size_bytes=1)
+    assert kept == [folder]  # to be deleted
+    claims.enter_replay(held, num_replayed=1, num_to_replay=2)
+    claims.release_run(held.pk, worker.row, fence=held.fence)
+    assert claims.missing_among([held.pk]) == {held.pk}
+    assert not TrainingRun.objects.exists()
+    assert not Operation.objects.exists()
+    with pytest.raises(NotFound):
+        access.get_run(rested.owner, rested.public_id)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_whoever_comes_first_an_operation_is_never_lost(alice: User, worker: HandWorker) -> None:
+    for _ in range(8):
+        run = rows.make_run(alice)
+        finish_all(worker, run)
+
+        def submit(run: TrainingRun = run) -> str:
+            try:
+                rows.optim_step(run, 1)
+            except IntegrityError:
+                return "refused"
+            return "taken"
+
+        def remove(run: TrainingRun = run) -> str:
+            try:
+                training_runs.delete(run)
+            except RequestInvalid:
+                return "kept"
+            return "deleted"
+
+        outcome = race([submit, remove])
+        assert outcome in (["taken", "kept"], ["refused", "deleted"])
+        assert Operation.objects.filter(run_id=run.pk).exists() == (outcome[0] == "taken")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_deleted_twice_at_once_it_is_gone_once(alice: User, worker: HandWorker) -> None:
+    run = rows.make_run(alice)
+    finish_all(worker, run)
+    race([partial(training_runs.delete, run)] * 4)
+    assert not TrainingRun.objects.filter(pk=run.pk).exists()
+
+
+def test_a_file_that_is_stored_again_outlives_its_deletion(db: None) -> None:
+    digest = hashlib.sha256(b"again").hexdigest()
+    name = blobs.put(digest, b"again")
+    make_old(name)
+    blobs.put(digest, b"again")  # its row is not there yet
+    assert payload_files.delete_unused([name]) == 0
+    assert blobs.get(name) == b"again"
+    make_old(name)
+    assert payload_files.delete_unused([name]) == 1
+    assert not default_storage.exists(name)
