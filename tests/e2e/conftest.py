@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 from tests.up.instances import Instance
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CHROMIUM = os.environ.get("MINTWEB_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 GUIDE_MODEL = "Qwen/Qwen3-0.6B"
 TINY = ROOT / "gpuworker" / "tiny" / "model"
 
@@ -75,3 +79,38 @@ def sdk_env(product: Instance) -> dict[str, str]:
     exports = dict(re.findall(r"((?:MINT|TINKER)_[A-Z_]+)=(\S+)", product.output))
     assert exports.keys() == {"MINT_BASE_URL", "MINT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY"}
     return {**exports, "HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+
+
+@pytest.fixture(scope="session")
+def login(product: Instance) -> dict[str, str]:
+    """The cookies of whoever opened the login link that `make up` prints."""
+    link = re.search(r"http://\S+/login/\S+", product.output)
+    assert link is not None
+    with httpx.Client() as client:
+        client.get(link[0]).raise_for_status()
+        data = {"csrfmiddlewaretoken": client.cookies["csrftoken"]}
+        assert client.post(link[0], data=data, headers={"Origin": product.address}).status_code == 302
+        return dict(client.cookies)
+
+
+@pytest.fixture
+def page(product: Instance, login: dict[str, str]) -> Iterator[Page]:
+    """A signed-in tab; an error or a violation of the content policy fails the test."""
+    with pytest.MonkeyPatch.context() as environment, sync_playwright() as playwright:
+        environment.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")  # Playwright keeps an event loop in this thread
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        context = browser.new_context(base_url=product.address)
+        context.add_cookies(
+            [{"name": name, "value": value, "url": product.address} for name, value in login.items()]
+        )
+        tab = context.new_page()
+        problems: list[str] = []
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.goto("/runs/")
+        yield tab
+        browser.close()
+    assert problems == []

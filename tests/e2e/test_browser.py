@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import ROOT, TINKER038
 from tests.up.instances import Instance, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-CHROMIUM = os.environ.get("MINTWEB_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 NUM_STEPS = 60
-
-
-@pytest.fixture
-def page(product: Instance) -> Iterator[Page]:
-    """A tab of whoever opened a login link; an error or a violation of the content policy fails the test."""
-    with pytest.MonkeyPatch.context() as environment, sync_playwright() as playwright:
-        environment.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")  # Playwright keeps an event loop in this thread
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        tab = browser.new_page()
-        problems: list[str] = []
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        link = re.search(r"http://\S+/login/\S+", product.output)
-        assert link is not None
-        tab.goto(link[0])
-        tab.get_by_role("button", name="Sign in").click()
-        tab.wait_for_url("**/runs/")
-        yield tab
-        browser.close()
-    assert problems == []
 
 
 def test_points_arrive_while_a_loop_runs(page: Page, product: Instance, sdk_env: dict[str, str]) -> None:
