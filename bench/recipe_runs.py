@@ -17,7 +17,21 @@ from mintweb import embedded
 from runs.schemas import forward_backward
 
 _TIMEOUT_S: Final = 600
-_WORDS: Final = ("the", "boat", "went", "over", "calm", "water", "and", "saw", "a", "red", "sail", "at", "dawn")
+_WORDS: Final = (
+    "the",
+    "boat",
+    "went",
+    "over",
+    "calm",
+    "water",
+    "and",
+    "saw",
+    "a",
+    "red",
+    "sail",
+    "at",
+    "dawn",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

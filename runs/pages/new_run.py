@@ -182,7 +182,8 @@ def _sent(request: HttpRequest) -> Sent:
     if origin.fork is not None:
         settings = origin.fork.bound(settings)
     checked = recipe_checks.check(user, settings)
-    problems = [*checked.problems, *_prompt_problems(settings, checked.problems)]
+    problems = [_worded(problem) for problem in checked.problems]
+    problems += _prompt_problems(settings, checked.problems)
     estimate = None
     if checked.config is not None:
         first_step = origin.fork.first_step if origin.fork is not None else 0
@@ -198,6 +199,11 @@ def _sent(request: HttpRequest) -> Sent:
         problems=problems,
         estimate=estimate if is_good else None,
     )
+
+
+def _worded(problem: Problem) -> Problem:
+    """Return a problem as a person with lists to choose from would say it."""
+    return (problem[0], "choose one") if problem[1] == "is missing" else problem
 
 
 def _prompt_problems(settings: Mapping[str, Any], known: Sequence[Problem]) -> list[Problem]:
@@ -264,6 +270,7 @@ def _page(
     user = _user(request)
     errors = {place.partition("[")[0]: message for place, message in reversed(problems)}
     fork = origin.fork
+    base_model = base_models.find((values.get("base_model") or [""])[-1])
     chosen = [ref for place in ("dataset", "validation.datasets") for ref in values.get(place, ()) if ref]
 
     def shown(field: Field) -> Shown:
@@ -288,7 +295,8 @@ def _page(
             "validation_base": json.dumps(origin.values["validation.datasets"]),
             "validation_error": errors.get("validation.datasets", ""),
             "name": run_form.name_of(values),
-            "base_model": (values.get("base_model") or [""])[-1],
+            "base_model": base_model.name if base_model is not None else "",
+            "base_model_error": base_model.error if base_model is not None else "",
             "base_models": base_models.available(),
             "datasets": _datasets(user, chosen),
             "dataset": (values.get("dataset") or [""])[-1],

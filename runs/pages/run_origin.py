@@ -89,8 +89,8 @@ def _forked(user: User, query: Mapping[str, str], form: run_form.Values | None) 
         with_optimizer=has_optimizer and asked,
     )
     # Another person's published weights may be trained on; their settings, data and prompts stay theirs.
-    settings = _settings_of(run, started=False) if run.owner_id == user.pk else _shape_of(run)
-    values = {**run_form.DEFAULTS, **settings}
+    settings = _settings_of(run, started=False) if run.owner_id == user.pk else {}
+    values = {**run_form.DEFAULTS, **settings, **_shape_of(run)}
     if fork.with_optimizer:
         values |= _longer(values, checkpoint.step)
     return Origin(values=values, fork=fork)

@@ -94,7 +94,10 @@ def _time(estimate: Estimate) -> Line:
     times = estimate.time_range_s
     if times is None or estimate.pace is None:
         return Line(
-            label="Time", value="no history yet", note="shown after the first steps on this base model"
+            label="Time",
+            value="unknown until the first run",
+            note="then from the steps that this server did",
+            tone="idle",
         )
     note = f"as {estimate.pace.num_steps} earlier steps of this size here, the fastest and slowest tenth left out"
     return Line(label="Time", value=recipe_facts.time_range(*times), note=note)

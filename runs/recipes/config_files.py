@@ -141,6 +141,11 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def construct_scalar(self, node: ScalarNode | MappingNode) -> str:
+        """Build a text; JSON writes a letter beyond 16 bits as the two escapes of a surrogate pair."""
+        value: str = super().construct_scalar(node)
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping whose keys differ."""
         seen: set[str] = set()

@@ -30,6 +30,8 @@ PROCESS_BYTES: Final = 450_000_000
 KEPT_FACTOR: Final = 1.3
 _MASTER_BYTES, _MOMENTS_BYTES, _GRADIENT_BYTES = 4, 8, 4
 _TIGHT_SHARE: Final = 0.85
+# No remedy cuts rows or batches below this many tokens.
+_SHORTEST: Final = 64
 
 
 class Fit(StrEnum):
@@ -126,27 +128,53 @@ def _fit(needed: int, total: int) -> Fit:
 
 
 def _remedy(load: Load, sizes: ModelSizes, *, room: int) -> str:
-    """Return the smallest change of one setting, or of two, that makes the run fit with room to spare."""
-    for words, smaller in _smaller(load, sizes):
+    """Return the smallest change of one setting, or of a few, that makes the run fit with room to spare."""
+    for words, smaller in _smaller(load):
         if _needed(smaller, sizes) <= _TIGHT_SHARE * room:
             return words
     return "no setting of this run helps; choose a smaller base model or another device"
 
 
-def _smaller(load: Load, sizes: ModelSizes) -> Iterator[tuple[str, Load]]:
-    lengths = [length for length in _halves(load.longest_row) if length >= 64]
+def _smaller(load: Load) -> Iterator[tuple[str, Load]]:
+    """Yield smaller loads with what to change: the batch alone, then no more of the rows' ends than needed."""
+    lengths = [length for length in _halves(load.longest_row) if length >= _SHORTEST]
     ranks = list(_halves(load.lora.rank))
-    if load.batch_tokens is None and load.batch_size * load.longest_row <= 2 * sizes.batch_rows:
-        for batch_size in _halves(load.batch_size):
-            yield f"lower the batch size to {batch_size}", replace(load, batch_size=batch_size)
+    for smaller in _smaller_batches(load):
+        yield f"lower {_batch_of(smaller)}", smaller
     for length in lengths:
-        yield f"lower the max length to {_grouped(length)}", replace(load, longest_row=length)
+        words, shorter = f"lower the max length to {_grouped(length)}", replace(load, longest_row=length)
+        yield words, shorter
+        alone = _one_row_at_once(shorter)
+        yield f"{words} and {_batch_of(alone)}", alone
     for rank in ranks:
         yield f"lower the LoRA rank to {rank}", _with_rank(load, rank)
     for length in lengths:
+        alone = _one_row_at_once(replace(load, longest_row=length))
         for rank in ranks[-1:]:
-            words = f"lower the max length to {_grouped(length)} and the LoRA rank to {rank}"
-            yield words, _with_rank(replace(load, longest_row=length), rank)
+            words = (
+                f"lower the max length to {_grouped(length)}, {_batch_of(alone)} and the LoRA rank to {rank}"
+            )
+            yield words, _with_rank(alone, rank)
+
+
+def _smaller_batches(load: Load) -> Iterator[Load]:
+    if load.batch_tokens is None:
+        yield from (replace(load, batch_size=size) for size in _halves(load.batch_size))
+    else:
+        sizes = [size for size in _halves(load.batch_tokens) if size >= _SHORTEST]
+        yield from (replace(load, batch_tokens=size) for size in sizes)
+
+
+def _one_row_at_once(load: Load) -> Load:
+    if load.batch_tokens is None:
+        return replace(load, batch_size=1)
+    return replace(load, batch_tokens=min(load.batch_tokens, load.longest_row))
+
+
+def _batch_of(load: Load) -> str:
+    if load.batch_tokens is None:
+        return f"the batch size to {load.batch_size}"
+    return f"the batch to {_grouped(load.batch_tokens)} tokens"
 
 
 def _with_rank(load: Load, rank: int) -> Load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,7 +42,8 @@ def of_base_model(base_model: str, *, step_tokens: float) -> Pace | None:
         rates += [
             rate
             for seq, rate in _latest(run, "tokens_per_s").items()
-            if step_tokens / _SIMILAR <= tokens.get(seq, 0.0) <= step_tokens * _SIMILAR
+            if 0 < rate < math.inf
+            and step_tokens / _SIMILAR <= tokens.get(seq, 0.0) <= step_tokens * _SIMILAR
         ]
     if len(rates) < MIN_STEPS:
         return None

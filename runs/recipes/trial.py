@@ -49,16 +49,17 @@ def start(user: User) -> TrainingRun:
 def _checked(version: DatasetVersion) -> DatasetVersion:
     """Return the version once it is ready: checked here, unless another process is at it already.
 
-    The example takes a second or two, while the queue of checks may be busy with a large file for minutes.
+    The example takes less than a second, while the queue of checks may be busy with a large file for minutes.
     """
     deadline = time.monotonic() + _WAIT_S
     while version.state == State.CHECKING and time.monotonic() < deadline:
-        dataset_checks.check(version.pk)
+        dataset_checks.check_at_once(version.pk)
         version.refresh_from_db()
         if version.state == State.CHECKING:
             time.sleep(_LOOK_S)
     if version.state != State.READY:
-        why = version.error or f"it {version.get_state_display()} still"
+        is_late = version.state == State.CHECKING
+        why = "it is still being checked" if is_late else version.error or version.get_state_display()
         raise RequestInvalid(
             f"the example dataset is not ready: {why}; try again in a moment", place="dataset"
         )

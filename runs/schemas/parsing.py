@@ -103,6 +103,8 @@ def _message(details: ErrorDetails) -> str:
     if kind == "value_error":
         return str(context["error"])
     message = details["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    message = message.replace("String should", "must")
+    message = message.partition(", unable to parse string")[0]
     secret = any("token" in str(step) and isinstance(value, str) for step in details["loc"])
     got = "" if secret else f", got {show(value)}"
     return f"{message[:1].lower()}{message[1:]}{got}"

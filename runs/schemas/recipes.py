@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from runs.schemas.names import ModelName
 
@@ -29,8 +29,19 @@ STEERABLE: Final = (
     "samples",
 )
 
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:  # the database cannot hold it
+        raise ValueError("must not hold NUL")
+    return value
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
-Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, strip_whitespace=True)]
+Prompt = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, strip_whitespace=True),
+    AfterValidator(_without_nul),
+]
 DatasetRef = Annotated[str, StringConstraints(pattern=r"^ds-[0-9a-f]{12}(@[1-9][0-9]{0,5})?$")]
 ScheduleName = Literal["constant", "linear", "cosine"]
 Every = Annotated[int, Field(ge=1, le=MAX_STEPS)]

@@ -22,15 +22,19 @@ _ROWS: Final[dict[str, type[Checkpoint] | type[Snapshot]]] = {
 }
 # A state that is still being written has a dot before its name and something random behind it.
 _NAME: Final = re.compile(r"\.?\d+-(?P<fence>\d+)-[0-9a-f]{8}(\..*)?")
-_NUM_TURNS: Final = 30
+NUM_TURNS: Final = 30
 _TURN_S: Final = 60
 
 
-def delete_orphans() -> int:
-    """Look at the folders of some runs, of others at each minute, so that all are seen within half an hour."""
+def delete_orphans(*, turn: int | None = None) -> int:
+    """Look at the folders of some runs, of others at each minute, so that all are seen within half an hour.
+
+    Returns how many folders were removed. `turn` is that of the minute unless given.
+    """
     if not isinstance(storages["default"], FileSystemStorage):
         return 0  # written there from a temporary folder; a listing of a whole bucket is dear
-    turn = int(time.time() / _TURN_S) % _NUM_TURNS
+    if turn is None:
+        turn = int(time.time() / _TURN_S) % NUM_TURNS
     return sum(_delete_orphans(kind, folder) for kind in _ROWS for folder in _folders_of_runs(kind, turn))
 
 
@@ -39,7 +43,7 @@ def _folders_of_runs(kind: str, turn: int) -> list[Path]:
     if not root.is_dir():
         return []
     named = (folder for folder in root.iterdir() if folder.name.isdecimal())
-    return [folder for folder in named if int(folder.name) % _NUM_TURNS == turn]
+    return [folder for folder in named if int(folder.name) % NUM_TURNS == turn]
 
 
 def _delete_orphans(kind: str, folder: Path) -> int:

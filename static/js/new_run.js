@@ -7,6 +7,8 @@ const DEBOUNCE_MS = 300;
 const REPEAT_MS = 15_000;
 
 const form = document.querySelector("[data-new-run]");
+// Fields named "dataset" and "length" hide the properties of that name.
+const lengthChoice = form.elements.namedItem("length");
 const fields = new Fields(form);
 const folded = document.querySelector("[data-more]");
 const card = document.querySelector("[data-preview]");
@@ -28,7 +30,9 @@ function changed() {
   badge.hidden = num === 0;
 }
 
+// What is on its way already speaks of the form as it was.
 function schedule(delay = DEBOUNCE_MS) {
+  newest += 1;
   clearTimeout(timer);
   timer = setTimeout(preview, delay);
 }
@@ -36,7 +40,7 @@ function schedule(delay = DEBOUNCE_MS) {
 async function preview() {
   const mine = ++newest;
   try {
-    const { answer } = await postForm(form.dataset.previewUrl + location.search, new FormData(form));
+    const { answer } = await postForm(form.getAttribute("data-preview-url") + location.search, new FormData(form));
     if (mine === newest) apply(answer);
   } catch {
     if (mine === newest) card.classList.add("is-stale");
@@ -72,14 +76,14 @@ function shortProblem(problems) {
 
 // The length that was not chosen shows what the chosen one comes to.
 function followLength(steps, epochs) {
-  const isSteps = form.elements.length.value === "steps";
+  const isSteps = lengthChoice.value === "steps";
   const follower = isSteps ? form.elements.num_epochs : form.elements.num_steps;
   if (document.activeElement !== follower) follower.value = isSteps ? epochs : steps;
 }
 
 // -- draft ---------------------------------------------------------------------------------------------------
 
-const draftKey = form.dataset.draftKey;
+const draftKey = form.getAttribute("data-draft-key");
 
 function keepDraft() {
   try {
@@ -116,14 +120,14 @@ document.querySelector("[data-discard]").addEventListener("click", () => {
   document.querySelector("[data-draft-note]").hidden = true;
   changed();
   preview();
-  form.elements.dataset.focus();
+  form.elements.namedItem("dataset").focus();
 });
 
 // -- typing and sending --------------------------------------------------------------------------------------
 
 form.addEventListener("input", (event) => {
   const { name } = event.target;
-  if (name === "num_epochs" || name === "num_steps") form.elements.length.value = name.slice(4);
+  if (name === "num_epochs" || name === "num_steps") lengthChoice.value = name.slice(4);
   touched.add(name);
   keepDraft();
   changed();

@@ -19,7 +19,9 @@ export class Growing {
     const last = this.fields.at(-1);
     if (last?.value.trim() && this.fields.length < this.max) this.container.append(this.blank.cloneNode(true));
     this.fields.forEach((field, index) => {
-      if (field.nodeName === "TEXTAREA") field.setAttribute("aria-label", field.value.trim() ? `Prompt ${index + 1}` : "Another prompt");
+      if (field.nodeName !== "TEXTAREA") return;
+      field.setAttribute("aria-label", field.value.trim() ? `Prompt ${index + 1}` : "Another prompt");
+      if (index > 0) field.placeholder = "Another prompt";
     });
   }
 

@@ -69,7 +69,7 @@ async function openExport(dialog, fields) {
   let problems = [];
   texts = {};
   try {
-    const { isDone, answer } = await postForm(form.dataset.exportUrl + location.search, new FormData(form));
+    const { isDone, answer } = await postForm(form.getAttribute("data-export-url") + location.search, new FormData(form));
     if (isDone) texts = answer;
     else problems = answer.problems.map(({ place, message }) => (place ? `${place}: ${message}` : message));
   } catch (error) {

@@ -17,7 +17,7 @@ from runs.schemas.recipes import SftConfig
 from runs.services import datasets, recipes
 from runs.services.recipe_rows import State
 from runs.tasks import check_dataset
-from tests.worker.conftest import wait_for
+from tests.worker.conftest import DEADLINE_S, wait_for
 
 TINY = Path(__file__).resolve().parent.parent.parent / "gpuworker" / "tiny" / "model"
 BASE_MODEL = "mintweb/tiny"
@@ -119,6 +119,7 @@ def turn_until(
     *,
     what: str,
     make_loop: Callable[[], RecipeLoop] | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> Recipe:
     """Turn the loop until the recipe's row is as wanted; with `make_loop`, every turn is a new process's first."""
     loop = RecipeLoop()
@@ -132,10 +133,17 @@ def turn_until(
         row = Recipe.objects.select_related("run").get(pk=recipe.pk)
         return row if condition(row) else None
 
-    found: Recipe = wait_for(look, what=what)
+    found: Recipe = wait_for(look, what=what, deadline_s=deadline_s)
     return found
 
 
-def ended(recipe: Recipe, *, make_loop: Callable[[], RecipeLoop] | None = None) -> Recipe:
+def ended(
+    recipe: Recipe,
+    *,
+    make_loop: Callable[[], RecipeLoop] | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> Recipe:
     """Turn the loop until the run has ended."""
-    return turn_until(recipe, lambda row: row.state in ENDED, what="the end", make_loop=make_loop)
+    return turn_until(
+        recipe, lambda row: row.state in ENDED, what="the end", make_loop=make_loop, deadline_s=deadline_s
+    )

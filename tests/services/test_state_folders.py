@@ -18,7 +18,7 @@ from tests.services.hand_worker import HandWorker
 @pytest.fixture
 def held(run: TrainingRun, worker: HandWorker, monkeypatch: pytest.MonkeyPatch) -> HeldRun:
     """Claim the run twice: its fence is 2 then. Every run has its turn at once."""
-    monkeypatch.setattr(state_folders, "_NUM_TURNS", 1)
+    monkeypatch.setattr(state_folders, "NUM_TURNS", 1)
     worker.hold(run)
     worker.release(run)
     return worker.hold(run)
