@@ -1,15 +1,20 @@
 # `make up` starts mintweb, `make test` runs every check and test; both work on a fresh machine.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format bench proto clean dev sdk-envs chromium
+.PHONY: help up test check format bench chaos chaos-full mutations proto clean dev sdk-envs chromium
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
 CHECK_ENV = MINTWEB_DATA_DIR=.cache/check
+SEED ?= 1
+KILLS ?= 100
+ZOMBIES ?= 20
+FAULTS ?= 20
+ENGINE ?= chain
 SOURCES = manage.py mintweb runs gpuworker tests
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
 up: $(VENV)/.installed ## Start everything in the foreground; Ctrl-C stops it
 	@exec $(PY) manage.py up
@@ -31,6 +36,16 @@ format: dev ## Format the code and repair what lint can repair
 
 bench: dev sdk-envs ## Measure speed on an instance of its own (ARGS="--help" for the choices)
 	$(PY) -m bench.run $(ARGS)
+
+chaos: dev ## Kill, freeze and starve everything under load, then count what was lost (SEED=1 KILLS=100 ZOMBIES=20 FAULTS=20 ENGINE=chain)
+	$(PY) -m tests.chaos --seed $(SEED) --kills $(KILLS) --zombies $(ZOMBIES) --faults $(FAULTS) --engine $(ENGINE) $(ARGS)
+
+chaos-full: dev ## The same for an hour: 1,200 faults over 100,000 operations, then 300 kills of real training
+	$(PY) -m tests.chaos --seed $(SEED) --kills 1000 --zombies 100 --faults 100 --ops 100000 --runs 50
+	$(PY) -m tests.chaos --seed $(SEED) --kills 300 --zombies 30 --faults 30 --engine torch --runs 4
+
+mutations: dev ## Take each protection away in a copy of the tree and see its tests fail
+	$(PY) -m tests.chaos.mutations $(ARGS)
 
 proto: dev ## Make runs/schemas/tinker_pb2.py again from its .proto file
 	$(PY) -m grpc_tools.protoc --proto_path=runs/schemas --python_out=runs/schemas --pyi_out=runs/schemas tinker.proto

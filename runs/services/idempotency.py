@@ -107,5 +107,5 @@ def _only_one(user: User, key: str) -> Iterator[None]:
 
 def _call(function: str, number: int) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT {function}(%s, %s)", [_LOCK_CLASS, number])  # noqa: S608 - two constants
+        cursor.execute(f"SELECT {function}(%s, %s)", [_LOCK_CLASS, number])
         return bool(cursor.fetchone()[0])

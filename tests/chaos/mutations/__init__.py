@@ -1,0 +1,1 @@
+"""Takes the protections of the product away, one at a time, and asks the tests whether they notice."""

@@ -1,0 +1,270 @@
+"""Each protection, the small change that takes it away, and the tests that must fail then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """One protection without which some test of `red` fails; `find` is in the file exactly once."""
+
+    name: str
+    protects_from: str
+    file: str
+    find: str
+    replace: str
+    red: tuple[str, ...]
+
+
+_CLAIMS = "tests/services/test_claims.py::"
+_COMMITS = "tests/services/test_commits.py::"
+_OPERATIONS = "tests/services/test_operations.py::"
+_WORKERS = "tests/services/test_workers.py::"
+_RECOVERY = "tests/worker/test_recovery.py::"
+_WORKER = "tests/worker/test_operations.py::"
+
+# The names of those that need no torch and take seconds only.
+FAST: Final = (
+    "fence",
+    "compare-and-swap",
+    "new fence for each owner",
+    "dedupe",
+    "first answer stands",
+    "attempts counter",
+    "advisory lock",
+    "on_commit kick",
+)
+MUTATIONS: Final = (
+    Mutation(
+        name="fence",
+        protects_from="a worker that lost a run commits to it",
+        file="runs/services/commits.py",
+        find="WHERE r.id = new.id AND r.fence = new.fence AND r.applied_seq = new.from_seq",
+        replace="WHERE r.id = new.id AND r.applied_seq = new.from_seq",
+        red=(f"{_COMMITS}test_a_stale_fence_writes_nothing",),
+    ),
+    Mutation(
+        name="compare-and-swap",
+        protects_from="an operation is applied twice, or passed over",
+        file="runs/services/commits.py",
+        find="AND r.fence = new.fence AND r.applied_seq = new.from_seq",
+        replace="AND r.fence = new.fence",
+        red=(
+            f"{_COMMITS}test_a_wrong_from_seq_writes_nothing",
+            f"{_COMMITS}test_a_commit_repeated_after_a_lost_confirmation_doubles_nothing",
+        ),
+    ),
+    Mutation(
+        name="new fence for each owner",
+        protects_from="the former owner's fence is still good",
+        file="runs/services/claims.py",
+        find="SET fence = fence + 1, worker_id = %s WHERE id IN",
+        replace="SET fence = fence, worker_id = %s WHERE id IN",
+        red=(f"{_CLAIMS}test_each_new_claim_raises_the_fence_again",),
+    ),
+    Mutation(
+        name="one owner at a time",
+        protects_from="two workers claim the same run",
+        file="runs/services/claims.py",
+        find="WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL\n         OR (run.worker_id = %s",
+        replace="WHERE (true OR w.stopped_at IS NOT NULL\n         OR (run.worker_id = %s",
+        red=(f"{_CLAIMS}test_racing_workers_claim_each_run_once",),
+    ),
+    Mutation(
+        name="the buried claim nothing",
+        protects_from="a zombie takes runs that nobody will ever take from it",
+        file="runs/services/claims.py",
+        find="AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)",
+        replace="AND %s IS NOT NULL",
+        red=(f"{_CLAIMS}test_a_buried_worker_claims_nothing",),
+    ),
+    Mutation(
+        name="release under the own fence",
+        protects_from="a late release frees a run that was claimed again",
+        file="runs/services/claims.py",
+        find="TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None)",
+        replace="TrainingRun.objects.filter(pk=run_pk, worker=worker).update(worker=None)",
+        red=(f"{_CLAIMS}test_a_late_release_does_not_free_a_run_that_was_claimed_again",),
+    ),
+    Mutation(
+        name="lost runs are dropped",
+        protects_from="a worker computes on for a run that is another's",
+        file="gpuworker/committer.py",
+        find='it is dropped here", commit.public_id)\n            run.seat.is_lost = True',
+        replace='it is dropped here", commit.public_id)',
+        red=(f"{_RECOVERY}test_a_run_that_another_worker_took_is_dropped_and_later_rebuilt",),
+    ),
+    Mutation(
+        name="dedupe",
+        protects_from="a request that is sent twice is done twice or refused",
+        file="runs/services/operations.py",
+        find="ON CONFLICT DO NOTHING RETURNING id",
+        replace="RETURNING id",
+        red=(f"{_OPERATIONS}test_a_retry_returns_the_first_row",),
+    ),
+    Mutation(
+        name="one request for a seq",
+        protects_from="another request under a seq that is taken is answered with the first one's result",
+        file="runs/services/operations.py",
+        find="if first.payload_digest == submission.digest:",
+        replace="if first.payload_digest:",
+        red=(f"{_OPERATIONS}test_another_request_under_the_same_seq_is_refused",),
+    ),
+    Mutation(
+        name="first result stands",
+        protects_from="an operation's answer changes after a client has read it",
+        file="runs/services/commits.py",
+        find="WHERE o.id = new.id AND o.state = 'queued'",
+        replace="WHERE o.id = new.id",
+        red=(f"{_COMMITS}test_a_finished_operation_never_changes_again",),
+    ),
+    Mutation(
+        name="first answer stands",
+        protects_from="a sample's answer changes after a client has read it",
+        file="runs/services/commits.py",
+        find="WHERE id = %s AND state = 'queued'\n",
+        replace="WHERE id = %s\n",
+        red=(f"{_COMMITS}test_the_first_answer_of_a_sample_stands",),
+    ),
+    Mutation(
+        name="attempts counter",
+        protects_from="an operation that ends its worker ends all of them, for ever",
+        file="runs/services/claims.py",
+        find="SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,",
+        replace="SET worker_id = me.id,",
+        red=(f"{_CLAIMS}test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start",),
+    ),
+    Mutation(
+        name="suspects are tried alone",
+        protects_from="neighbours share the fate of an operation that ends its worker",
+        file="gpuworker/scheduler.py",
+        find="until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))",
+        replace="pass",
+        red=(f"{_WORKER}test_an_operation_whose_workers_died_is_tried_alone_and_then_given_up",),
+    ),
+    Mutation(
+        name="gap buffer",
+        protects_from="a later operation is applied before an earlier one that is still on its way",
+        file="gpuworker/intake.py",
+        find="if operation.seq != seat.taken_seq + 1:",
+        replace="if operation.seq <= seat.taken_seq:",
+        red=(f"{_WORKER}test_a_missing_seq_is_waited_for_and_then_given_up",),
+    ),
+    Mutation(
+        name="flush of states before their name",
+        protects_from="a power cut leaves a checkpoint with holes under its final name",
+        file="gpuworker/engine/checkpoints.py",
+        find="    for path in scratch.iterdir():\n        _sync(path)\n    _sync(scratch)\n",
+        replace="",
+        red=("tests/engine/test_checkpoints.py::test_all_of_it_is_flushed_before_its_name_appears",),
+    ),
+    Mutation(
+        name="flush of the name",
+        protects_from="a power cut takes a checkpoint away that a row names",
+        file="gpuworker/engine/checkpoints.py",
+        find="        scratch.rename(directory)\n    _sync(directory.parent)\n",
+        replace="        scratch.rename(directory)\n",
+        red=("tests/engine/test_checkpoints.py::test_all_of_it_is_flushed_before_its_name_appears",),
+    ),
+    Mutation(
+        name="flush of large requests",
+        protects_from="a power cut takes a request away that was acknowledged",
+        file="runs/services/blobs.py",
+        find="        file.flush()\n        os.fsync(file.fileno())\n    os.replace(file.name, path)\n",
+        replace="    os.replace(file.name, path)\n",
+        red=("tests/services/test_flushes.py",),
+    ),
+    Mutation(
+        name="snapshot hash",
+        protects_from="a run goes on from weights that the disk has changed",
+        file="gpuworker/engine/checkpoints.py",
+        find="    if _digest(path) != digest:\n",
+        replace="    if not digest:\n",
+        red=(
+            "tests/engine/test_checkpoints.py::test_it_refuses_damaged_directories",
+            f"{_RECOVERY}test_a_damaged_snapshot_gives_way_to_the_one_before",
+        ),
+    ),
+    Mutation(
+        name="gradients in snapshots",
+        protects_from="what was accumulated since the last step is lost in a take-over",
+        file="gpuworker/scheduler.py",
+        find="state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)",
+        replace="state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=False)",
+        red=(f"{_RECOVERY}test_what_was_accumulated_survives",),
+    ),
+    Mutation(
+        name="snapshots under the fence",
+        protects_from="a zombie's snapshot becomes one to start from",
+        file="runs/services/commits.py",
+        find="if not TrainingRun.objects.select_for_update().filter(pk=run_pk, fence=fence).exists():",
+        replace="if not TrainingRun.objects.select_for_update().filter(pk=run_pk).exists():",
+        red=(f"{_COMMITS}test_a_snapshot_of_a_former_owner_is_not_entered",),
+    ),
+    Mutation(
+        name="replay compare",
+        protects_from="a replay that gives other results goes unnoticed",
+        file="gpuworker/restore.py",
+        find="if payloads.forward_backward_result(answer).body != taken.result:",
+        replace="if not taken.result:",
+        red=(f"{_RECOVERY}test_a_replay_that_gives_another_result_is_told",),
+    ),
+    Mutation(
+        name="on_commit kick",
+        protects_from="a worker is called before there is anything to see, and not again",
+        file="runs/events.py",
+        find="    transaction.on_commit(_drain_doorbell.ring)\n",
+        replace="    _drain_doorbell.ring()\n",
+        red=(f"{_OPERATIONS}test_the_doorbell_rings_after_the_commit",),
+    ),
+    Mutation(
+        name="advisory lock",
+        protects_from="a killed worker's runs wait until its lease has run out",
+        file="runs/services/workers.py",
+        find="    if lock_was_free:\n        is_dead |=",
+        replace="    if not is_dead:\n        is_dead |=",
+        red=(f"{_WORKERS}test_a_closed_lock_connection_means_death_at_once",),
+    ),
+    Mutation(
+        name="lease",
+        protects_from="a frozen worker, whose connection lives, keeps its runs for ever",
+        file="runs/services/workers.py",
+        find="    is_dead = Q(lease_until__lte=Now())\n",
+        replace="    is_dead = Q(pk=None)\n",
+        red=(f"{_WORKERS}test_a_lease_that_ran_out_means_death_though_the_lock_is_held",),
+    ),
+    Mutation(
+        name="lease tied to progress",
+        protects_from="a worker whose device is stuck looks alive and keeps its runs",
+        file="gpuworker/leases.py",
+        find="            if self._is_stuck():\n",
+        replace="            if self._stopping.is_set():\n",
+        red=("tests/worker/test_hang.py::test_a_stuck_worker_is_ended_instead_of_renewed",),
+    ),
+    Mutation(
+        name="the buried are told",
+        protects_from="a zombie goes on as if it still had its runs",
+        file="runs/services/workers.py",
+        find='" WHERE id = %s AND stopped_at IS NULL",',
+        replace='" WHERE id = %s",',
+        red=(f"{_WORKERS}test_a_buried_worker_is_told_at_its_next_renewal",),
+    ),
+    Mutation(
+        name="no wait for the frozen",
+        protects_from="one worker frozen in a transaction stops all others",
+        file="runs/services/workers.py",
+        find="TrainingRun.objects.select_for_update(skip_locked=True).filter(worker=worker)",
+        replace="TrainingRun.objects.filter(worker=worker)",
+        red=(f"{_WORKERS}test_a_worker_frozen_in_a_commit_keeps_that_run_only",),
+    ),
+    Mutation(
+        name="only dead folders are swept",
+        protects_from="a checkpoint that is about to be entered is deleted",
+        file="runs/services/state_folders.py",
+        find="if name not in named and _fence_of(name) < fence",
+        replace="if name not in named",
+        red=("tests/services/test_state_folders.py::test_what_the_owner_may_yet_enter_stays",),
+    ),
+)
