@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from runs.models import Dataset, DatasetVersion, Upload, User
 from runs.pages.policies import signed_in
-from runs.services import access, datasets, uploads
+from runs.services import access, datasets, disk, uploads
 
 PAGE_SIZE: Final = 100
 FILE_TYPES: Final = ".jsonl,.json,.csv,.tsv,.parquet,.txt,.gz,.zst,.ndjson"
@@ -77,6 +77,7 @@ def dataset_list(request: HttpRequest) -> HttpResponseBase:
         "page": page,
         "num_datasets": pages.count,
         "is_busy": any(row.progress is not None for row in rows),
+        "disk": disk.usage(),
         **upload_context(user),
     }
     return render(request, "datasets/dataset_list.html", context)

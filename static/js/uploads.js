@@ -32,6 +32,9 @@ export function connectUploads(section, onEnd) {
     }
   });
 
+  // Chosen while this script was still on its way.
+  if (files.files.length) files.dispatchEvent(new Event("change"));
+
   function take(chosenFiles) {
     const wanted = target ? [...chosenFiles].slice(0, 1) : [...chosenFiles];
     const metadata = metadataOf(section, target, wanted.length);
