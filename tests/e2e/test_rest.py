@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,52 @@ def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp
             assert all(told.is_signed_with(made["secret"]) for told in receiver.told)
     finally:
         assert instance.stop() == 0
+
+
+def test_the_journey_by_rest(rest_env: dict[str, str], tmp_path: Path) -> None:
+    """A file with a bad row, a run that is paused and changed, a fork of it, and the fork's adapter."""
+    good = (ROOT / "examples" / "data" / "pirate_qa.jsonl").read_bytes()
+    headers = {"X-API-Key": rest_env["MINTWEB_API_KEY"]}
+    with httpx.Client(base_url=f"{rest_env['MINTWEB_URL']}/rest/v1", headers=headers, timeout=60) as client:
+
+        def call(method: str, path: str, **arguments: Any) -> Any:
+            reply = client.request(method, path, **arguments)
+            assert reply.is_success, reply.text
+            return reply.json()
+
+        def wait(path: str, **wanted: Any) -> None:
+            wait_for(lambda: wanted.items() <= call("GET", path).items(), 120, lambda: str(call("GET", path)))
+
+        dataset = call("POST", "/datasets", files={"file": ("rows.jsonl", good + b'{"messages": []}\n')})[
+            "id"
+        ]
+        version = f"/datasets/{dataset}/versions/1"
+        wait(version, state="needs_choice", num_bad_rows=1)
+        (problem,) = call("GET", f"{version}/report")["report"]["problems"]
+        assert problem["line"] == 201
+        call("POST", f"{version}/skip-bad-rows")
+        wait(version, state="ready", num_rows=200)
+
+        run = call(
+            "POST", "/runs", json={"base_model": "mintweb/tiny", "dataset": dataset, "num_steps": 400}
+        )["id"]
+        wait_for(lambda: call("GET", f"/runs/{run}")["step"] >= 3, 60)
+        call("POST", f"/runs/{run}/pause")
+        wait(f"/runs/{run}/status", state="paused")
+        call("POST", f"/runs/{run}/change", json={"learning_rate": 0.002, "num_steps": 40})
+        call("POST", f"/runs/{run}/resume")
+        wait(f"/runs/{run}/status", state="finished", step=40)
+
+        body = {"checkpoint": "final", "changes": {"num_steps": 50}, "name": "forked"}
+        fork = call("POST", f"/runs/{run}/fork", json=body)["id"]
+        wait(f"/runs/{fork}/status", state="finished", step=50)
+        kinds = {event["kind"] for event in call("GET", f"/runs/{run}/events")["items"]}
+        assert {"paused", "changed", "resumed", "finished"} <= kinds
+        (losses,) = call("GET", f"/runs/{fork}/metrics/series", params={"name": "loss"})["series"]
+        assert [losses["buckets"][0]["step"], losses["buckets"][-1]["last_step"]] == [41, 50]
+        archive = tmp_path / "final.tar"
+        archive.write_bytes(client.get(f"/runs/{fork}/checkpoints/weights/final/download").content)
+    with tarfile.open(archive) as content:
+        content.extractall(tmp_path / "adapter", filter="data")
+    (config,) = (tmp_path / "adapter").rglob("adapter_config.json")
+    check_adapter(config.parent, rank=16)
