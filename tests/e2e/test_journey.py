@@ -22,6 +22,9 @@ PATIENCE_MS: Final = 60_000
 BAD_LINES: Final = ('{"messages": [{"role": "user", "content": "no answer"}]}', '{"messages": [')
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT asks for it
 def test_from_a_file_to_an_adapter(page: Page, tmp_path: Path) -> None:
     page.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)

@@ -21,7 +21,7 @@ from tests.up.instances import Instance, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 NUM_KILLS: Final = 20
-NUM_STEPS: Final = 6 * NUM_KILLS
+NUM_STEPS: Final = 20 * NUM_KILLS
 DATA = ROOT / "examples" / "data" / "pirate_qa.jsonl"
 # What is killed together, by a part of the command line.
 TARGETS: Final = (("queues=recipes",), ("uvicorn",), ("queues=recipes", "uvicorn"))
@@ -46,10 +46,10 @@ def test_twenty_kills_of_recipes_and_web_change_no_byte(product: Instance, http:
     disturbed = start(http, dataset)
     rng = random.Random(7)
     for number in range(NUM_KILLS):
-        reached = (number + 1) * NUM_STEPS // (NUM_KILLS + 1)
+        reached = (number + 1) * NUM_STEPS // (NUM_KILLS + 4)
         wait_for(lambda reached=reached: num_steps_done(product, disturbed) >= reached, 120, product.describe)  # type: ignore[misc]
+        assert recipe_state(product, disturbed) == "running"
         kill(product, rng.choice(TARGETS))
-    assert recipe_state(product, disturbed) == "running"
     wait_for(lambda: recipe_state(product, disturbed) == "finished", 200, product.describe)
 
     assert operations(product, disturbed) == operations(product, undisturbed)
