@@ -6,7 +6,8 @@ Candidates alternate within a measurement, so that a machine that gets slower me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -38,16 +39,24 @@ class Lab:
     vocab_size: int
     work_dir: Path
     rounds: int
+    client_python: Path
+    torch_env: Mapping[str, str]
 
-    def batch(self, num_sequences: int, shortest: int, longest: int, *, seed: int = 0) -> Batch:
-        """Return a batch within the model's vocabulary."""
+    def batch(
+        self, num_sequences: int, shortest: int, longest: int, *, seed: int = 0, vocab_size: int | None = None
+    ) -> Batch:
+        """Return a batch within the model's vocabulary, or another's."""
         return Batch(
             num_sequences=num_sequences,
             shortest=shortest,
             longest=longest,
             seed=seed,
-            vocab_size=self.vocab_size,
+            vocab_size=vocab_size or self.vocab_size,
         )
+
+    def open_torch_side(self) -> Companion:
+        """Return a further process of torch on all cores."""
+        return torch_process(self.torch_env, log=self.work_dir / "torch.log")
 
     def open_run(self, client: str, name: str, *, rank: int = _RANK, seed: int = 1) -> str:
         """Create a run through a client and return its id."""
@@ -64,6 +73,11 @@ class Lab:
     def oldest(self) -> str:
         """The oldest client's version."""
         return list(self.clients)[-1]
+
+
+def torch_process(env: Mapping[str, str], *, log: Path) -> Companion:
+    """Return a process with the baselines and the engine alone."""
+    return Companion(Path(sys.executable), "bench.baselines", env, log=log)
 
 
 def round_trip(lab: Lab) -> list[Row]:
@@ -90,7 +104,7 @@ def round_trip(lab: Lab) -> list[Row]:
         for version, calls in trips.items()
         for call, taken in calls.items()
     ]
-    alone = lab.torch_side.ask("engine_rounds", batches=[tiny], ranks=[_RANK], rounds=20)["engine"]
+    alone = lab.torch_side.ask("engine_loop", batches=[tiny], steps=20, rank=_RANK)
     return [
         *rows,
         Row(
@@ -259,29 +273,6 @@ def neighbours(lab: Lab) -> list[Row]:
     ]
 
 
-def engine(lab: Lab) -> list[Row]:
-    """Time training steps in the engine alone, without server, log or SDK."""
-    mixed = lab.batch(16, 32, 512)
-    wanted: list[tuple[str, list[Batch], Sequence[int], float]] = [
-        ("one run against padded PEFT", [mixed], [_RANK], round(0.9 * mixed.padding_ratio, 2)),
-        ("8 runs of 60 tokens against PEFT, one after another", _eight(lab, 8, 22), _RANKS_OF_EIGHT, 2.0),
-        ("8 runs of 230 tokens against PEFT, one after another", _eight(lab, 32, 83), _RANKS_OF_EIGHT, 1.2),
-    ]
-    rows = []
-    for what, batches, ranks, target in wanted:
-        taken = lab.torch_side.ask("engine_rounds", batches=batches, ranks=list(ranks), rounds=2 * lab.rounds)
-        num_tokens = sum(one.num_tokens for one in batches)
-        note = (
-            f"{num_tokens} tokens, padding ratio {batches[0].padding_ratio:.2f}; "
-            f"{num_tokens / median(taken['engine']):.0f} tokens/s, PEFT {num_tokens / median(taken['peft']):.0f}"
-        )
-        rows.append(ratio_row("engine", what, taken["peft"], taken["engine"], at_least=target, note=note))
-        if len(ranks) == 1:
-            best = "one run against PEFT, sorted by length into micro-batches of 1024 tokens"
-            rows.append(ratio_row("engine", best, taken["peft_sorted"], taken["engine"], at_least=1.25))
-    return rows
-
-
 MEASUREMENTS: Final[dict[str, Callable[[Lab], list[Row]]]] = {
     "round-trip": round_trip,
     "pipeline": pipeline,
@@ -289,12 +280,7 @@ MEASUREMENTS: Final[dict[str, Callable[[Lab], list[Row]]]] = {
     "recipe": recipe,
     "exactness": exactness,
     "neighbours": neighbours,
-    "engine": engine,
 }
-
-
-def _eight(lab: Lab, shortest: int, longest: int) -> list[Batch]:
-    return [lab.batch(4, shortest, longest, seed=seed) for seed in range(8)]
 
 
 def _difference(one: list[list[float]], other: list[list[float]]) -> float:

@@ -6,19 +6,33 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
+from bench import measurements
 from bench.companion import ROOT, Companion
+from bench.engine_alone import in_bfloat16, small_in_float32
+from bench.full_stack import full_stack
 from bench.instance import Instance
-from bench.measurements import MEASUREMENTS, Lab
+from bench.machine import processor
+from bench.measurements import Lab, torch_process
 from bench.table import Row, markdown, write_between_markers
 
+MEASUREMENTS: Final[Mapping[str, Callable[[Lab], list[Row]]]] = {
+    **measurements.MEASUREMENTS,
+    "full-stack": full_stack,
+    "engine": small_in_float32,
+    "engine-bf16": in_bfloat16,
+}
+_PICTURE = ROOT / "docs" / "pictures" / "scaling-cpu.png"
 _ENVIRONMENTS = ("tinker038", "mint022")
 _SHIPPED = ROOT / "gpuworker" / "tiny" / "model"
 
@@ -47,6 +61,9 @@ def main() -> int:
     options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if options.write_docs:
         write_between_markers(ROOT / "docs" / "benchmarks.md", "\n".join([*facts, "", table]))
+    if options.write_docs and any("sequences" in row.facts for row in rows):
+        draw = [sys.executable, "-m", "bench.curves", str(options.output), "--output", str(_PICTURE)]
+        subprocess.run(draw, cwd=ROOT, check=True)
     return 0 if all(row.is_met is not False for row in rows) else 1
 
 
@@ -59,7 +76,9 @@ def _options() -> argparse.Namespace:
         "--rounds", type=int, default=5, help="how often the candidates alternate (default: 5)"
     )
     parser.add_argument("--base-model", type=Path, help="a model folder instead of mintweb/tiny")
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the table into docs/benchmarks.md and draw its picture"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results.json")
     options = parser.parse_args()
     if not ((options.base_model or _SHIPPED) / "config.json").is_file():
@@ -82,15 +101,9 @@ def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
             )
             for name in _ENVIRONMENTS
         ]
-        torch_side = stack.enter_context(
-            Companion(
-                Path(sys.executable),
-                "bench.baselines",
-                # Idle threads sleep: ones that spin would slow the baselines on a shared machine.
-                {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
-                log=work_dir / "baselines.log",
-            )
-        )
+        # Idle threads sleep: ones that spin would slow the baselines on a shared machine.
+        torch_env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        torch_side = stack.enter_context(torch_process(torch_env, log=work_dir / "baselines.log"))
         sizes = torch_side.ask("use_model", directory=str(options.base_model or _SHIPPED))
         yield Lab(
             instance=instance,
@@ -100,6 +113,8 @@ def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
             vocab_size=sizes["vocab_size"],
             work_dir=work_dir,
             rounds=options.rounds,
+            client_python=_python(_ENVIRONMENTS[0]),
+            torch_env=torch_env,
         )
 
 
@@ -111,22 +126,13 @@ def _machine(load_before: float, *, base_model: str) -> dict[str, str]:
     """Return what the figures depend on."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
         "base model": base_model,
         "load average before and after": f"{load_before:.1f}, {os.getloadavg()[0]:.1f}",
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return platform.processor()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {name.strip(): value.strip() for name, value in facts.items()}
-    return f"{names.get('model name', platform.processor())} (family {names.get('cpu family')}, model {names.get('model')})"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +13,10 @@ _BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured figure. `is_met` is None where there is no target."""
+    """One measured figure. `is_met` is None where there is no target.
+
+    `seconds` are the single measurements of each candidate; `facts` are numbers that a picture needs.
+    """
 
     measurement: str
     what: str
@@ -21,6 +24,8 @@ class Row:
     target: str = ""
     is_met: bool | None = None
     note: str = ""
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    facts: Mapping[str, float | str] = field(default_factory=dict)
 
 
 def ratio_row(
@@ -31,6 +36,8 @@ def ratio_row(
     *,
     at_least: float | None,
     note: str = "",
+    seconds: Mapping[str, Sequence[float]] | None = None,
+    facts: Mapping[str, float | str] | None = None,
 ) -> Row:
     """Return how many times faster `fast` is: the median over the rounds, with the range."""
     ratios = [one / other for one, other in zip(slow, fast, strict=True)]
@@ -42,6 +49,8 @@ def ratio_row(
         target="" if at_least is None else f">= {at_least} x",
         is_met=None if at_least is None else middle >= at_least,
         note=note,
+        seconds=seconds or {},
+        facts=facts or {},
     )
 
 

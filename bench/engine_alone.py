@@ -1,0 +1,44 @@
+"""`bench.engine_bench` as part of `make bench`: each shape in a process of its own, its rows in the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.companion import ROOT
+from bench.measurements import Lab
+from bench.table import Row
+
+
+def small_in_float32(lab: Lab) -> list[Row]:
+    """Return every measure of shape S in float32."""
+    return _measure(lab, "S", "float32", "--budget-s", "420", "--sequences", "8")
+
+
+def in_bfloat16(lab: Lab) -> list[Row]:
+    """Return one run, many small runs and the matrix products of shapes M and S in bfloat16."""
+    some = ("--only", "one-run", "--only", "ceiling", "--only", "many-runs", "--runs", "8", "--tokens", "60")
+    return [
+        *_measure(lab, "M", "bfloat16", "--budget-s", "270", "--sequences", "4", *some),
+        *_measure(lab, "S", "bfloat16", "--budget-s", "120", "--sequences", "8", *some),
+    ]
+
+
+def _measure(lab: Lab, shape: str, dtype: str, *options: str) -> list[Row]:
+    output = lab.work_dir / f"engine-{shape}-{dtype}.json"
+    command = [sys.executable, "-m", "bench.engine_bench", "--shape", shape, "--dtype", dtype, *options]
+    rounds = ["--rounds", str(lab.rounds), "--output", str(output)]
+    environment = {**os.environ, **lab.torch_env}
+    process = subprocess.run(
+        [*command, *rounds], cwd=ROOT, env=environment, check=False, stdout=subprocess.DEVNULL
+    )
+    if process.returncode not in (0, 1):  # 1: a figure missed its target or is not there, which its row says
+        raise RuntimeError(f"bench.engine_bench ended with {process.returncode}")
+    return _read(output)
+
+
+def _read(output: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(output.read_text(encoding="utf-8"))["rows"]]
