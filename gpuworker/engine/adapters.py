@@ -61,14 +61,15 @@ class Layout(NamedTuple):
         return sum(self.rank * (module.in_features + module.out_features) for module in self.modules)
 
     def views(self, flat_P: Tensor) -> dict[str, LoraPair]:
-        """Return the factors of every module as views into one flat buffer."""
+        """Return the factors of every module as views into one flat buffer, or into rows of them, (..., P)."""
         rank, sizes = self.rank, []
         for module in self.modules:
             sizes += [rank * module.in_features, rank * module.out_features]
-        parts = iter(torch.split(flat_P, sizes))
+        parts = iter(torch.split(flat_P, sizes, dim=-1))
         return {
             module.name: LoraPair(
-                next(parts).view(rank, module.in_features), next(parts).view(module.out_features, rank)
+                next(parts).view(*flat_P.shape[:-1], rank, module.in_features),
+                next(parts).view(*flat_P.shape[:-1], module.out_features, rank),
             )
             for module in self.modules
         }
@@ -119,23 +120,49 @@ def select_modules(spec: LoraSpec, modules: tuple[ModuleShape, ...], *, max_rank
     return Layout(spec.rank, tuple(module for module in modules if module.projection in wanted))
 
 
+def held_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """Return the memory of one adapter: master weights, two moments, a gradient, and the copy in `dtype`."""
+    working = 0 if dtype == torch.float32 else dtype.itemsize
+    return layout.num_parameters * (4 * torch.float32.itemsize + working)
+
+
 class Adapter:
     """Float32 master weights, accumulated gradient and Adam moments of one run.
 
-    `weights` are views in the dtype of the base model; `refresh` renews them after a change.
+    `weights` are views of `working_P`, the copy in the dtype of the base model; `refresh` renews it after
+    a change. An adapter that was moved to the host rests there: its weights are of use on the base
+    model's device only.
     """
 
     def __init__(self, spec: LoraSpec, layout: Layout, *, device: torch.device, dtype: torch.dtype) -> None:
         num_parameters = layout.num_parameters
         self.spec = spec
         self.layout = layout
+        self.num_bytes = held_bytes(layout, dtype)
+        self._dtype = dtype
         self.step = 0
         self.master_P = torch.zeros(num_parameters, device=device)
         self.exp_avg_P = torch.zeros(num_parameters, device=device)
         self.exp_avg_sq_P = torch.zeros(num_parameters, device=device)
         self.gradient_P: Tensor | None = None
-        self._working_P = self.master_P if dtype == torch.float32 else self.master_P.to(dtype)
-        self.weights = LoraWeights(layout.views(self._working_P), spec.alpha / spec.rank)
+        self._work_with(self.master_P.to(dtype))
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the adapter lies."""
+        return self.master_P.device
+
+    def move(self, device: torch.device) -> None:
+        """Take every buffer to a device, bit for bit; the working copy is made anew where it is of use."""
+        self.master_P = self.master_P.to(device)
+        self.exp_avg_P = self.exp_avg_P.to(device)
+        self.exp_avg_sq_P = self.exp_avg_sq_P.to(device)
+        self.gradient_P = None if self.gradient_P is None else self.gradient_P.to(device)
+        self._work_with(self.master_P if device.type == "cpu" else self.master_P.to(self._dtype))
+
+    def _work_with(self, working_P: Tensor) -> None:
+        self.working_P = working_P
+        self.weights = LoraWeights(self.layout.views(working_P), self.spec.alpha / self.spec.rank)
 
     def initialize(self) -> None:
         """Set B to zero and A to the random numbers that `spec.seed` fixes on every device.
@@ -153,8 +180,8 @@ class Adapter:
 
     def refresh(self) -> None:
         """Bring the working copy up to date with the master weights."""
-        if self._working_P is not self.master_P:
-            self._working_P.copy_(self.master_P)
+        if self.working_P is not self.master_P:
+            self.working_P.copy_(self.master_P)
 
     def accumulate(self, gradient_P: Tensor) -> None:
         """Add one job's gradient; the first one since the last step is taken over as it is."""
@@ -165,7 +192,7 @@ class Adapter:
 
     def freeze(self) -> LoraWeights:
         """Return a copy of the working weights that later steps do not touch."""
-        return LoraWeights(self.layout.views(self._working_P.clone()), self.weights.scaling)
+        return LoraWeights(self.layout.views(self.working_P.clone()), self.weights.scaling)
 
     def export(self, *, optimizer: bool, gradients: bool) -> AdapterState:
         """Return a host copy; moments and accumulated gradient only where asked for."""

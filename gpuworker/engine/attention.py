@@ -7,6 +7,7 @@ Axes: T rows of the packed batch, N rows of one sequence, H query heads, G key/v
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,9 @@ class PackedAttention:
     ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: importing it loads its kernels
 
+        # torch before 2.12 groups heads by itself and has no word for it.
+        knows_groups = "enable_gqa" in signature(varlen_attn).parameters
+        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if knows_groups else {}
         output = varlen_attn(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
@@ -78,7 +82,7 @@ class PackedAttention:
             self.max_length,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
         return cast(Tensor, output).unsqueeze(0)
 

@@ -10,22 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpuworker.engine import attention
+from gpuworker.engine import attention, norms
 from gpuworker.engine.adapters import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, UNEMBED, ModuleShape
 from gpuworker.engine.attention import PackedAttention
-from gpuworker.engine.batching import PackedRows, pack_rows, padded_size
+from gpuworker.engine.batching import PackedRows, pack_rows
 from gpuworker.engine.exceptions import BaseModelError
-from gpuworker.engine.lora import Attention, Route, RoutedLinear, Segment
+from gpuworker.engine.lora import Attention, Products, Route, RoutedLinear, SampledProduct
+from gpuworker.engine.precision import plain_logprobs, probe_sequences, read_fitting
+from gpuworker.engine.products import frozen_linear
 from gpuworker.engine.row_probe import find_row_step
 
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _NEEDED_SETTINGS = (
     "hidden_size",
@@ -45,8 +50,9 @@ _DTYPES = {
 class BaseModel:
     """A causal language model whose projections are routed to adapters row by row."""
 
-    def __init__(self, model: nn.Module, directory: Path) -> None:
+    def __init__(self, model: nn.Module, directory: Path, *, precision: str) -> None:
         self.directory = directory
+        self.precision = precision
         config: Any = model.config
         self.config = config
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -55,6 +61,8 @@ class BaseModel:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.modules = _route_projections(model, self.route)
         attention.install(model, self.route)
+        if self.device.type == "cuda":
+            norms.fuse(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight_VD: Tensor = head.weight
@@ -63,7 +71,7 @@ class BaseModel:
         self.max_context = int(config.max_position_embeddings)
         self.end_tokens = _read_end_tokens(directory, config)
         routed = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-        self._row_step = find_row_step([*((m.weight, m.bias) for m in routed), (head.weight, None)])
+        self.row_step = find_row_step([*(module.weight for module in routed), head.weight], frozen_linear)
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named buffers of the decoder, such as rotary frequencies."""
@@ -71,19 +79,15 @@ class BaseModel:
 
     @contextmanager
     def routed(
-        self, segments: Sequence[Segment], attend: Attention, *, sampled_rows: int | None = None
+        self, products: Sequence[Products], attend: Attention, *, sampled: SampledProduct | None = None
     ) -> Iterator[None]:
         """Route the model to one batch for the length of the block: its forward and backward."""
-        self.route.segments, self.route.attention = segments, attend
-        self.route.sampled_rows = sampled_rows
+        self.route.products, self.route.attention = products, attend
+        self.route.sampled = sampled
         try:
             yield
         finally:
             self.route.clear()
-
-    def sampled_rows(self, num_rows: int) -> int:
-        """Return how many rows to put through frozen products so that neighbours change no bit."""
-        return min(padded_size(num_rows), -(-num_rows // self._row_step) * self._row_step)
 
     def cache_bytes_per_position(self, dtype: torch.dtype) -> int:
         """Return the size of the keys and values of one token in all layers."""
@@ -93,17 +97,24 @@ class BaseModel:
         num_values = 2 * config.num_hidden_layers * num_heads * size
         return int(num_values) * dtype.itemsize
 
+    def place(self, values: npt.NDArray[Any]) -> Tensor:
+        """Return an array on the model's device; a copy to CUDA does not wait for what runs there."""
+        tensor = torch.from_numpy(values)
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        )
+
     def hidden(self, rows: PackedRows) -> Tensor:
         """Return the last hidden states, normed, as the head takes them; use inside `routed`.
 
         Shapes:
             returns (T, D), with a gradient where a trained segment asks for it.
         """
-        output = self._decoder(
-            input_ids=torch.from_numpy(rows.tokens_T).to(self.device)[None],
-            position_ids=torch.from_numpy(rows.positions_T).to(self.device)[None],
-            use_cache=False,
-        )
+        return self.hidden_of(self.place(rows.tokens_T), self.place(rows.positions_T))
+
+    def hidden_of(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Return what `hidden` does, of tokens and positions (T,) that are on the device."""
+        output = self._decoder(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
@@ -113,19 +124,17 @@ def load(directory: Path, *, device: str, dtype: str) -> BaseModel:
 
     Args:
         device: a torch device, or "auto" for CUDA where there is one.
-        dtype: "float32", "bfloat16" or "auto" (bfloat16 on CUDA).
+        dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA, on a CPU what `precision` finds fitting.
     Raises:
         BaseModelError: the directory is no such model, or the model has a part that the engine
             cannot reproduce; the message names it.
     """
     target = _choose_device(device)
     wanted = _choose_dtype(dtype, target)
-    config = _read_config(directory)
-    model = _read_model(directory, config, wanted).to(target).eval()
-    model.requires_grad_(False)
-    _keep_rotary_precision(model)
-    probe = _Probe(model, target)
-    base = BaseModel(model, directory)
+    read = partial(_read_model, directory, _read_config(directory), device=target)
+    model, reason = read_fitting(read) if wanted is None else (read(wanted), _reason(dtype, wanted))
+    probe = _Probe(model)
+    base = BaseModel(model, directory, precision=reason)
     probe.compare(base)
     return base
 
@@ -142,12 +151,18 @@ def _choose_device(device: str) -> torch.device:
     return target
 
 
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype, None where the model has to be tried first."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else None
     if dtype not in _DTYPES:
         raise BaseModelError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def _reason(asked: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}: the rule on CUDA" if asked == "auto" else f"{name}: as configured"
 
 
 def _read_config(directory: Path) -> Any:
@@ -173,7 +188,7 @@ def _rope_settings(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
 
 
-def _read_model(directory: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+def _read_model(directory: Path, config: Any, dtype: torch.dtype, *, device: torch.device) -> nn.Module:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -191,7 +206,9 @@ def _read_model(directory: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     if info["missing_keys"] or info["mismatched_keys"]:
         odd = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise BaseModelError(f"weights of {directory} are missing or of the wrong shape: {odd[:3]}")
-    checked: nn.Module = model
+    checked: nn.Module = model.to(device).eval()
+    checked.requires_grad_(False)
+    _keep_rotary_precision(checked)
     return checked
 
 
@@ -225,11 +242,21 @@ def _route_projections(model: nn.Module, route: Route) -> tuple[ModuleShape, ...
     for name, module in found:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, RoutedLinear(module, name, route))
+    _group_projections(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(getattr(model, UNEMBED, None), nn.Linear) or head.bias is not None:
         raise BaseModelError(f"{type(model).__name__} has no {UNEMBED} without bias")
     shapes = [ModuleShape(name, module.in_features, module.out_features) for name, module in found]
     return (*shapes, ModuleShape(UNEMBED, head.in_features, head.out_features))
+
+
+def _group_projections(model: nn.Module) -> None:
+    """Tell the routed projections of one parent which of them read the same input."""
+    for parent in model.modules():
+        for names in _SHARED_INPUT:
+            group = tuple(getattr(parent, name) for name in names if hasattr(parent, name))
+            for layer in group:
+                layer.group = group
 
 
 def _read_end_tokens(directory: Path, config: Any) -> tuple[int, ...]:
@@ -250,13 +277,9 @@ class _Probe:
 
     TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        vocab_size = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-        generator = torch.Generator().manual_seed(0)
-        self.sequences = [torch.randint(vocab_size, (n,), generator=generator).numpy() for n in (7, 12)]
-        with torch.no_grad():
-            logits = [model(torch.from_numpy(s).to(device)[None]).logits[0] for s in self.sequences]
-        self.expected = torch.cat(logits).float().log_softmax(-1)
+    def __init__(self, model: nn.Module) -> None:
+        self.expected = plain_logprobs(model)
+        self.sequences = probe_sequences(self.expected.shape[1])
 
     def compare(self, base: BaseModel) -> None:
         """Raise BaseModelError where the routed model does not give the same log-probabilities."""

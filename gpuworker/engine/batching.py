@@ -25,7 +25,7 @@ class PackedRows:
     """The rows of one batch: sequences one after another, then padding as a sequence of its own.
 
     Shapes:
-        tokens_T, positions_T: int64, (T,), T >= 16; `lengths` sums to T.
+        tokens_T, positions_T: int64, (T,); `lengths` sums to T.
     """
 
     tokens_T: Int64Array
@@ -39,11 +39,15 @@ def padded_size(num_rows: int) -> int:
     return max(MIN_BATCH_ROWS, -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
-def pack_rows(sequences: Sequence[tuple[Int64Array, int]]) -> PackedRows:
-    """Return one batch of the given token sequences; each comes with its first position."""
+def pack_rows(sequences: Sequence[tuple[Int64Array, int]], *, row_step: int | None = None) -> PackedRows:
+    """Return one batch of the given token sequences; each comes with its first position.
+
+    Args:
+        row_step: pad to a multiple of it, for products that were found to need no more.
+    """
     lengths = [len(tokens) for tokens, _ in sequences]
     num_rows = sum(lengths)
-    size = padded_size(num_rows)
+    size = padded_size(num_rows) if row_step is None else -(-num_rows // row_step) * row_step
     tokens_T = np.zeros(size, dtype=np.int64)
     positions_T = np.zeros(size, dtype=np.int64)
     start = 0

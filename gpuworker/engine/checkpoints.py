@@ -60,7 +60,7 @@ def write(
         failpoints.reach("snapshot_written")
         _replace(scratch, directory)
         failpoints.reach("snapshot_renamed")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint cannot be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -5,6 +5,7 @@ Tensors and token ids only; no rows, queues or settings. The worker calls it fro
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from gpuworker.engine.adapters import (
     Layout,
     LoraWeights,
     check_fit,
+    held_bytes,
     select_modules,
 )
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError, LoraSpecError
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.memory import total_bytes
+from gpuworker.engine.memory import free_bytes, total_bytes
+from gpuworker.engine.residency import AdapterMemory, Residency
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.training import Trainer
 from gpuworker.engine.types import (
@@ -38,15 +41,18 @@ from gpuworker.engine.types import (
 
 _MAX_RANK = 256
 _GIB = 1 << 30
+_AUTOMATIC = AdapterMemory()
 
 
 class Engine:
     """Adapters on one base model. Results on a CPU do not depend on which jobs run together."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, *, adapter_memory: AdapterMemory) -> None:
         on_gpu = base.device.type == "cuda"
         self._base = base
-        self._adapters: dict[str, Adapter] = {}
+        self._adapter_memory = adapter_memory.resolved(base.device)
+        self._adapters = Residency(base.device, device_bytes=self._adapter_memory.device_bytes)
+        self._sampler_bytes: OrderedDict[str, int] = OrderedDict()
         head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
         self._token_budget = _token_budget(base)
         self._head = head
@@ -56,18 +62,20 @@ class Engine:
             head,
             max_slots=256 if on_gpu else 64,
             prompt_budget=16384 if on_gpu else 2048,
-            cache_bytes=_free_bytes(base.device) // 3 if on_gpu else 4 * _GIB,
+            cache_bytes=free_bytes(base.device) // 3 if on_gpu else 4 * _GIB,
             grouped=on_gpu,
         )
 
     @classmethod
-    def load(cls, directory: Path, *, device: str, dtype: str) -> Engine:
+    def load(
+        cls, directory: Path, *, device: str, dtype: str, adapter_memory: AdapterMemory = _AUTOMATIC
+    ) -> Engine:
         """Load a base model directory; see `base_model.load`.
 
         Raises:
             BaseModelError: the directory holds no model that the engine can run.
         """
-        return cls(base_model.load(directory, device=device, dtype=dtype))
+        return cls(base_model.load(directory, device=device, dtype=dtype), adapter_memory=adapter_memory)
 
     @property
     def vocab_size(self) -> int:
@@ -98,6 +106,11 @@ class Engine:
     def architecture(self) -> str:
         """Return the base model's class as its config names it."""
         return str((self._base.config.architectures or [self._base.config.model_type])[0])
+
+    @property
+    def precision(self) -> str:
+        """Return the dtype of the frozen weights and why it was chosen, as one sentence."""
+        return self._base.precision
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -142,7 +155,7 @@ class Engine:
         """
         adapter = self._new_adapter(spec)
         adapter.initialize()
-        self._adapters[adapter_id] = adapter
+        self._adapters.put(adapter_id, adapter)
 
     def has_adapter(self, adapter_id: str) -> bool:
         """Return whether the adapter is held."""
@@ -150,7 +163,20 @@ class Engine:
 
     def drop_adapter(self, adapter_id: str) -> None:
         """Forget an adapter and free its memory; unknown ids are fine."""
-        self._adapters.pop(adapter_id, None)
+        self._adapters.drop(adapter_id)
+
+    @property
+    def adapter_room_bytes(self) -> int:
+        """Return what adapters may take on the device and the host together, beside the samplers that are held."""
+        return self._adapter_memory.total_bytes - sum(self._sampler_bytes.values())
+
+    def adapter_bytes(self, spec: LoraSpec) -> int:
+        """Return the memory that an adapter of this spec takes; 0 where the base model cannot carry it."""
+        try:
+            layout = select_modules(spec, self._base.modules, max_rank=self.max_rank)
+        except LoraSpecError:
+            return 0
+        return held_bytes(layout, self._base.dtype)
 
     def forward_backward(self, jobs: Sequence[ForwardBackward]) -> list[ForwardBackwardResult | EngineError]:
         """Run jobs of many adapters through the model together; one outcome per job, in order.
@@ -158,14 +184,19 @@ class Engine:
         Gradients add up in the adapters in job order until `optim_step`. A job that fails leaves
         its adapter's gradient as it was and does not touch the others.
         """
-        return self._trainer.run(jobs, self._adapter)
+        outcomes: list[ForwardBackwardResult | EngineError] = []
+        for part in self._adapters.fitting([job.adapter_id for job in jobs]):
+            self._adapters.bring([job.adapter_id for job in jobs[part]])
+            outcomes += self._trainer.run(jobs[part], self._adapters.get)
+        return outcomes
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | EngineError]:
         """Apply and clear the accumulated gradients; one outcome per step, in order."""
         outcomes: list[OptimStepResult | EngineError] = []
         for step in steps:
             try:
-                outcomes.append(optimizer.step(self._adapter(step.adapter_id), step.params))
+                self._adapters.bring([step.adapter_id])
+                outcomes.append(optimizer.step(self._adapters.get(step.adapter_id), step.params))
             except AdapterNotLoaded as error:
                 outcomes.append(error)
         return outcomes
@@ -176,7 +207,7 @@ class Engine:
         Raises:
             AdapterNotLoaded: the adapter is not held.
         """
-        return self._adapter(adapter_id).export(optimizer=optimizer, gradients=gradients)
+        return self._adapters.get(adapter_id).export(optimizer=optimizer, gradients=gradients)
 
     def import_state(self, adapter_id: str, state: AdapterState, *, optimizer: bool) -> None:
         """Put a state into an adapter, or into a new one of the state's spec if it is not held.
@@ -187,11 +218,12 @@ class Engine:
         Raises:
             CheckpointError: the state fits neither the adapter nor the base model.
         """
-        adapter = self._adapters.get(adapter_id)
-        if adapter is None:
-            adapter = self._new_adapter(state.spec, checked=state)
+        if adapter_id in self._adapters:
+            self._adapters.get(adapter_id).restore(state, optimizer=optimizer)
+            return
+        adapter = self._new_adapter(state.spec, checked=state)
         adapter.restore(state, optimizer=optimizer)
-        self._adapters[adapter_id] = adapter
+        self._adapters.put(adapter_id, adapter)
 
     def keep_sampler(self, sampler_id: str, adapter_id: str) -> None:
         """Keep a copy of an adapter's present weights for sampling.
@@ -199,7 +231,9 @@ class Engine:
         Raises:
             AdapterNotLoaded: the adapter is not held.
         """
-        self.sampler.hold(sampler_id, self._adapter(adapter_id).freeze())
+        self._adapters.bring([adapter_id])
+        adapter = self._adapters.get(adapter_id)
+        self._hold_sampler(sampler_id, adapter.freeze(), adapter.layout)
 
     def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
         """Hold the weights of a state for sampling.
@@ -209,30 +243,45 @@ class Engine:
         """
         layout = self._layout_of(state)
         flat_P = state.weights.to(device=self._base.device, dtype=self._base.dtype, copy=True)
-        self.sampler.hold(sampler_id, LoraWeights(layout.views(flat_P), state.spec.alpha / state.spec.rank))
+        weights = LoraWeights(layout.views(flat_P), state.spec.alpha / state.spec.rank)
+        self._hold_sampler(sampler_id, weights, layout)
 
     def has_sampler(self, sampler_id: str) -> bool:
         """Return whether the sampler is held."""
         return self.sampler.holds(sampler_id)
 
+    def use_sampler(self, sampler_id: str) -> bool:
+        """Count a sampler as used now; false when it is not held and must be loaded."""
+        if sampler_id in self._sampler_bytes:
+            self._sampler_bytes.move_to_end(sampler_id)
+        return self.has_sampler(sampler_id)
+
     def drop_sampler(self, sampler_id: str) -> None:
         """Forget a sampler; requests already submitted finish with it."""
         self.sampler.drop(sampler_id)
+        self._sampler_bytes.pop(sampler_id, None)
+        self._adapters.reserved_bytes = sum(self._sampler_bytes.values())
+
+    def _hold_sampler(self, sampler_id: str, weights: LoraWeights, layout: Layout) -> None:
+        """Hold sampler weights; those used longest ago go when all take more than a quarter of the device's room."""
+        self.sampler.hold(sampler_id, weights)
+        self._sampler_bytes[sampler_id] = layout.num_parameters * self._base.dtype.itemsize
+        self._sampler_bytes.move_to_end(sampler_id)
+        limit = self._adapter_memory.device_bytes // 4
+        while len(self._sampler_bytes) > 1 and sum(self._sampler_bytes.values()) > limit:
+            self.drop_sampler(next(iter(self._sampler_bytes)))
+        self._adapters.reserved_bytes = sum(self._sampler_bytes.values())
 
     def _width(self, projections: Sequence[str]) -> int:
         chosen = [module for module in self._base.modules if module.projection in projections]
         return sum(module.in_features + module.out_features for module in chosen)
-
-    def _adapter(self, adapter_id: str) -> Adapter:
-        if adapter_id not in self._adapters:
-            raise AdapterNotLoaded(f"adapter {adapter_id} is not loaded")
-        return self._adapters[adapter_id]
 
     def _new_adapter(self, spec: LoraSpec, *, checked: AdapterState | None = None) -> Adapter:
         if checked is not None:
             layout = self._layout_of(checked)
         else:
             layout = select_modules(spec, self._base.modules, max_rank=self.max_rank)
+        self._adapters.make_room(held_bytes(layout, self._base.dtype))
         return Adapter(spec, layout, device=self._base.device, dtype=self._base.dtype)
 
     def _layout_of(self, state: AdapterState) -> Layout:
@@ -256,7 +305,7 @@ def _token_budget(base: BaseModel) -> int:
     """
     if base.device.type != "cuda":
         return 2048
-    fitting = max(1, _free_bytes(base.device) // 2 // _row_bytes(base))
+    fitting = max(1, free_bytes(base.device) // 2 // _row_bytes(base))
     return min(16384, max(1024, 1 << (fitting.bit_length() - 1)))
 
 
@@ -265,8 +314,3 @@ def _row_bytes(base: BaseModel) -> int:
     config = base.config
     widths = 12 * config.hidden_size + 4 * config.intermediate_size
     return int(config.num_hidden_layers * widths * base.dtype.itemsize)
-
-
-def _free_bytes(device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return free

@@ -1,7 +1,7 @@
 """Keys and values of the sequences being sampled, in slots, and attention over them.
 
 One pool per layer holds a row of positions for every slot; it grows by doubling.
-Axes: S slots, G key/value heads, H query heads, C positions of a slot, E head size, T rows, N rows.
+Axes: S slots, C positions of a slot, G key/value heads, H query heads, E head size, T rows, N rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ class Entry(NamedTuple):
 
 
 class KVCache:
-    """The pools of all layers; layers get theirs when they first write."""
+    """The pools of all layers; layers get theirs when they first write.
+
+    `version` changes whenever pools give way to others.
+    """
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
         self.num_slots = 0
         self.num_positions = 0
+        self.version = 0
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, num_slots: int, num_positions: int) -> None:
@@ -41,6 +45,7 @@ class KVCache:
         if num_slots <= self.num_slots and num_positions <= self.num_positions:
             return
         self.num_slots, self.num_positions = self.grown(num_slots, num_positions)
+        self.version += 1
         for layer, pools in self._pools.items():
             self._pools[layer] = (self._grow(pools[0]), self._grow(pools[1]))
 
@@ -56,6 +61,7 @@ class KVCache:
     def release(self) -> None:
         """Give all memory back; only while no slot is in use."""
         self.num_slots = self.num_positions = 0
+        self.version += 1
         self._pools.clear()
 
     def clear(self, slots: Sequence[int]) -> None:
@@ -67,12 +73,12 @@ class KVCache:
         """Copy the first positions of one slot to others, in every layer."""
         for pool in (pool for pools in self._pools.values() for pool in pools):
             for target in targets:
-                pool[target, :, :num_positions] = pool[source, :, :num_positions]
+                pool[target, :num_positions] = pool[source, :num_positions]
 
-    def pools(self, layer: int, like_GTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the key and value pools (S, G, C, E) of one layer."""
+    def pools(self, layer: int, like_TGE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the key and value pools (S, C, G, E) of one layer."""
         if layer not in self._pools:
-            shape = (self.num_slots, like_GTE.shape[0], self.num_positions, like_GTE.shape[2])
+            shape = (self.num_slots, self.num_positions, *like_TGE.shape[1:])
             # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
             self._pools[layer] = (
                 torch.zeros(shape, device=self.device, dtype=self.dtype),
@@ -81,9 +87,9 @@ class KVCache:
         return self._pools[layer]
 
     def _grow(self, pool: Tensor) -> Tensor:
-        slots, heads, positions, size = pool.shape
-        larger = pool.new_zeros(self.num_slots, heads, self.num_positions, size)
-        larger[:slots, :, :positions] = pool
+        slots, positions, *rest = pool.shape
+        larger = pool.new_zeros(self.num_slots, self.num_positions, *rest)
+        larger[:slots, :positions] = pool
         return larger
 
 
@@ -95,14 +101,14 @@ class CachedAttention:
     """
 
     def __init__(self, cache: KVCache, entries: Sequence[Entry], num_rows: int, *, grouped: bool) -> None:
-        device = cache.device
         self._cache = cache
         self._entries = entries
-        self._num_padding = num_rows - sum(entry.num_rows for entry in entries)
-        slots = [entry.slot for entry in entries for _ in range(entry.num_rows)]
-        positions = [entry.start + i for entry in entries for i in range(entry.num_rows)]
-        self._slots = torch.tensor(slots, device=device)
-        self._positions = torch.tensor(positions, device=device)
+        counts = [entry.num_rows for entry in entries]
+        self._num_rows = sum(counts)
+        self._counts = [*counts, num_rows - self._num_rows]
+        firsts = [entry.slot * cache.num_positions + entry.start for entry in entries]
+        places = [first + i for first, count in zip(firsts, counts, strict=True) for i in range(count)]
+        self._places = torch.tensor(places, device=cache.device)
         self._grouped = self._plan_group() if grouped else None
 
     def _plan_group(self) -> _Group | None:
@@ -136,33 +142,36 @@ class CachedAttention:
         Shapes:
             query: (1, H, T, E); key, value: (1, G, T, E); returns (1, T, H, E).
         """
-        dtype, num_rows = query.dtype, len(self._slots)
+        dtype = query.dtype
         query, key, value = (part.to(self._cache.dtype) for part in (query, key, value))
-        keys, values = self._cache.pools(layer, key[0])
-        keys[self._slots, :, self._positions] = key[0, :, :num_rows].transpose(0, 1)
-        values[self._slots, :, self._positions] = value[0, :, :num_rows].transpose(0, 1)
+        pools = self._store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        keys, values = (pool.transpose(1, 2) for pool in pools)
+        *parts, padding = torch.split(query, self._counts, dim=2)
         outputs, row = [], 0
-        for slot, start, count in self._entries:
-            part = slice(row, row + count)
-            row += count
+        for (slot, start, count), rows in zip(self._entries, parts, strict=True):
             if start == 0:
-                k, v = key[:, :, part], value[:, :, part]
+                k, v = key[:, :, row : row + count], value[:, :, row : row + count]
             else:
-                k, v = keys[None, slot, :, : start + 1], values[None, slot, :, : start + 1]
+                k, v = keys[slot : slot + 1, :, : start + 1], values[slot : slot + 1, :, : start + 1]
+            row += count
             if start > 0 and self._grouped is not None:
-                outputs.append(query[:, :, part])  # replaced below
+                outputs.append(rows)  # replaced below
             else:
-                outputs.append(
-                    attend_causal(query[:, :, part], k, v, scaling=scaling, window=window, softcap=softcap)
-                )
-        if self._num_padding:
-            outputs.append(torch.zeros_like(query[:, :, : self._num_padding]))
-        output = torch.cat(outputs, dim=2).transpose(1, 2)
+                outputs.append(attend_causal(rows, k, v, scaling=scaling, window=window, softcap=softcap))
+        # Any finite numbers do for the rows of padding, which nobody reads.
+        output = torch.cat([part.transpose(1, 2) for part in (*outputs, padding)], dim=1)
         if self._grouped is not None:
             output[0, self._grouped.rows] = self._grouped.attend(
                 query, keys, values, scaling=scaling, window=window, softcap=softcap
             )
         return output.to(dtype)
+
+    def _store(self, layer: int, key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values to their positions and return the layer's pools."""
+        pools = self._cache.pools(layer, key_TGE)
+        for pool, new_TGE in zip(pools, (key_TGE, value_TGE), strict=True):
+            pool.flatten(0, 1).index_copy_(0, self._places, new_TGE[: self._num_rows])
+        return pools
 
 
 class _Group(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuworker.engine.adapters import UNEMBED, LoraPair, LoraWeights
 from gpuworker.engine.batching import fill_batches, padded_size
 from gpuworker.engine.lora import Segment, add_matmul, backward_pair
+from gpuworker.engine.products import frozen_linear
 
 LossTerms: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -68,7 +69,7 @@ class Head:
         """Return the frozen projection in float32, (C, V), before adapters and softcap."""
         if hidden_CD.is_cuda and hidden_CD.dtype != torch.float32:
             return torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=torch.float32)
-        return hidden_CD.mm(self.weight_VD.t()).float()
+        return frozen_linear(hidden_CD, self.weight_VD).float()
 
     def cap(self, logits_CV: Tensor) -> Tensor:
         """Return the logits through the model's softcap, in place, where it has one."""
@@ -117,16 +118,17 @@ class Head:
         logits_CV = self.base_logits(hidden_CD)
         placed = self._add_adapters(hidden_CD, logits_CV, pieces)
         logits_CV = self.cap(logits_CV)
-        logprobs_CV = logits_CV.log_softmax(-1)
-        logprobs = [logprobs_CV[part].gather(1, piece.targets_NK) for piece, _, part, _ in placed]
-        del logprobs_CV
+        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+        logprobs = [
+            logits_CV[part].gather(1, piece.targets_NK).sub_(total_C1[part]) for piece, _, part, _ in placed
+        ]
         losses, slopes = [], []
         for piece, chosen_NK in zip(pieces, logprobs, strict=True):
             loss, slope_NK = _loss_and_slope(piece, chosen_NK)
             losses.append(loss)
             slopes.append(slope_NK)
         if pieces[0].backward and grad_hidden_TD is not None:
-            grad_CD = self._backward(hidden_CD, logits_CV, placed, slopes)
+            grad_CD = self._backward(hidden_CD, logits_CV, placed, slopes, total_C1=total_C1)
             grad_hidden_TD.index_copy_(0, rows_C, grad_CD[: len(rows_C)])
         return [PieceScore(*pair) for pair in zip(logprobs, losses, strict=True)]
 
@@ -146,23 +148,34 @@ class Head:
         return placed
 
     def _backward(
-        self, hidden_CD: Tensor, logits_CV: Tensor, placed: Sequence[_Placed], slopes: Sequence[Tensor]
+        self,
+        hidden_CD: Tensor,
+        logits_CV: Tensor,
+        placed: Sequence[_Placed],
+        slopes: Sequence[Tensor],
+        *,
+        total_C1: Tensor,
     ) -> Tensor:
-        """Return the gradient of the hidden rows, (C, D); add that of the head adapters."""
-        grad_CV = torch.softmax(logits_CV, dim=-1)
+        """Return the gradient of the hidden rows, (C, D); add that of the head adapters.
+
+        The logits turn into their gradient in place: a chunk's largest tensor is held once.
+        """
+        damping_CV = None if self.softcap is None else 1 - (logits_CV / self.softcap).square_()
+        grad_CV = logits_CV.sub_(total_C1).exp_()
         for (piece, _, part, _), slope_NK in zip(placed, slopes, strict=True):
             grad_CV[part].mul_(-slope_NK.sum(1, keepdim=True)).scatter_add_(1, piece.targets_NK, slope_NK)
         grad_CV[placed[-1].part.stop :] = 0
-        if self.softcap is not None:
-            grad_CV.mul_(1 - (logits_CV / self.softcap).square_())
+        if damping_CV is not None:
+            grad_CV.mul_(damping_CV)
         grad_CV = grad_CV.to(self.weight_VD.dtype)
-        grad_CD = grad_CV.mm(self.weight_VD)
+        grad_CD = frozen_linear(grad_CV, self.weight_VD.t())
         for _, segment, part, inner_NR in placed:
             if segment is not None and inner_NR is not None:
                 grad_inner_NR = backward_pair(
                     segment, UNEMBED, grad_CV[part], inner_TR=inner_NR, rows_TD=hidden_CD[part]
                 )
-                grad_CD[part].addmm_(grad_inner_NR, segment.weights.pairs[UNEMBED].a)
+                pair = segment.weights.pairs[UNEMBED]
+                grad_CD[part].addmm_(grad_inner_NR, pair.a, alpha=segment.weights.scaling)
         return grad_CD
 
 

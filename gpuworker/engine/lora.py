@@ -12,13 +12,33 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gpuworker.engine.adapters import LoraPair, LoraWeights
+from gpuworker.engine.products import frozen_linear
 
-MIN_ROWS = 16
-"""Below 12 rows a float32 matmul on a CPU picks other kernels, and a row's bits would depend on
-how many rows its neighbours bring."""
+
+class Products(Protocol):
+    """The LoRA products of some adjacent rows of a training batch, for the modules named in `pairs`."""
+
+    @property
+    def pairs(self) -> Mapping[str, LoraPair]: ...
+
+    @property
+    def is_trained(self) -> bool: ...
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
+        """Add the products of one module in place; return what `backward` wants of them."""
+        ...
+
+    def backward(
+        self, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor, grad_rows_TD: Tensor | None
+    ) -> None:
+        """Keep the gradients of A and B; add that of the input rows in place where it is wanted."""
+        ...
+
+    def finish(self) -> None:
+        """Hand over what `backward` kept; once, after the backward pass."""
+        ...
 
 
 class Segment(NamedTuple):
@@ -28,6 +48,36 @@ class Segment(NamedTuple):
     stop: int
     weights: LoraWeights
     gradients: Mapping[str, LoraPair] | None
+
+    @property
+    def pairs(self) -> Mapping[str, LoraPair]:
+        """Return the adapter's factors by module."""
+        return self.weights.pairs
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether a gradient is wanted."""
+        return self.gradients is not None
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
+        """Add the segment's LoRA product in place and return the inner product of shape (rows, R)."""
+        pair, scaling = self.weights.pairs[name], self.weights.scaling
+        inner_TR = rows_TD[self.start : self.stop].mm(pair.a.t())
+        add_matmul(output_TF[self.start : self.stop], inner_TR, pair.b.t(), scaling)
+        return inner_TR
+
+    def backward(
+        self, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor, grad_rows_TD: Tensor | None
+    ) -> None:
+        """Add the gradients of A and B to the segment's views, and that of the input rows in place."""
+        part = slice(self.start, self.stop)
+        grad_inner_TR = backward_pair(self, name, grad_TF[part], inner_TR=inner_TR, rows_TD=rows_TD[part])
+        if grad_rows_TD is not None:
+            pair = self.weights.pairs[name]
+            grad_rows_TD[part].addmm_(grad_inner_TR, pair.a, alpha=self.weights.scaling)
+
+    def finish(self) -> None:
+        """Nothing is left to hand over: the gradients are the job's own views."""
 
 
 class Attention(Protocol):
@@ -46,27 +96,54 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+class SampledProduct(Protocol):
+    """How a layer computes the rows of a sampling batch."""
+
+    def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor: ...
+
+
 class Route:
     """What the batch now in the model looks like; shared by all routed layers of one model.
 
-    `sampled_rows` is set while sampling, None in training. Only so many rows then go through the
-    frozen products, and adapter products run over windows of MIN_ROWS rows, since the number of
-    rows of one adapter depends on its neighbours.
+    `sampled` computes the layers while sampling; None in training.
     """
 
     def __init__(self) -> None:
-        self.segments: Sequence[Segment] = ()
+        self.products: Sequence[Products] = ()
         self.attention: Attention | None = None
-        self.sampled_rows: int | None = None
+        self.sampled: SampledProduct | None = None
+        self._shared_input: Tensor | None = None
+        self._outputs: dict[str, Tensor] = {}
 
     def clear(self) -> None:
         """Let go of the batch."""
-        self.segments = ()
+        self.products = ()
         self.attention = None
+        self.sampled = None
+        self._let_go_of_outputs()
+
+    def take(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
+        """Return a layer's output; the first layer of a group computes those of all its siblings.
+
+        A layer that gets another input than its siblings did is never given their product.
+        """
+        if inputs is not self._shared_input or layer.name not in self._outputs:
+            self._shared_input, self._outputs = inputs, _group_product(layer.group, inputs, self.products)
+        output = self._outputs.pop(layer.name)
+        if not self._outputs:
+            self._let_go_of_outputs()
+        return output
+
+    def _let_go_of_outputs(self) -> None:
+        self._shared_input, self._outputs = None, {}
 
 
 class RoutedLinear(nn.Module):
-    """A frozen linear layer plus the LoRA products of the segments that train it."""
+    """A frozen linear layer plus the LoRA products of the segments that train it.
+
+    `group` holds the layers that read the same input, this one included: their products are one
+    step of autograd, so that the gradient of the input is summed within the matmuls.
+    """
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
         super().__init__()
@@ -74,6 +151,7 @@ class RoutedLinear(nn.Module):
         self.bias = base.bias
         self.name = name
         self.route = route
+        self.group: tuple[RoutedLinear, ...] = (self,)
         self.anchor = torch.zeros((), device=base.weight.device, requires_grad=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,51 +160,13 @@ class RoutedLinear(nn.Module):
         Shapes:
             inputs: (1, T, D); returns (1, T, F).
         """
-        rows_TD = inputs.reshape(-1, inputs.shape[-1])
-        segments = [segment for segment in self.route.segments if self.name in segment.weights.pairs]
-        if torch.is_grad_enabled():
-            # The anchor makes the output require a gradient where the input does not: below the
-            # first adapter nothing is then recorded.
-            trained = any(segment.gradients is not None for segment in segments)
-            output_TF: Tensor = _RoutedProduct.apply(
-                rows_TD, self.anchor if trained else None, self, segments
-            )  # type: ignore[no-untyped-call]
-        elif self.route.sampled_rows is not None:
-            output_TF = rows_TD.new_zeros(len(rows_TD), self.weight.shape[0])
-            output_TF[: self.route.sampled_rows] = self.base_product(rows_TD[: self.route.sampled_rows])
-            for segment in segments:
-                add_windowed(output_TF, rows_TD, segment, self.name)
-        else:
-            output_TF = self.base_product(rows_TD)
-            for segment in segments:
-                add_product(output_TF, rows_TD, segment, self.name)
-        return output_TF.view(*inputs.shape[:-1], -1)
+        if self.route.sampled is not None:
+            return self.route.sampled(self, inputs)
+        return self.route.take(self, inputs)
 
     def base_product(self, rows_TD: Tensor) -> Tensor:
         """Return the frozen part, of shape (T, F)."""
-        return functional.linear(rows_TD, self.weight, self.bias)
-
-
-def add_product(output_TF: Tensor, rows_TD: Tensor, segment: Segment, name: str) -> Tensor:
-    """Add one segment's LoRA product in place and return the inner product of shape (rows, R)."""
-    pair, scaling = segment.weights.pairs[name], segment.weights.scaling
-    inner_TR = rows_TD[segment.start : segment.stop].mm(pair.a.t())
-    add_matmul(output_TF[segment.start : segment.stop], inner_TR, pair.b.t(), scaling)
-    return inner_TR
-
-
-def add_windowed(output_TF: Tensor, rows_TD: Tensor, segment: Segment, name: str) -> None:
-    """Add one segment's LoRA product in place, over at least MIN_ROWS rows of the batch.
-
-    The rows of the window outside the segment are computed and dropped; a batch always has
-    MIN_ROWS rows.
-    """
-    start, stop, weights, _ = segment
-    pair = weights.pairs[name]
-    first = max(0, min(start, rows_TD.shape[0] - MIN_ROWS))
-    last = max(stop, first + MIN_ROWS)
-    product_WF = rows_TD[first:last].mm(pair.a.t()).mm(pair.b.t())
-    output_TF[start:stop].add_(product_WF[start - first : stop - first], alpha=weights.scaling)
+        return frozen_linear(rows_TD, self.weight, self.bias)
 
 
 def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -137,47 +177,71 @@ def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
         target.add_(left.mm(right), alpha=alpha)
 
 
-class _RoutedProduct(torch.autograd.Function):
-    """Base product plus LoRA products; backward fills the segments' gradient views."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_TD: Tensor, anchor: Tensor | None, layer: RoutedLinear, segments: list[Segment]
-    ) -> Tensor:
-        output_TF = layer.base_product(rows_TD)
-        inner = [add_product(output_TF, rows_TD, segment, layer.name) for segment in segments]
-        ctx.save_for_backward(rows_TD)
-        ctx.layer, ctx.segments, ctx.inner = layer, segments, inner
-        return output_TF
-
-    @staticmethod
-    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (rows_TD,) = ctx.saved_tensors
-        layer: RoutedLinear = ctx.layer
-        grad_rows_TD = grad_TF.mm(layer.weight) if ctx.needs_input_grad[0] else None
-        for segment, inner_TR in zip(ctx.segments, ctx.inner, strict=True):
-            part = slice(segment.start, segment.stop)
-            grad_inner_TR = backward_pair(
-                segment, layer.name, grad_TF[part], inner_TR=inner_TR, rows_TD=rows_TD[part]
-            )
-            if grad_rows_TD is not None:
-                grad_rows_TD[part].addmm_(grad_inner_TR, segment.weights.pairs[layer.name].a)
-        ctx.layer = ctx.segments = ctx.inner = None
-        return grad_rows_TD, None, None, None
-
-
 def backward_pair(
     segment: Segment, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor
 ) -> Tensor:
     """Add the gradients of A and B to the segment's views and return that of the inner product.
 
     Shapes:
-        all arguments hold the segment's own rows; returns (rows, R), already scaled.
+        all arguments hold the segment's own rows; returns (rows, R), not yet scaled.
     """
     pair, scaling = segment.weights.pairs[name], segment.weights.scaling
-    grad_inner_TR = grad_TF.mm(pair.b).mul_(scaling)
+    grad_inner_TR = grad_TF.mm(pair.b)
     if segment.gradients is not None:
         gradient = segment.gradients[name]
-        add_matmul(gradient.a, grad_inner_TR.t(), rows_TD, 1.0)
+        add_matmul(gradient.a, grad_inner_TR.t(), rows_TD, scaling)
         add_matmul(gradient.b, grad_TF.t(), inner_TR, scaling)
     return grad_inner_TR
+
+
+def _group_product(
+    group: tuple[RoutedLinear, ...], inputs: Tensor, products: Sequence[Products]
+) -> dict[str, Tensor]:
+    """Return the outputs of all layers of a group by name, (1, T, F) each."""
+    own = [(some, layer) for some in products for layer in group if layer.name in some.pairs]
+    # The anchor makes the outputs require a gradient where the input does not: below the first
+    # adapter nothing is then recorded.
+    anchor = group[0].anchor if any(some.is_trained for some, _ in own) else None
+    rows_TD = inputs.reshape(-1, inputs.shape[-1])
+    outputs: tuple[Tensor, ...] = _GroupProduct.apply(rows_TD, anchor, group, own)  # type: ignore[no-untyped-call]
+    shape = inputs.shape[:-1]
+    return {layer.name: output.view(*shape, -1) for layer, output in zip(group, outputs, strict=True)}
+
+
+class _GroupProduct(torch.autograd.Function):
+    """Base products of one group plus LoRA products; backward fills their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_TD: Tensor,
+        anchor: Tensor | None,
+        group: tuple[RoutedLinear, ...],
+        own: list[tuple[Products, RoutedLinear]],
+    ) -> tuple[Tensor, ...]:
+        outputs = {layer: layer.base_product(rows_TD) for layer in group}
+        inner = [some.add(outputs[layer], rows_TD, layer.name) for some, layer in own]
+        ctx.save_for_backward(rows_TD)
+        ctx.group, ctx.own, ctx.inner = group, own, inner
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (rows_TD,) = ctx.saved_tensors
+        grad_of = dict(zip(ctx.group, grads, strict=True))
+        grad_rows_TD = _base_gradient(grad_of) if ctx.needs_input_grad[0] else None
+        for (some, layer), inner_TR in zip(ctx.own, ctx.inner, strict=True):
+            some.backward(
+                layer.name, grad_of[layer], inner_TR=inner_TR, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD
+            )
+        ctx.group = ctx.own = ctx.inner = None
+        return grad_rows_TD, None, None, None
+
+
+def _base_gradient(grad_of: Mapping[RoutedLinear, Tensor]) -> Tensor:
+    """Return the gradient of the shared input through the frozen products, (T, D)."""
+    (first, grad_TF), *others = grad_of.items()
+    grad_rows_TD = frozen_linear(grad_TF, first.weight.t())
+    for layer, grad_TF in others:
+        grad_rows_TD.add_(frozen_linear(grad_TF, layer.weight.t()))
+    return grad_rows_TD

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CONTAINER_USE = Path("/sys/fs/cgroup/memory.current")
+_SYSTEM_MEMORY = Path("/proc/meminfo")
 _HOST_MARKS = ("DefaultCPUAllocator", "not enough memory")
 
 
@@ -31,3 +33,22 @@ def total_bytes(device: torch.device) -> int:
         return min(installed, int(_CONTAINER_LIMIT.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit
         return installed
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that nobody uses."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def available_bytes() -> int:
+    """Return the host's memory that a process could still take; half of all where the system does not tell."""
+    total = total_bytes(torch.device("cpu"))
+    try:
+        lines = dict(line.split(":", 1) for line in _SYSTEM_MEMORY.read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return total // 2
+    try:
+        return min(available, total - int(_CONTAINER_USE.read_text()))
+    except (OSError, ValueError):
+        return min(available, total)

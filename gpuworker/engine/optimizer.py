@@ -24,11 +24,11 @@ def step(adapter: Adapter, params: AdamParams) -> OptimStepResult:
     Source: Loshchilov and Hutter 2019, algorithm 2, in the form of torch.optim.AdamW.
     """
     gradient_P, adapter.gradient_P = adapter.gradient_P, None
-    if gradient_P is None or not gradient_P.any():
+    # In float64 the squares of float32 numbers neither overflow nor vanish.
+    norm = 0.0 if gradient_P is None else torch.linalg.vector_norm(gradient_P, dtype=torch.float64).item()
+    if gradient_P is None or norm == 0.0:
         _step_without_gradient(adapter, params)
         return OptimStepResult(step=adapter.step, grad_norm=0.0, skipped=False)
-    # In float64 the squares of float32 numbers neither overflow nor vanish.
-    norm = torch.linalg.vector_norm(gradient_P, dtype=torch.float64).item()
     if not math.isfinite(norm):
         return OptimStepResult(step=adapter.step, grad_norm=norm, skipped=True)
     if params.grad_clip_norm > 0:

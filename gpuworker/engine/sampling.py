@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gpuworker.engine.adapters import UNEMBED, LoraWeights
 from gpuworker.engine.base_model import BaseModel
-from gpuworker.engine.batching import pack_rows, padded_size
+from gpuworker.engine.batching import pack_rows
+from gpuworker.engine.decode_graphs import DecodeGraphs, NewToken, can_record
 from gpuworker.engine.exceptions import (
     AdapterNotLoaded,
     EngineError,
@@ -29,7 +30,7 @@ from gpuworker.engine.exceptions import (
 )
 from gpuworker.engine.kv_cache import CachedAttention, Entry, KVCache
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.lora import Segment, add_windowed
+from gpuworker.engine.lora_decode import SampledProducts, SampledRows, find_factor_step
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.prompt_scores import score_prompt
 from gpuworker.engine.sequences import ActiveRequest, Continuation, check_request
@@ -39,7 +40,7 @@ from gpuworker.engine.types import Int64Array, SampleRequest, SampleResult, Stop
 
 SampleOutcome: TypeAlias = tuple[str, SampleResult | EngineError]
 Group: TypeAlias = list[Continuation]
-"""Continuations that share one row of logits: a new request's samples, or a single running one."""
+"""Continuations that share one row of logits: new samples of one prompt, or a single running one."""
 
 
 class Sampler:
@@ -49,7 +50,8 @@ class Sampler:
         max_slots: sequences that decode together.
         prompt_budget: prompt tokens admitted in one step (at least one request is).
         cache_bytes: room for keys and values.
-        grouped: one masked attention call for all new tokens, which is meant for GPUs.
+        grouped: one masked attention call for all new tokens, and decode steps that can be recorded; meant
+            for GPUs.
     """
 
     def __init__(
@@ -73,6 +75,9 @@ class Sampler:
         self._cache = KVCache(
             device=base.device, dtype=base.dtype if base.device.type == "cuda" else torch.float32
         )
+        self._graphs = DecodeGraphs(base, head, self._cache) if grouped and can_record(base) else None
+        self._row_step = base.row_step
+        self._probed: set[torch.Size] = set()
         self._weights: dict[str, LoraWeights] = {}
         self._waiting: deque[ActiveRequest] = deque()
         self._running: list[Continuation] = []
@@ -80,6 +85,10 @@ class Sampler:
     def hold(self, sampler_id: str, weights: LoraWeights) -> None:
         """Make weights known under an id; requests already submitted keep the weights they have."""
         self._weights[sampler_id] = weights
+        factors = {factor.shape: factor for pair in weights.pairs.values() for factor in pair}
+        unknown = [factor for shape, factor in factors.items() if shape not in self._probed]
+        self._probed.update(factors)
+        self._row_step = max(self._row_step, find_factor_step(unknown))
 
     def holds(self, sampler_id: str) -> bool:
         """Return whether an id is known."""
@@ -128,7 +137,7 @@ class Sampler:
                 return continuation.tokens[start:]
         return []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[SampleOutcome]:
         """Advance every running sequence by one token; return the requests that ended.
 
@@ -145,7 +154,7 @@ class Sampler:
             failed = {c.active.request.request_id for c in self._running}
             for request_id in failed:
                 self.cancel(request_id)
-            self._cache.release()
+            self._release()
             return [(request_id, OutOfMemory(f"no room to sample: {error}")) for request_id in failed]
 
     def _requests(self) -> set[str]:
@@ -153,22 +162,40 @@ class Sampler:
         return {active.request.request_id for active in actives}
 
     def _admit(self) -> list[Group]:
-        """Give slots to waiting requests and return all groups of this step, by adapter."""
-        if not self._running:
-            self._cache.release()
+        """Give slots to waiting requests and return all groups of this step, by adapter.
+
+        A prompt that several of them share goes through the model once.
+        """
+        if not self._running and not self._is_worth_keeping():
+            self._release()
         groups: list[Group] = [[c] for c in self._running]
         budget = self._prompt_budget
+        by_prompt: dict[tuple[int, bytes], Group] = {}
         while self._waiting:
             active = self._waiting[0]
-            group = self._begin(active) if budget > 0 else []
-            if not group:
+            key = (id(active.weights), active.request.prompt.tobytes())
+            new = self._begin(active) if budget > 0 or key in by_prompt else []
+            if not new:
                 break
-            budget -= len(active.request.prompt)
-            groups.append(group)
-            self._running += group
+            if key in by_prompt:
+                by_prompt[key] += new
+            else:
+                budget -= len(active.request.prompt)
+                by_prompt[key] = new
+            self._running += new
             if active.num_unbegun == 0:
                 self._waiting.popleft()
+        groups += by_prompt.values()
         return sorted(groups, key=lambda group: id(group[0].active.weights))
+
+    def _is_worth_keeping(self) -> bool:
+        """Return whether an unused cache stays: where recorded steps depend on it, up to half of its room."""
+        return self._graphs is not None and self._bytes(self._cache.grown(0, 0)) <= self._cache_bytes // 2
+
+    def _release(self) -> None:
+        self._cache.release()
+        if self._graphs is not None:
+            self._graphs.release()
 
     def _begin(self, active: ActiveRequest) -> Group:
         """Return as many new continuations as slots and cache allow, possibly none."""
@@ -187,45 +214,57 @@ class Sampler:
         return [Continuation(active, sample=first + i, slot=slot) for i, slot in enumerate(free)]
 
     def _fits(self, num_slots: int, num_positions: int) -> bool:
-        slots, positions = self._cache.grown(num_slots, num_positions)
-        return slots * positions * self._base.cache_bytes_per_position(self._cache.dtype) <= self._cache_bytes
+        return self._bytes(self._cache.grown(num_slots, num_positions)) <= self._cache_bytes
+
+    def _bytes(self, size: tuple[int, int]) -> int:
+        """Return what so many slots of so many positions take."""
+        slots, positions = size
+        return slots * positions * self._base.cache_bytes_per_position(self._cache.dtype)
 
     def _advance(self, groups: list[Group]) -> list[SampleOutcome]:
+        if self._graphs is not None and all(group[0].tokens for group in groups):
+            return self._decode(self._graphs, [continuation for group in groups for continuation in group])
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
         for group in groups:
-            leader, count = group[0], _num_rows(group)
-            if leader.active.wants_prompt_scores:
-                leader.active.prompt_scores = score_prompt(
-                    self._head,
-                    hidden_TD[row : row + count],
-                    leader.active.request.prompt,
-                    leader.active.weights,
-                    top_k=leader.active.request.topk_prompt_logprobs,
-                )
+            count = _num_rows(group)
+            for active in dict.fromkeys(continuation.active for continuation in group):
+                if active.wants_prompt_scores:
+                    active.prompt_scores = score_prompt(
+                        self._head,
+                        hidden_TD[row : row + count],
+                        active.request.prompt,
+                        active.weights,
+                        top_k=active.request.topk_prompt_logprobs,
+                    )
             row += count
             for continuation in group:
                 continuation.num_cached += count
         logits_SV = self._logits(hidden_TD, groups, last_rows)
         return self._choose(logits_SV, [c for group in groups for c in group])
 
+    def _decode(self, graphs: DecodeGraphs, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
+        """Advance sequences of which each has its newest token only to put through the model."""
+        rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
+        logits_SV = graphs.logits(rows)
+        for continuation in continuations:
+            continuation.num_cached += 1
+        return self._choose(logits_SV, continuations)
+
     def _run_model(self, groups: list[Group]) -> tuple[Tensor, list[int]]:
         """Return the hidden states and each group's last row; fills the cache of every slot."""
-        rows = pack_rows([(_new_tokens(group), group[0].num_cached) for group in groups])
+        sequences = [(_new_tokens(group), group[0].num_cached) for group in groups]
+        rows = pack_rows(sequences, row_step=self._row_step)
+        num_rows = len(rows.tokens_T)
         entries = [Entry(g[0].slot, g[0].num_cached, _num_rows(g)) for g in groups]
-        segments, start = [], 0
-        for weights, same in _by_weights(groups):
-            stop = start + sum(_num_rows(group) for group in same)
-            if weights is not None:
-                segments.append(Segment(start, stop, weights, None))
-            start = stop
-        attend = CachedAttention(self._cache, entries, len(rows.tokens_T), grouped=self._grouped)
-        sampled_rows = self._base.sampled_rows(rows.num_rows)
-        with self._base.routed(segments, attend, sampled_rows=sampled_rows):
+        attend = CachedAttention(self._cache, entries, num_rows, grouped=self._grouped)
+        products = self._products(groups, [_num_rows(group) for group in groups], num_rows)
+        with self._base.routed((), attend, sampled=products):
             hidden_TD = self._base.hidden(rows)
-        for group in groups:
-            followers = [c.slot for c in group[1:]]
-            self._cache.copy(group[0].slot, followers, len(group[0].active.request.prompt))
+        for leader, *followers in groups:
+            if followers:
+                slots = [continuation.slot for continuation in followers]
+                self._cache.copy(leader.slot, slots, len(leader.active.request.prompt))
         last_rows = np.cumsum([entry.num_rows for entry in entries]) - 1
         return hidden_TD, last_rows.tolist()
 
@@ -233,15 +272,25 @@ class Sampler:
         """Return the next-token logits (S, V) of all continuations, in group order."""
         picked = [row for row, group in zip(last_rows, groups, strict=True) for _ in group]
         num_picked = len(picked)
-        picked += [0] * (padded_size(num_picked) - num_picked)
+        picked += [0] * (-num_picked % self._row_step)
         hidden_SD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
-        logits_SV, start = self._head.base_logits(hidden_SD[: self._base.sampled_rows(num_picked)]), 0
-        for weights, same in _by_weights(groups):
-            stop = start + sum(len(group) for group in same)
-            if weights is not None and UNEMBED in weights.pairs:
-                add_windowed(logits_SV, hidden_SD, Segment(start, stop, weights, None), UNEMBED)
-            start = stop
+        logits_SV = self._head.base_logits(hidden_SD)
+        products = self._products(groups, [len(group) for group in groups], len(picked))
+        products.add(logits_SV, hidden_SD, UNEMBED)
         return self._head.cap(logits_SV[:num_picked])
+
+    def _products(self, groups: list[Group], counts: list[int], num_rows: int) -> SampledProducts:
+        """Return how to compute a batch in which each group has so many rows."""
+        segments, start = [], 0
+        counted = zip(groups, counts, strict=True)
+        for _, same in groupby(counted, key=lambda pair: id(pair[0][0].active.weights)):
+            (first, count), *others = same
+            stop = start + count + sum(count for _, count in others)
+            weights = first[0].active.weights
+            if weights is not None:
+                segments.append(SampledRows(start, stop, weights))
+            start = stop
+        return SampledProducts(segments, num_rows, row_step=self._row_step)
 
     def _choose(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
         draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]
@@ -279,10 +328,3 @@ def _new_tokens(group: Group) -> Int64Array:
 
 def _num_rows(group: Group) -> int:
     return 1 if group[0].tokens else len(group[0].active.request.prompt)
-
-
-def _by_weights(groups: list[Group]) -> list[tuple[LoraWeights | None, list[Group]]]:
-    """Return adjacent groups of the same adapter together."""
-    runs = groupby(groups, key=lambda group: id(group[0].active.weights))
-    found = [list(same) for _, same in runs]
-    return [(same[0][0].active.weights, same) for same in found]

@@ -2,11 +2,13 @@
 
 Every row is filtered and drawn on its own with a number that only (seed, sample, position) fix,
 so a sequence does not depend on what is sampled beside it.
-Axes: S sequences, V vocabulary.
+Axes: S sequences, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,48 +47,60 @@ def _mix(state: int) -> int:
 
 
 def choose(logits_SV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
-    """Return one token per row and its log-probability under the unscaled logits."""
+    """Return one token per row and its log-probability under the unscaled logits.
+
+    Rows that are drawn alike go together; the device is waited for once, at the end.
+    """
     tokens_S = logits_SV.argmax(-1)
-    warm = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
-    plain = [row for row in warm if not _is_filtered(draws[row].params, logits_SV.shape[1])]
-    if plain:
-        tokens_S[plain] = _draw_plain(logits_SV[plain], [draws[row] for row in plain])
-    for row in warm:
-        if row not in plain:
-            tokens_S[row] = _draw_filtered(logits_SV[row], draws[row])
+    vocab_size = logits_SV.shape[1]
+    alike: dict[int | None, list[int]] = defaultdict(list)
+    for row, draw in enumerate(draws):
+        if draw.params.temperature > 0:
+            alike[_num_candidates(draw.params, vocab_size)].append(row)
+    for num_candidates, rows in alike.items():
+        own = [draws[row] for row in rows]
+        index_S = torch.tensor(rows, device=logits_SV.device)
+        scaled_SV = logits_SV.index_select(0, index_S) / _column(
+            [d.params.temperature for d in own], logits_SV
+        )
+        tokens_S[index_S] = _draw(scaled_SV, own, num_candidates)
     logprobs_S = logits_SV.log_softmax(-1).gather(1, tokens_S[:, None])[:, 0]
-    return tokens_S.tolist(), logprobs_S.tolist()
+    tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
+    return [int(token) for token in tokens], logprobs
 
 
-def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:
-    return params.top_p < 1.0 or 0 < params.top_k < vocab_size
+def _num_candidates(params: SamplingParams, vocab_size: int) -> int | None:
+    """Return how many of the likeliest tokens are looked at; None where no filter asks for their order."""
+    if 0 < params.top_k < vocab_size:
+        return params.top_k
+    return vocab_size if params.top_p < 1.0 else None
 
 
-def _draw_plain(logits_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    temperatures = [draw.params.temperature for draw in draws]
-    scaled_SV = logits_SV / torch.tensor(temperatures, device=logits_SV.device)[:, None]
-    return _invert(torch.softmax(scaled_SV, dim=-1), draws)
+def _draw(scaled_SV: Tensor, draws: Sequence[Draw], num_candidates: int | None) -> Tensor:
+    """Draw among the candidates, or among the fewest of them whose mass reaches top_p."""
+    if num_candidates is None:
+        return _invert(torch.softmax(scaled_SV, dim=-1), draws)
+    if num_candidates < scaled_SV.shape[1]:
+        best_SK, ids_SK = scaled_SV.topk(num_candidates)
+    else:
+        best_SK, ids_SK = scaled_SV.sort(descending=True, stable=True)
+    probs_SK = torch.softmax(best_SK, dim=-1)
+    # Kept are the tokens before which the mass is still below top_p; where there are none, the first is drawn.
+    limits = [draw.params.top_p if draw.params.top_p < 1.0 else math.inf for draw in draws]
+    is_cut_SK = probs_SK.cumsum(-1) - probs_SK >= _column(limits, probs_SK)
+    found_S = _invert(probs_SK.masked_fill(is_cut_SK, 0.0), draws)
+    return ids_SK.gather(1, found_S[:, None])[:, 0]
 
 
-def _draw_filtered(logits_V: Tensor, draw: Draw) -> int:
-    """Draw among the top_k tokens, then among the fewest of them whose mass reaches top_p."""
-    params, vocab_size = draw.params, len(logits_V)
-    scaled_V = logits_V / params.temperature
-    k = params.top_k if 0 < params.top_k < vocab_size else vocab_size
-    best, ids = scaled_V.topk(k) if k < vocab_size else scaled_V.sort(descending=True, stable=True)
-    probs = torch.softmax(best, dim=-1)
-    if params.top_p < 1.0:
-        # Keep the tokens before which the mass is still below top_p: always the first.
-        keep = max(1, int((probs.cumsum(0) - probs < params.top_p).sum()))
-        probs, ids = probs[:keep], ids[:keep]
-    return int(ids[_invert(probs[None], [draw])[0]])
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)[:, None]
 
 
 def _invert(probs_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return for each row the first index whose cumulated mass exceeds its random number."""
     mass_SV = probs_SV.cumsum(-1)
     numbers = [uniform(draw.params.seed, draw.sample, draw.position) for draw in draws]
-    wanted_S1 = torch.tensor(numbers, device=probs_SV.device)[:, None] * mass_SV[:, -1:]
+    wanted_S1 = _column(numbers, probs_SV) * mass_SV[:, -1:]
     found_S = torch.searchsorted(mass_SV, wanted_S1, right=True)[:, 0]
     # float32 may round the number up to the whole mass: then take the last token with any mass.
     last_S = torch.searchsorted(mass_SV, mass_SV[:, -1:].contiguous())[:, 0]

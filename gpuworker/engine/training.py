@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,13 @@ from gpuworker.engine.batching import cut_into_blocks, fill_batches, pack_rows
 from gpuworker.engine.exceptions import DatumError, EngineError, NonFiniteError, OutOfMemory
 from gpuworker.engine.logprobs import Head, HeadPiece, LossTerms, PieceScore
 from gpuworker.engine.lora import Segment
+from gpuworker.engine.lora_stack import AdapterRows, combine
 from gpuworker.engine.losses import BoundLoss, bind
 from gpuworker.engine.memory import free_cache, is_out_of_memory
 from gpuworker.engine.types import Datum, Float32Array, ForwardBackward, ForwardBackwardResult, Int64Array
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+Place: TypeAlias = Callable[[npt.NDArray[Any]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,7 @@ class Trainer:
         token_budget: int | None = None,
     ) -> None:
         queue = [(index, job, block) for index, job in jobs.items() for block in job.blocks]
+        queue.sort(key=lambda entry: entry[1].adapter.spec.rank)  # adapters of one layout can share products
         budget = token_budget or self._token_budget
         for batch in fill_batches([block.num_rows for _, _, block in queue], budget):
             part = queue[batch.start : batch.stop]
@@ -214,24 +217,28 @@ class Trainer:
                         outcomes[index] = error
 
     def _run_batch(self, parts: Sequence[tuple[Job, Block]]) -> None:
-        device = self._base.device
+        base = self._base
         rows = pack_rows([(tokens, 0) for _, block in parts for tokens in block.tokens])
-        segments, pieces, owners, start = [], [], [], 0
+        own_rows, pieces, owners, start = [], [], [], 0
         for job, block in parts:
             stop = start + block.num_rows
-            segments.append(Segment(start, stop, job.adapter.weights, job.start_gradient()))
+            segment = Segment(start, stop, job.adapter.weights, job.start_gradient())
+            own_rows.append(AdapterRows(segment, job.adapter, job.gradient_P))
             for own in _head_rows(block, self._head.chunk_rows):
-                pieces.append(_build_piece(job, block, own, start, device))
-                owners.append((len(segments) - 1, own))
+                pieces.append(_build_piece(job, block, own, start, base.place))
+                owners.append((len(own_rows) - 1, own))
             start = stop
         backward = parts[0][0].request.backward
-        attend = PackedAttention(rows.lengths, device=device)
-        with torch.set_grad_enabled(backward), self._base.routed(segments, attend):
-            hidden_TD = self._base.hidden(rows)
+        attend = PackedAttention(rows.lengths, device=base.device)
+        products = combine(own_rows)
+        with torch.set_grad_enabled(backward), base.routed(products, attend):
+            hidden_TD = base.hidden(rows)
             grad_TD = torch.zeros_like(hidden_TD, requires_grad=False) if backward else None
             scores = self._head.score(hidden_TD.detach(), pieces, grad_TD)
             if hidden_TD.requires_grad:
                 torch.autograd.backward(hidden_TD, grad_TD)
+        for some in products:
+            some.finish()
         _collect(parts, owners, scores)
 
 
@@ -301,20 +308,20 @@ def _head_rows(block: Block, chunk_rows: int) -> list[Int64Array]:
     return pieces
 
 
-def _build_piece(job: Job, block: Block, own: Int64Array, start: int, device: torch.device) -> HeadPiece:
+def _build_piece(job: Job, block: Block, own: Int64Array, start: int, place: Place) -> HeadPiece:
     is_trained = bool(block.trained_N[own[0]])
     return HeadPiece(
-        rows_N=torch.from_numpy(own + start).to(device),
-        targets_NK=torch.from_numpy(block.targets_NK[own]).to(device),
+        rows_N=place(own + start),
+        targets_NK=place(block.targets_NK[own]),
         weights=job.adapter.weights,
         gradients=job.gradients,
-        loss_terms=_bind_terms(job.loss, block, own, device) if is_trained else None,
+        loss_terms=_bind_terms(job.loss, block, own, place) if is_trained else None,
         backward=is_trained and job.request.backward,
     )
 
 
-def _bind_terms(loss: BoundLoss, block: Block, own: Int64Array, device: torch.device) -> LossTerms:
-    inputs = {name: torch.from_numpy(values[own]).to(device) for name, values in block.inputs.items()}
+def _bind_terms(loss: BoundLoss, block: Block, own: Int64Array, place: Place) -> LossTerms:
+    inputs = {name: place(values[own]) for name, values in block.inputs.items()}
     return lambda logprobs_NK: loss.terms(logprobs_NK, inputs)
 
 
@@ -323,10 +330,18 @@ def _collect(
     owners: Sequence[tuple[int, Int64Array]],
     scores: Sequence[PieceScore],
 ) -> None:
-    """Put the scores of one batch into the jobs they belong to."""
+    """Put the scores of one batch into the jobs they belong to.
+
+    They leave the device in two copies, however many pieces there are: each copy waits for the device.
+    """
+    flat = torch.cat([score.logprobs_NK.flatten() for score in scores]).cpu().numpy()
+    losses = torch.stack([score.loss for score in scores]).tolist()
     logprobs = [np.zeros(block.targets_NK.shape, dtype=np.float32) for _, block in parts]
-    for (number, own), score in zip(owners, scores, strict=True):
-        logprobs[number][own] = score.logprobs_NK.cpu().numpy()
-        parts[number][0].loss_sum += score.loss.item()
+    start = 0
+    for (number, own), score, loss in zip(owners, scores, losses, strict=True):
+        stop = start + score.logprobs_NK.numel()
+        logprobs[number][own] = flat[start:stop].reshape(len(own), -1)
+        parts[number][0].loss_sum += loss
+        start = stop
     for (job, _), values_NK in zip(parts, logprobs, strict=True):
         job.logprobs.append(values_NK)

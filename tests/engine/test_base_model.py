@@ -25,7 +25,8 @@ from .conftest import CONFIGS, VOCAB_SIZE
 
 
 def load(directory: Path, **changes: str) -> Engine:
-    return Engine.load(directory, **({"device": "cpu", "dtype": "float32"} | changes))
+    chosen = {"device": "cpu", "dtype": "float32"} | changes
+    return Engine.load(directory, device=chosen["device"], dtype=chosen["dtype"])
 
 
 def copy_of(directory: Path, tmp_path: Path) -> Path:

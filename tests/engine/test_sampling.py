@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,63 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from gpuworker.engine import base_model
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import AdapterNotLoaded, EngineError, NonFiniteError, SamplingError
+from gpuworker.engine.exceptions import AdapterNotLoaded, EngineError, SamplingError
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.types import (
     LoraSpec,
-    SampledSequence,
-    SampleRequest,
     SampleResult,
-    SamplingParams,
-    StopReason,
 )
 
-from .conftest import CONFIGS, VOCAB_SIZE, load_reference, random_tokens
+from .conftest import CONFIGS, VOCAB_SIZE, load_reference
 from .reference import make_adapter, peft_model
-
-GREEDY = SamplingParams(max_tokens=12, seed=0, temperature=0.0, stop_tokens=())
-WARM = replace(GREEDY, temperature=1.0, seed=7)
-
-
-def make_request(
-    request_id: str, length: int = 10, *, sampler_id: str | None = None, params: SamplingParams = GREEDY
-) -> SampleRequest:
-    prompt = random_tokens(np.random.default_rng(length), length)
-    return SampleRequest(request_id=request_id, sampler_id=sampler_id, prompt=prompt, params=params)
-
-
-def finish(sampler: Sampler) -> dict[str, SampleResult | EngineError]:
-    outcomes: dict[str, SampleResult | EngineError] = {}
-    for _ in range(1000):
-        if not sampler.num_pending:
-            return outcomes
-        outcomes.update(sampler.step())
-    raise AssertionError("sampling does not end")
-
-
-def sample(engine: Engine, requests: Iterable[SampleRequest]) -> dict[str, SampleResult]:
-    for request in requests:
-        engine.sampler.submit(request)
-    outcomes = finish(engine.sampler)
-    for outcome in outcomes.values():
-        if isinstance(outcome, EngineError):
-            raise outcome
-    return {key: value for key, value in outcomes.items() if isinstance(value, SampleResult)}
-
-
-def sample_one(engine: Engine, request: SampleRequest) -> SampleResult:
-    return sample(engine, [request])[request.request_id]
-
-
-def assert_same(actual: SampledSequence, expected: SampledSequence) -> None:
-    np.testing.assert_array_equal(actual.tokens, expected.tokens)
-    np.testing.assert_array_equal(actual.logprobs, expected.logprobs)
-    assert actual.stop_reason == expected.stop_reason
+from .sampling_requests import GREEDY, WARM, assert_same, finish, make_request, sample, sample_one
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -186,11 +143,16 @@ def test_more_samples_than_slots_come_in_waves(model_directory: Callable[[str], 
 
 
 def make_sampler(
-    base: base_model.BaseModel, *, max_slots: int = 8, cache_bytes: int = 1 << 30, grouped: bool = False
+    base: base_model.BaseModel,
+    *,
+    max_slots: int = 8,
+    prompt_budget: int = 64,
+    cache_bytes: int = 1 << 30,
+    grouped: bool = False,
 ) -> Sampler:
     head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=512)
     return Sampler(
-        base, head, max_slots=max_slots, prompt_budget=64, cache_bytes=cache_bytes, grouped=grouped
+        base, head, max_slots=max_slots, prompt_budget=prompt_budget, cache_bytes=cache_bytes, grouped=grouped
     )
 
 
@@ -212,6 +174,33 @@ def test_one_grouped_attention_call_gives_the_same_tokens(
         assert isinstance(expected, SampleResult)
         np.testing.assert_array_equal(actual.sequences[0].tokens, expected.sequences[0].tokens)
         np.testing.assert_allclose(actual.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-5)
+
+
+def test_a_prompt_that_requests_share_is_computed_once(model_directory: Callable[[str], Path]) -> None:
+    """The budget of a step holds one such prompt; all of them begin at once and sample what they would alone."""
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    requests = [
+        replace(make_request(f"twin{i}", 40, params=replace(WARM, seed=i)), num_samples=1 + i % 2)
+        for i in range(5)
+    ]
+    requests[3] = replace(requests[3], prompt_logprobs=True, topk_prompt_logprobs=2)
+    alone = {}
+    for request in requests:
+        sampler = make_sampler(base)
+        sampler.submit(request)
+        alone.update(finish(sampler))
+    sampler = make_sampler(base, prompt_budget=40)
+    for request in requests:
+        sampler.submit(request)
+    assert sampler.step() == []
+    assert all(len(sampler.tokens_of(request.request_id, start=0)) == 1 for request in requests)
+    for key, outcome in finish(sampler).items():
+        expected = alone[key]
+        assert isinstance(outcome, SampleResult)
+        assert isinstance(expected, SampleResult)
+        for actual, sequence in zip(outcome.sequences, expected.sequences, strict=True):
+            assert_same(actual, sequence)
+        assert (outcome.prompt_logprobs is None) == (key != "twin3")
 
 
 def test_prompt_logprobs_match_transformers(engine: Engine, model_directory: Callable[[str], Path]) -> None:
@@ -245,111 +234,6 @@ def test_prompt_fields_are_absent_unless_asked_for(engine: Engine) -> None:
     prompt_logprobs = sample_one(engine, single).prompt_logprobs
     assert prompt_logprobs is not None
     assert np.isnan(prompt_logprobs).tolist() == [True]
-
-
-def test_a_stop_token_is_included_once(engine: Engine) -> None:
-    full = sample_one(engine, make_request("full")).sequences[0].tokens
-    stop = int(full[4])
-    first = full.tolist().index(stop)
-    params = replace(GREEDY, stop_tokens=(VOCAB_SIZE - 1, stop))
-    result = sample_one(engine, make_request("stop", params=params)).sequences[0]
-    np.testing.assert_array_equal(result.tokens, full[: first + 1])
-    assert result.stop_reason is StopReason.STOP
-    assert len(result.logprobs) == first + 1
-
-
-def test_the_models_end_token_stops_by_default(engine: Engine) -> None:
-    """Warm enough, every sequence meets token 1 sooner or later; an empty tuple never stops."""
-    params = replace(WARM, temperature=50.0, max_tokens=110, stop_tokens=None)
-    request = replace(make_request("eos", 5, params=params), num_samples=16)
-    ended = [s for s in sample_one(engine, request).sequences if s.stop_reason is StopReason.STOP]
-    assert ended
-    for sequence in ended:
-        assert sequence.tokens[-1] == 1
-        assert 1 not in sequence.tokens[:-1]
-    never = replace(request, params=replace(params, stop_tokens=()))
-    assert all(s.stop_reason is StopReason.LENGTH for s in sample_one(engine, never).sequences)
-
-
-def test_a_stop_string_across_tokens_ends_with_the_token_that_completes_it(
-    engine: Engine, model_directory: Callable[[str], Path]
-) -> None:
-    tokenizer = Tokenizer.from_file(str(model_directory("qwen3") / "tokenizer.json"))
-    params = replace(WARM, max_tokens=60)
-    full = sample_one(engine, make_request("text", params=params)).sequences[0].tokens.tolist()
-    for first in range(len(full) - 2):
-        stop = tokenizer.decode(full[first : first + 3], skip_special_tokens=False)[1:-1]
-        if stop and "\ufffd" not in stop:
-            break
-    else:
-        raise AssertionError("no readable piece of text was sampled")
-    end = next(n for n in range(1, 61) if stop in tokenizer.decode(full[:n], skip_special_tokens=False))
-    request = make_request("stopped", params=replace(params, stop_strings=("not there", stop)))
-    result = sample_one(engine, request).sequences[0]
-    assert result.tokens.tolist() == full[:end]
-    assert result.stop_reason is StopReason.STOP
-
-
-@pytest.mark.parametrize("length", [120, 127, 128])
-def test_sampling_stops_at_the_end_of_the_context(engine: Engine, length: int) -> None:
-    request = make_request("long", length, params=replace(GREEDY, max_tokens=500))
-    result = sample_one(engine, replace(request, prompt_logprobs=True))
-    assert len(result.sequences[0].tokens) == 128 - length
-    assert result.sequences[0].stop_reason is StopReason.LENGTH
-    assert result.prompt_logprobs is not None
-    assert np.isfinite(result.prompt_logprobs[1:]).all()
-
-
-def test_max_tokens_ends_with_length_and_zero_is_allowed(engine: Engine) -> None:
-    for max_tokens in (0, 1, 5):
-        params = replace(GREEDY, max_tokens=max_tokens)
-        sequence = sample_one(engine, make_request("max", params=params)).sequences[0]
-        assert len(sequence.tokens) == len(sequence.logprobs) == max_tokens
-        assert sequence.stop_reason is StopReason.LENGTH
-
-
-def test_cancelling_frees_the_request_and_no_other(engine: Engine) -> None:
-    expected = sample_one(engine, make_request("stays", 8)).sequences[0]
-    for request in (make_request("goes", 6), make_request("stays", 8)):
-        engine.sampler.submit(request)
-    assert engine.sampler.step() == []
-    assert engine.sampler.num_pending == 2
-    assert engine.sampler.cancel("goes")
-    assert not engine.sampler.cancel("goes")
-    assert engine.sampler.num_pending == 1
-    outcomes = finish(engine.sampler)
-    assert outcomes.keys() == {"stays"}
-    assert isinstance(outcomes["stays"], SampleResult)
-    assert_same(outcomes["stays"].sequences[0], expected)
-
-
-def test_a_sampler_keeps_its_weights(engine: Engine) -> None:
-    make_adapter(engine, "moving", LoraSpec(rank=4, seed=44))
-    engine.keep_sampler("kept", "moving")
-    request = make_request("kept", sampler_id="kept")
-    expected = sample_one(engine, request).sequences[0]
-    make_adapter(engine, "moving", LoraSpec(rank=4, seed=45))
-    assert_same(sample_one(engine, request).sequences[0], expected)
-    engine.sampler.submit(request)
-    engine.sampler.step()
-    engine.keep_sampler("kept", "moving")
-    engine.drop_sampler("kept")
-    assert not engine.has_sampler("kept")
-    outcome = finish(engine.sampler)["kept"]
-    assert isinstance(outcome, SampleResult)
-    assert_same(outcome.sequences[0], expected)
-
-
-def test_a_diverged_sampler_fails_alone(engine: Engine) -> None:
-    expected = sample_one(engine, make_request("well", 8)).sequences[0]
-    state = make_adapter(engine, "sick", LoraSpec(rank=4, seed=46))
-    engine.load_sampler("sick", replace(state, weights=state.weights * math.nan))
-    engine.sampler.submit(replace(make_request("sick", sampler_id="sick"), num_samples=3))
-    engine.sampler.submit(make_request("well", 8))
-    outcomes = finish(engine.sampler)
-    assert isinstance(outcomes["sick"], NonFiniteError)
-    assert isinstance(outcomes["well"], SampleResult)
-    assert_same(outcomes["well"].sequences[0], expected)
 
 
 def test_bfloat16_samples_near_float32(load_engine: Callable[..., Engine]) -> None:
@@ -390,12 +274,3 @@ def test_it_refuses_unknown_samplers_and_ids_in_use(engine: Engine) -> None:
     with pytest.raises(SamplingError, match="twice"):
         engine.sampler.submit(make_request("twice"))
     finish(engine.sampler)
-
-
-def test_stop_strings_need_a_tokenizer(model_directory: Callable[[str], Path], tmp_path: Path) -> None:
-    for path in model_directory("qwen3").iterdir():
-        if path.name != "tokenizer.json":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    engine = Engine.load(tmp_path, device="cpu", dtype="float32")
-    with pytest.raises(SamplingError, match=r"tokenizer\.json"):
-        engine.sampler.submit(make_request("s", params=replace(GREEDY, stop_strings=("x",))))

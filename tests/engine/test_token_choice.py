@@ -29,6 +29,7 @@ def frequencies(num: int, **params: float) -> np.ndarray:
         ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
         ({"top_p": 0.5}, [0, 5]),
         ({"top_p": 1e-6}, [0]),
+        ({"top_p": 1e-60}, [0]),
         ({"top_k": 3, "top_p": 0.85}, [0, 2, 5]),
         ({"top_k": 3, "top_p": 0.8}, [0, 5]),
     ],
@@ -54,8 +55,17 @@ def test_logprobs_are_those_of_the_unscaled_model() -> None:
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 50, generator=generator)
-    mixed = [*draws(3), *draws(3, top_p=0.7), *draws(3, temperature=0.0)]
+    logits = torch.randn(15, 50, generator=generator)
+    filters: list[dict[str, float]] = [
+        {},
+        {"top_p": 0.7},
+        {"top_k": 9},
+        {"top_k": 9, "top_p": 0.6},
+        {"temperature": 0.0},
+    ]
+    mixed = [
+        draw for number in range(3) for params in filters for draw in draws(3, **params)[number : number + 1]
+    ]
     tokens, logprobs = choose(logits, mixed)
     for row, draw in enumerate(mixed):
         assert choose(logits[row : row + 1], [draw]) == ([tokens[row]], [logprobs[row]])

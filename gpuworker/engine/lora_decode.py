@@ -1,0 +1,78 @@
+"""The products of a sampling batch: frozen weights, then each adapter on its own few rows.
+
+A batch is padded to a multiple of `row_step` rows, and so is what each adapter's product runs over:
+how many rows an adapter has depends on its neighbours, and a row's bits must not.
+Axes: T rows of the batch, W rows of one window, D input features, F output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpuworker.engine.adapters import LoraWeights
+from gpuworker.engine.lora import RoutedLinear
+from gpuworker.engine.products import frozen_linear
+from gpuworker.engine.row_probe import find_row_step
+
+
+class SampledRows(NamedTuple):
+    """Adjacent rows that sample from the same weights."""
+
+    start: int
+    stop: int
+    weights: LoraWeights
+
+
+class SampledProducts:
+    """How the routed layers of the model compute while sampling."""
+
+    def __init__(self, segments: Sequence[SampledRows], num_rows: int, *, row_step: int) -> None:
+        self._windows = [_Window.around(segment, num_rows, row_step) for segment in segments]
+
+    def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
+        """Return a layer's output.
+
+        Shapes:
+            inputs: (1, T, D); returns (1, T, F).
+        """
+        rows_TD = inputs[0]
+        output_TF = frozen_linear(rows_TD, layer.weight, layer.bias)
+        self.add(output_TF, rows_TD, layer.name)
+        return output_TF[None]
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None:
+        """Add the LoRA products of one projection in place."""
+        for window in self._windows:
+            pair = window.weights.pairs.get(name)
+            if pair is not None:
+                product_WF = rows_TD[window.rows].mm(pair.a.t()).mm(pair.b.t())
+                output_TF[window.own].add_(product_WF[window.kept], alpha=window.weights.scaling)
+
+
+def find_factor_step(factors: Iterable[Tensor]) -> int:
+    """Return the row step that products with factors of these shapes need, whatever their values."""
+    generator = torch.Generator().manual_seed(0)
+    likenesses = [torch.randn(factor.shape, generator=generator).to(factor) for factor in factors]
+    return find_row_step(likenesses, lambda rows, factor: rows.mm(factor.t()))
+
+
+class _Window(NamedTuple):
+    """The rows one adapter's product runs over, its own among them, and those within the window."""
+
+    rows: slice
+    own: slice
+    kept: slice
+    weights: LoraWeights
+
+    @classmethod
+    def around(cls, segment: SampledRows, num_rows: int, row_step: int) -> _Window:
+        start, stop, weights = segment
+        size = -(-(stop - start) // row_step) * row_step
+        first = min(start, num_rows - size)
+        return cls(
+            slice(first, first + size), slice(start, stop), slice(start - first, stop - first), weights
+        )
