@@ -14,6 +14,8 @@ from django.conf import settings
 
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import BaseModelError
+from gpuworker.engine.residency import AdapterMemory
+from gpuworker.fingerprints import fingerprint_of
 from runs.models import Worker
 from runs.services import base_models, workers
 from runs.services.base_models import BaseModelInfo, ModelSizes
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Below this a second thread costs more than it saves: 16 tokens through the shipped model take 23 ms of the
 # SDK's time with one thread and 36 with two, beside the web server and the database on two cores.
 MULTI_THREAD_HIDDEN_SIZE: Final = 512
+_MIB: Final = 1 << 20
 
 
 def load_engines(worker: Worker) -> dict[str, Engine]:
@@ -32,7 +35,12 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
     for name, directory in settings.BASE_MODELS.items():
         started_at = time.monotonic()
         try:
-            engine = Engine.load(resolve(str(directory)), device=settings.DEVICE, dtype=settings.DTYPE)
+            engine = Engine.load(
+                resolve(str(directory)),
+                device=settings.DEVICE,
+                dtype=settings.DTYPE,
+                adapter_memory=_adapter_memory(),
+            )
         except BaseModelError as error:
             logger.error("base model %s could not be loaded: %s", name, error)  # noqa: TRY400 - one sentence is enough
             base_models.report(worker, BaseModelInfo(name=name, directory=str(directory), error=str(error)))
@@ -44,6 +52,7 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
             device=engine.fingerprint["device"],
             dtype=engine.fingerprint["dtype"],
             memory_bytes=engine.memory_bytes,
+            fingerprint=fingerprint_of(engine),
         )
         logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
     return engines
@@ -67,6 +76,16 @@ def resolve(directory_or_name: str) -> Path:
         raise BaseModelError(
             f"{directory_or_name!r} is no folder here and could not be downloaded: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _adapter_memory() -> AdapterMemory:
+    num_engines = max(1, len(settings.BASE_MODELS) - 1)  # the adapters of the shipped model hardly count
+    return AdapterMemory(
+        device_bytes=settings.ADAPTER_MEMORY_MB * _MIB // num_engines,
+        host_bytes=settings.ADAPTER_HOST_MEMORY_MB * _MIB // num_engines,
+        num_engines=num_engines,
+        num_workers=settings.NUM_LOCAL_WORKERS,
+    )
 
 
 def _num_threads(directories: Iterable[str]) -> int:
@@ -94,5 +113,6 @@ def _info(name: str, directory: str, engine: Engine) -> BaseModelInfo:
         max_rank=engine.max_rank,
         num_parameters=engine.num_parameters,
         architecture=engine.architecture,
+        precision=engine.precision,
         sizes=ModelSizes(**engine.sizes),
     )

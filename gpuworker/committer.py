@@ -1,7 +1,7 @@
 """The last of the three stages: serialise results, write checkpoints, commit, in the order computed.
 
-Runs in a thread of its own while the next cycle computes. A database that is away is waited for;
-a run that another worker owns by now is given up.
+Runs in a thread of its own while the next cycle computes. A database that is away is waited for, with what
+was written to storage before: only the commit is tried again. A run that another worker owns by now is given up.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import logging
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from gpuworker import failpoints, payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
-from gpuworker.engine.exceptions import CheckpointError
 from gpuworker.engine.types import OptimStep, SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
 from gpuworker.seats import Seat
+from gpuworker.snapshots import StorageError
 from runs.models import TrainingRun
 from runs.services import blobs, commits
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
@@ -25,6 +26,8 @@ from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 8
+# What a snapshot that could not be written counts as in its seat's replay cost: half of what asks for the next one.
+_UNWRITTEN_COST_S: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,8 @@ class Committer:
             self._attempt(lambda: _commit_sample(item))
             self._on_sample_end(item.operation_pk)
         elif isinstance(item, SnapshotOutcome):
-            self._attempt(lambda: _commit_snapshot(item))
+            if not self._attempt(lambda: _commit_snapshot(item)):
+                item.seat.replay_cost_s += _UNWRITTEN_COST_S
         elif not self._attempt(lambda: _commit_cycle(item)):
             for run in item:
                 run.seat.is_lost |= not self._attempt(lambda run=run: _commit_cycle([run]))  # type: ignore[misc]
@@ -101,9 +105,9 @@ class Committer:
             self._on_lost()
 
     def _attempt(self, action: Callable[[], None]) -> bool:
-        """Do what an item asks, waiting for the database; false, with the reason logged, when that fails."""
+        """Do what an item asks; false, with the reason logged, when that fails."""
         try:
-            until_reachable(action)
+            action()
         except Exception:
             logger.exception("an outcome could not be committed")
             return False
@@ -114,14 +118,14 @@ def _commit_sample(item: SampleOutcome) -> None:
     answer = item.answer
     if isinstance(answer, SampleResult):
         answer = payloads.sample_result(answer, num_prompt_logprobs=item.num_prompt_logprobs)
-    commits.commit_sample(item.operation_pk, answer)
+    until_reachable(partial(commits.commit_sample, item.operation_pk, answer))
 
 
 def _commit_cycle(runs: Sequence[RunOutcome]) -> None:
     runs = [run for run in runs if not run.seat.is_lost]
     batch = [_run_commit(run) for run in runs]
     failpoints.reach("before_commit")
-    were_committed = commits.commit_all(batch)
+    were_committed = until_reachable(partial(commits.commit_all, batch))
     failpoints.reach("after_commit")
     for run, commit, was_committed in zip(runs, batch, were_committed, strict=True):
         if was_committed:
@@ -137,10 +141,17 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
         return
     directory = snapshots.new_directory("snapshots", seat.run.pk, item.seq, seat.run.fence)
     size = snapshots.store(item.state, directory, seat)
-    for old in commits.register_snapshot(
-        seat.run.pk, fence=seat.run.fence, seq=item.seq, directory=directory, size_bytes=size
-    ):
+    register = partial(
+        commits.register_snapshot,
+        seat.run.pk,
+        fence=seat.run.fence,
+        seq=item.seq,
+        directory=directory,
+        size_bytes=size,
+    )
+    for old in until_reachable(register):
         blobs.delete_folder(old)
+    seat.snapshot_directory = directory
     seat.snapshot_seq = item.seq
 
 
@@ -181,9 +192,9 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
     if outcome.checkpoint is not None:
         try:
             checkpoint = _written(seat, outcome.checkpoint)
-        except (CheckpointError, OSError) as error:
+        except StorageError as error:
             logger.exception("a checkpoint of run %s could not be written", seat.run.public_id)
-            result = Result(error=f"the checkpoint could not be written: {error}", category="server")
+            result = payloads.error_result(error)
     return AppliedOperation(
         pk=taken.pk if taken else None,
         seq=outcome.operation.seq,
@@ -191,6 +202,7 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
         result=result,
         metrics=outcome.metrics,
         checkpoint=checkpoint,
+        event=outcome.event,
     )
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
+
+from django.conf import settings
 
 from gpuworker import payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
-from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError
+from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError, NonFiniteError
 from gpuworker.engine.types import (
     ForwardBackward,
     ForwardBackwardResult,
-    LoraSpec,
     OptimStep,
     OptimStepResult,
 )
@@ -42,7 +43,8 @@ class PendingCheckpoint:
 class Outcome:
     """What one operation did; its result is serialised by the committer, off the compute stage.
 
-    `metrics_step` is the step that `metrics` are of, where that is not `step`.
+    `metrics_step` is the step that `metrics` are of, where that is not `step`. `event` is the kind of an event that
+    people should see on the run's chart.
     """
 
     operation: PreparedOperation
@@ -54,6 +56,7 @@ class Outcome:
     loss: float | None = None
     checkpoint: PendingCheckpoint | None = None
     failed_run: str = ""
+    event: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def single(seat: Seat, operation: PreparedOperation) -> Outcome:
     """Apply an operation that goes alone: create, load, save, record, unload, or a seq to pass over."""
     request = operation.request
     try:
+        if seat.failure and not isinstance(request, Unload | Consumed):
+            raise EngineError(seat.failure)
         if isinstance(request, Create):
             return _create(seat, operation, request)
         if isinstance(request, Load):
@@ -109,7 +114,7 @@ def single(seat: Seat, operation: PreparedOperation) -> Outcome:
 def failed(seat: Seat, operation: PreparedOperation, error: EngineError) -> Outcome:
     """Return the outcome of an operation that could not be applied; a run whose creation fails has failed."""
     failed_run = str(error) if isinstance(operation.request, Create) else ""
-    answer = payloads.error_result(error)
+    answer = payloads.error_result(EngineError(seat.failure) if seat.failure else error)
     return Outcome(operation=operation, step=seat.step, answer=answer, failed_run=failed_run)
 
 
@@ -127,6 +132,8 @@ def _forward_backward_outcome(
     turn: Turn, answer: ForwardBackwardResult | EngineError, compute_s: float
 ) -> Outcome:
     seat, operation = turn.seat, turn.operation
+    if isinstance(answer, NonFiniteError):
+        return _not_finite(failed(seat, operation, answer), "not_finite", seat, answer)
     if isinstance(answer, EngineError):
         return failed(seat, operation, answer)
     seat.replay_cost_s += compute_s
@@ -146,6 +153,9 @@ def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome
     metrics = seat.tally.close(answer, _step(turn).params.learning_rate)
     if answer.skipped:
         metrics["skipped"] = 1.0
+        error = NonFiniteError(f"the gradient is not finite: its norm is {answer.grad_norm}")
+        if settings.NONFINITE == "fail":
+            return _not_finite(failed(seat, operation, error), "step_skipped", seat, error)
     wire = {
         "step": float(answer.step),
         "grad_norm": answer.grad_norm,
@@ -157,24 +167,23 @@ def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome
         answer=payloads.json_result(dict(responses.optim_step_result(wire))),
         metrics=metrics,
         loss=metrics.get("loss"),
+        event="step_skipped" if answer.skipped else "",
     )
 
 
+def _not_finite(outcome: Outcome, event: str, seat: Seat, error: NonFiniteError) -> Outcome:
+    """Return the outcome of an operation with numbers that are none; it ends the run if the settings want that."""
+    if settings.NONFINITE != "fail" or seat.failure:
+        return replace(outcome, event=event)
+    seat.failure = f"ended at step {seat.step}: {error}"
+    seat.engine.drop_adapter(seat.adapter_id)
+    return replace(outcome, event=event, failed_run=seat.failure)
+
+
 def _create(seat: Seat, operation: PreparedOperation, request: Create) -> Outcome:
-    run = seat.run
     if request.load is None:
-        seat.engine.create_adapter(
-            seat.adapter_id,
-            LoraSpec(
-                rank=run.lora_rank,
-                alpha=run.lora_alpha,
-                seed=run.lora_seed,
-                train_attn=run.train_attn,
-                train_mlp=run.train_mlp,
-                train_unembed=run.train_unembed,
-            ),
-        )
-        content = dict(responses.create_model_result(run.public_id))
+        seat.engine.create_adapter(seat.adapter_id, seat.spec)
+        content = dict(responses.create_model_result(seat.run.public_id))
     else:
         content = _import(seat, request.load)
     return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(content))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import psycopg
@@ -21,8 +22,8 @@ from gpuworker.engine.engine import Engine
 from gpuworker.seats import PreparedOperation, Seat
 from runs import events
 from runs.models import Worker
-from runs.services import claims, workers
-from runs.services.claims import TakenOperation, TakenSample
+from runs.services import claims, placement, workers
+from runs.services.claims import HeldRun, TakenOperation, TakenSample
 from runs.services.operations import GAP_PATIENCE_S
 from runs.threads import database_thread
 
@@ -30,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 2.0
 AHEAD: Final = 6
+# Operations of all runs together are decoded ahead up to so many tokens, some 50 MB.
+AHEAD_TOKENS: Final = 1_000_000
+# A run stays with a worker for so long at least before it is given to another, and so many go at a time.
+SETTLE_S: Final = 30.0
+MAX_MOVES: Final = 8
+# How long it may go unnoticed that another worker came: a look costs every waiting client a round trip.
+_LOOK_S: Final = 0.25
 _SAMPLES_AHEAD: Final = 64
 _MAX_SAMPLES: Final = 1024
 
@@ -42,6 +50,8 @@ class Intake:
         self.seats: dict[int, Seat] = {}
         self.samples: list[TakenSample] = []
         self._held_samples: set[int] = set()
+        self._has_company = False
+        self._looked_at = 0.0
         self._worker = worker
         self._engines = engines
         self._wake = threading.Event()
@@ -96,6 +106,7 @@ class Intake:
                 if time.monotonic() - last_sweep > SWEEP_S:
                     workers.bury_dead(sparing=self._worker)
                     self._give_up_deleted()
+                    self._balance()
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:
@@ -119,7 +130,7 @@ class Intake:
     def _collect(self) -> None:
         with self._lock:
             held, held_samples = list(self.seats), list(self._held_samples)
-        for run in claims.claim_runs(self._worker, list(self._engines), held=held):
+        for run in self._claim(held):
             with self._lock:
                 self.seats[run.pk] = Seat(run, self._engines[run.base_model])
         taken = claims.take_operations(self._worker, self._room(), limit=AHEAD)
@@ -134,6 +145,33 @@ class Intake:
             if samples:
                 self.ready.set()
 
+    def _claim(self, held: Sequence[int]) -> list[HeldRun]:
+        """Take free runs: all, or beside other workers a fair share and what nobody else wants."""
+        claim = partial(claims.claim_runs, self._worker, list(self._engines))
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self._looked_at = time.monotonic()
+            self._has_company = placement.has_company(self._worker)
+        if not self._has_company:
+            return claim(held=held)
+        loads = placement.loads(self._worker, list(self._engines))
+        runs = claim(held=held, limit=loads.room) if loads.num_free else []
+        return [*runs, *claim(held=[*held, *(run.pk for run in runs)], waited_s=placement.PATIENCE_S)]
+
+    def _balance(self) -> None:
+        """Let runs go to a worker that has clearly fewer: active ones, which count, of those that are settled here."""
+        if not self._has_company:
+            return
+        surplus = placement.loads(self._worker, list(self._engines)).surplus
+        with self._lock:
+            seats = list(self.seats.values())
+        settled = time.monotonic() - SETTLE_S
+        movable = [seat for seat in seats if seat.claimed_at < settled and not seat.is_lost]
+        chosen = sorted(movable, key=lambda seat: seat.last_used_at, reverse=True)[: min(surplus, MAX_MOVES)]
+        for seat in chosen:
+            seat.is_leaving = True
+        if chosen:
+            self.ready.set()
+
     def _give_up_deleted(self) -> None:
         """Let compute free what it holds of runs that people have deleted."""
         with self._lock:
@@ -147,8 +185,9 @@ class Intake:
     def _room(self) -> dict[int, int]:
         with self._lock:
             seats = list(self.seats.values())
+        num_tokens = sum(operation.num_tokens for seat in seats for operation in list(seat.queue))
         for seat in seats:
-            seat.may_have_more = len(seat.queue) >= AHEAD
+            seat.may_have_more = len(seat.queue) >= AHEAD or num_tokens >= AHEAD_TOKENS
         return {seat.run.pk: seat.taken_seq for seat in seats if not seat.may_have_more and not seat.is_lost}
 
     def _fill(self, taken: Sequence[TakenOperation]) -> None:

@@ -1,13 +1,16 @@
 """The worker's signs of life: an advisory lock held by one connection, and a lease renewed from here.
 
 Both end when the device is stuck: a worker that only looks alive would keep its runs from all others.
+A renewal that hangs, as across a network that swallows everything, ends the process: its lease has run out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import psycopg
 from django.db import Error as DatabaseFailure
@@ -20,7 +23,8 @@ from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT_MS = 5000
+LOCK_TIMEOUT_MS: Final = 5000
+HUNG_S: Final = 2 * workers.LEASE_S
 
 
 class Lease:
@@ -34,12 +38,14 @@ class Lease:
         is_stuck: Callable[[], bool],
         on_lost: Callable[[], None],
         on_stuck: Callable[[], None],
+        on_hung: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._busy_share = busy_share
         self._is_stuck = is_stuck
         self._on_lost = on_lost
         self._on_stuck = on_stuck
+        self._on_hung = on_hung
         self._stopping = threading.Event()
         self._lock_connection = self._lock()
         self._thread = database_thread("lease", self._loop)
@@ -55,10 +61,6 @@ class Lease:
         held: psycopg.Connection[tuple[object, ...]] = psycopg.connect(
             **events.direct_parameters(),
             autocommit=True,
-            keepalives_idle=5,
-            keepalives_interval=2,
-            keepalives_count=3,
-            connect_timeout=5,
             options=f"-c lock_timeout={LOCK_TIMEOUT_MS}",
         )
         held.execute("SELECT pg_advisory_lock(%s, %s)", [workers.LOCK_CLASS, self._worker.pk])
@@ -69,18 +71,34 @@ class Lease:
             if self._is_stuck():
                 self._on_stuck()
                 return
-            try:
-                close_old_connections()
-                self._lock_connection.execute("SELECT 1")
-                if not workers.renew(self._worker, busy_share=self._busy_share()):
-                    logger.warning(
-                        "worker %s was declared dead meanwhile; its runs start anew", self._worker.pk
-                    )
-                    self._on_lost()
-                    return
-            except (DatabaseFailure, psycopg.Error) as error:
-                logger.warning("the lease could not be renewed: %s", error)
-                self._reconnect()
+            with self._limited():
+                is_alive = self._renew()
+            if not is_alive:
+                logger.warning("worker %s was declared dead meanwhile; its runs start anew", self._worker.pk)
+                self._on_lost()
+                return
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Call `on_hung` when what is inside takes too long."""
+        limit = threading.Timer(HUNG_S, self._on_hung)
+        limit.daemon = True
+        limit.start()
+        try:
+            yield
+        finally:
+            limit.cancel()
+
+    def _renew(self) -> bool:
+        """Return whether the worker still counts as alive; while the database is away nobody can say otherwise."""
+        try:
+            close_old_connections()
+            self._lock_connection.execute("SELECT 1")
+            return workers.renew(self._worker, busy_share=self._busy_share())
+        except (DatabaseFailure, psycopg.Error) as error:
+            logger.warning("the lease could not be renewed: %s", error)
+            self._reconnect()
+            return True
 
     def _reconnect(self) -> None:
         self._lock_connection.close()

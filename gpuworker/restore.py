@@ -1,21 +1,28 @@
 """Bring a claimed run's adapter back: the newest good snapshot, then the operations after it once more.
 
-Effects are not repeated: replayed results are only compared with the stored ones, and a difference is
-entered as a `diverged` event.
+Effects are not repeated: replayed results are only compared with the stored ones. Where the same engine must
+give the same bits (`MINTWEB_REPLAY=exact`) a difference ends the run; otherwise results may differ within a
+tolerance. Either way a difference beyond is entered as a `diverged` event.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Final
 
-from gpuworker import failpoints, handlers, payloads, snapshots
+from django.conf import settings
+
+from gpuworker import comparisons, failpoints, handlers, payloads, snapshots
+from gpuworker.comparisons import Engines
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep
+from gpuworker.fingerprints import fingerprint_of
 from gpuworker.handlers import Outcome, Turn
-from gpuworker.seats import Consumed, PreparedOperation, Save, Seat
+from gpuworker.seats import Consumed, PreparedOperation, Save, Seat, Tally, Unreadable
+from runs.schemas import results
 from runs.services import claims, commits
 from runs.services.claims import TakenOperation
 from runs.services.commits import Result
@@ -23,95 +30,189 @@ from runs.services.commits import Result
 logger = logging.getLogger(__name__)
 
 _TELL_S: Final = 0.25
+# Storage elsewhere may be away for a moment; a run is not given up for that.
+_READ_AGAIN_S: Final = (0.0, 1.0, 5.0)
+
+
+class _Diverged(Exception):
+    """The state that was rebuilt is not the one that was lost."""
+
+    def __init__(self, taken: TakenOperation, reason: str, *, difference: float | None = None) -> None:
+        super().__init__(reason)
+        self.taken = taken
+        self.reason = reason
+        self.difference = difference
 
 
 def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
     """Make the seat's engine state that after `applied_seq`; `beat` is called after each operation."""
     seat.engine.drop_adapter(seat.adapter_id)
-    start_seq = _load_snapshot(seat)
+    failure = seat.failure or seat.run.failure
+    if failure:
+        _close(seat, failure)
+        return
+    start_seq, kept_with = _load_snapshot(seat)
     seat.snapshot_seq = start_seq
     if not claims.has_payloads_after(seat.run.pk, start_seq):
-        _give_up(seat)
+        error = "none of the run's kept states can be read, and the operations before them are deleted"
+        _end_run(seat, error)
         return
-    up_to_seq = seat.run.applied_seq
-    progress = _Progress(seat, claims.count_applied(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq))
-    for taken in claims.applied_operations(seat.run.pk, after_seq=start_seq, up_to_seq=up_to_seq):
-        _replay(seat, taken)
-        failpoints.reach("during_replay")
-        beat()
-        progress.advance()
-    progress.end()
+    seat.tally = _tally_before(seat, start_seq)
+    replay = _Replay(seat, start_seq=start_seq, kept_with=kept_with)
+    try:
+        replay.run(beat)
+    except _Diverged as end:
+        _end_run(seat, f"diverged at operation {end.taken.seq} ({end.taken.kind}): {end.reason}")
+        return
     seat.step = seat.run.step
     seat.is_restored = True
+    if replay.changes_engine:
+        seat.replay_cost_s = math.inf  # from here on the bits are this engine's: keep them soon
+    claims.end_recovery(seat.run, step=seat.step, detail=replay.detail())
     if seat.run.applied_seq >= 0:
-        detail = {"from_seq": start_seq, "num_replayed": progress.num_replayed}
-        commits.add_event(
-            seat.run.pk, seq=seat.run.applied_seq, step=seat.step, kind="recovered", detail=detail
-        )
         logger.info("run %s is back at operation %s", seat.run.public_id, seat.run.applied_seq)
 
 
-def _give_up(seat: Seat) -> None:
-    """Fail a run none of whose kept states can be read; its operations then fail one by one for want of an adapter."""
-    error = "none of the run's kept states can be read, and the operations before them are deleted"
-    logger.error("run %s is given up: %s", seat.run.public_id, error)
-    commits.fail_run(seat.run.pk, fence=seat.run.fence, error=error)
-    seat.step = seat.run.step
-    seat.is_restored = True
+class _Replay:
+    """The operations between a snapshot and `applied_seq`, done again and compared."""
 
-
-class _Progress:
-    """Tells people how far a replay is, now and then."""
-
-    def __init__(self, seat: Seat, total: int) -> None:
-        self.num_replayed = 0
+    def __init__(self, seat: Seat, *, start_seq: int, kept_with: dict[str, str]) -> None:
         self._seat = seat
-        self._total = total
+        self._span = {"after_seq": start_seq, "up_to_seq": seat.run.applied_seq}
+        fingerprint = fingerprint_of(seat.engine)
+        earlier = [kept_with, *claims.fingerprints_of(seat.run.pk, **self._span)]
+        self._engines: Engines = comparisons.differences(earlier, fingerprint)
+        self._tolerance = comparisons.TOLERANCES.get(fingerprint.get("dtype", ""), 0.0)
+        self._must_be_same = not self._engines and _mode(fingerprint.get("device", "cpu")) == "exact"
+        self._largest = 0.0
+        self._num_replayed = 0
         self._told_at = 0.0
 
-    def advance(self) -> None:
-        """Count one operation."""
-        self.num_replayed += 1
+    def run(self, beat: Callable[[], None]) -> None:
+        """Replay; raises _Diverged where the run cannot go on."""
+        run = self._seat.run
+        total = claims.count_applied(run.pk, **self._span)
+        for taken in claims.applied_operations(run.pk, **self._span):
+            self._do_again(taken)
+            failpoints.reach("during_replay")
+            beat()
+            self._num_replayed += 1
+            self._tell(total)
+
+    @property
+    def changes_engine(self) -> bool:
+        """Whether the run was computed on another engine before."""
+        return bool(self._engines)
+
+    def detail(self) -> dict[str, object]:
+        """Return what people are told of it."""
+        detail: dict[str, object] = {"from_seq": self._span["after_seq"], "num_replayed": self._num_replayed}
+        if self._engines:
+            detail["engine"] = str(self._engines)
+        if not self._must_be_same:
+            detail["largest_difference"] = float(f"{self._largest:.3g}")
+        return detail
+
+    def _tell(self, total: int) -> None:
         now = time.monotonic()
         if now - self._told_at >= _TELL_S:
             self._told_at = now
-            claims.enter_replay(self._seat.run, num_replayed=self.num_replayed, num_to_replay=self._total)
+            claims.enter_replay(self._seat.run, num_replayed=self._num_replayed, num_to_replay=total)
 
-    def end(self) -> None:
-        """The run is back."""
-        if self._told_at:
-            claims.enter_replay(self._seat.run, num_replayed=0, num_to_replay=0)
+    def _do_again(self, taken: TakenOperation) -> None:
+        operation = _prepared(taken, self._seat.adapter_id)
+        if isinstance(operation.request, Consumed | Save):
+            return
+        answer = _apply(self._seat, operation).answer
+        try:
+            self._compare(taken, answer)
+        except _Diverged as found:
+            _tell_divergence(self._seat, found)
+            if self._must_be_same or found.difference is None:
+                raise
+
+    def _compare(self, taken: TakenOperation, answer: ForwardBackwardResult | Result) -> None:
+        if isinstance(answer, Result):
+            if answer.body is None:
+                raise _Diverged(taken, f"it succeeded before and fails now: {answer.error}")
+            return
+        if taken.result is None:
+            return
+        replayed = payloads.forward_backward_result(answer).body
+        assert replayed is not None
+        difference = comparisons.largest_difference(taken.result, replayed)
+        self._largest = max(self._largest, difference)
+        is_same = replayed == taken.result
+        if not is_same and (self._must_be_same or difference > self._tolerance):
+            reason = f"its result is another one than before, by up to {difference:.3g}"
+            raise _Diverged(taken, reason, difference=difference)
 
 
-def _load_snapshot(seat: Seat) -> int:
-    """Import the newest snapshot that is whole and return its seq, or -1 to start from the first operation."""
+def _mode(device: str) -> str:
+    """Return whether a replay must give the same bits: only a CPU promises that, if nothing else was asked for."""
+    return settings.REPLAY or ("exact" if device == "cpu" else "fast")
+
+
+def _end_run(seat: Seat, error: str) -> None:
+    """Fail a run whose state is lost; what waits of it, and what still comes, fails with the reason."""
+    logger.error("run %s is given up: %s", seat.run.public_id, error)
+    commits.fail_run(seat.run.pk, fence=seat.run.fence, error=error)
+    _close(seat, error)
+
+
+def _close(seat: Seat, failure: str) -> None:
+    seat.engine.drop_adapter(seat.adapter_id)
+    seat.failure = failure
+    seat.step = seat.run.step
+    seat.is_restored = True
+    claims.enter_replay(seat.run, num_replayed=0, num_to_replay=0)
+
+
+def _load_snapshot(seat: Seat) -> tuple[int, dict[str, str]]:
+    """Import the newest snapshot that is whole; returns its seq and what it was computed with.
+
+    The seq is -1 when there is none, and the run starts from its first operation.
+    """
     for seq, directory in claims.latest_snapshots(seat.run.pk, up_to_seq=seat.run.applied_seq):
         try:
-            seat.engine.import_state(seat.adapter_id, snapshots.fetch(directory), optimizer=True)
+            state = snapshots.fetch(directory)
+            seat.engine.import_state(seat.adapter_id, state, optimizer=True)
         except (CheckpointError, OSError) as error:
             logger.warning("snapshot %s of run %s cannot be used: %s", seq, seat.run.public_id, error)
             seat.engine.drop_adapter(seat.adapter_id)
             continue
-        return seq
-    return -1
+        seat.step = state.step
+        return seq, snapshots.fingerprint(directory)
+    seat.step = 0
+    return -1, {}
 
 
-def _replay(seat: Seat, taken: TakenOperation) -> None:
-    operation = payloads.prepare(taken, seat.adapter_id)
-    if isinstance(operation.request, Consumed | Save):
-        return
-    answer = _apply(seat, operation).answer
-    if isinstance(answer, Result) and answer.body is None:
-        _note_divergence(seat, taken, f"it succeeded before and fails now: {answer.error}")
-    if not isinstance(answer, ForwardBackwardResult) or taken.result is None:
-        return
-    if payloads.forward_backward_result(answer).body != taken.result:
-        _note_divergence(seat, taken, "its result is another one than before")
+def _tally_before(seat: Seat, start_seq: int) -> Tally:
+    """Return what the kept state has accumulated since its last optimizer step: it becomes that step's metrics."""
+    tally = Tally()
+    for answer in claims.results_since_step(seat.run.pk, up_to_seq=start_seq):
+        _, metrics = results.decode_forward_backward(answer)
+        tally.add(ForwardBackwardResult(logprobs=(), metrics=metrics), compute_s=0.0, waited_s=0.0)
+    return tally
 
 
-def _note_divergence(seat: Seat, taken: TakenOperation, reason: str) -> None:
-    logger.error("run %s diverged at operation %s: %s", seat.run.public_id, taken.seq, reason)
-    detail = {"operation": taken.kind, "reason": reason}
+def _prepared(taken: TakenOperation, adapter_id: str) -> PreparedOperation:
+    for pause_s in _READ_AGAIN_S:
+        time.sleep(pause_s)
+        operation = payloads.prepare(taken, adapter_id)
+        if not isinstance(operation.request, Unreadable):
+            break
+    return operation
+
+
+def _tell_divergence(seat: Seat, found: _Diverged) -> None:
+    taken = found.taken
+    logger.error("run %s diverged at operation %s: %s", seat.run.public_id, taken.seq, found.reason)
+    detail: dict[str, object] = {"operation": taken.kind, "seq": taken.seq, "reason": found.reason}
+    if found.difference is not None:
+        detail["largest_difference"] = (
+            str(found.difference) if math.isinf(found.difference) else found.difference
+        )
     commits.add_event(seat.run.pk, seq=taken.seq, step=seat.step, kind="diverged", detail=detail)
 
 

@@ -143,7 +143,7 @@ class SampleDesk:
         if not directory:
             return
         key = (taken.base_model, directory)
-        if not engine.has_sampler(directory):
+        if not engine.use_sampler(directory):
             engine.load_sampler(directory, snapshots.fetch(directory))
         self._used[key] = None
         self._used.move_to_end(key)

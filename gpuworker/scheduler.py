@@ -2,8 +2,8 @@
 
 A cycle takes the operations at the head of every seat's queue: the forward_backwards of all runs on
 one base model together, then the optimizer steps that follow them, then what goes alone (create,
-load, save). Sampling gets the device between cycles: one decode step after another for as long as the
-last cycle took, so each side has half of a contended device and all of an idle one.
+load, save). Sampling gets the device between cycles, one decode step after another: each side has half of a
+contended device (`device_share`) and all of an idle one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Final
 
 from gpuworker import failpoints, handlers
 from gpuworker.busy import BusyMeter
-from gpuworker.committer import Committer, RunOutcome, SnapshotOutcome
+from gpuworker.committer import Committer, RunOutcome
+from gpuworker.device_share import DeviceShare
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import ForwardBackward, OptimStep
 from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
-from gpuworker.restore import restore
+from gpuworker.residents import Residents
 from gpuworker.sample_desk import SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
 from runs.services import claims
@@ -56,6 +57,8 @@ class Scheduler:
         self._release = release
         self._busy = busy
         self._desk = SampleDesk(engines, committer)
+        self._share = DeviceShare()
+        self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
         self._stopping = threading.Event()
         self._checked_at = time.monotonic()
@@ -110,27 +113,27 @@ class Scheduler:
             self._tidy()
 
     def _work(self) -> None:
-        """Run one cycle, and decode for as long as it took; decode alone when there is nothing to train."""
+        """Run one cycle, then decode until sampling has its half; decode alone when there is nothing to train."""
+        started_at = time.monotonic()
+        has_trained = self._cycle()
+        # Samples that came during the cycle are admitted now, so that one cycle is all they wait for.
         for taken in self._intake.pop_samples():
             self._desk.admit(taken)
-        started_at = time.monotonic()
-        if self._cycle():
-            self._decode_for(time.monotonic() - started_at)
+        if has_trained:
+            self._share.note_cycle(time.monotonic() - started_at)
+            self._decode_while(lambda: self._share.is_samplings_turn)
         else:
-            self._decode_while_alone()
+            self._share.settle()
+            self._decode_while(lambda: not self._intake.ready.is_set())
+        if not self._desk.has_work:
+            self._share.settle()
 
-    def _decode_for(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while self._desk.has_work:
+    def _decode_while(self, may_decode: Callable[[], bool]) -> None:
+        while self._desk.has_work and may_decode() and not self._stopping.is_set():
+            started_at = time.monotonic()
             self._busy.beat()
             self._desk.step()
-            if time.monotonic() >= until:
-                return
-
-    def _decode_while_alone(self) -> None:
-        while self._desk.has_work and not self._intake.ready.is_set() and not self._stopping.is_set():
-            self._busy.beat()
-            self._desk.step()
+            self._share.note_step(time.monotonic() - started_at)
 
     def _has_heads(self) -> bool:
         return any(seat.queue for seat in self._intake.seats.values())
@@ -159,18 +162,14 @@ class Scheduler:
         return True
 
     def _usable_seats(self) -> list[Seat]:
-        """Return the seats with work; one seat a cycle is restored, so that a crash of many delays nobody for long."""
-        usable = []
-        has_restored = False
-        for seat in list(self._intake.seats.values()):
+        """Return the seats with work whose adapters are in memory."""
+        seats = list(self._intake.seats.values())
+        for seat in seats:
             if seat.is_lost:
                 self._forget(seat)
-            elif seat.queue and (seat.is_restored or not has_restored):
-                if not seat.is_restored:
-                    until_reachable(partial(restore, seat, beat=self._busy.beat))
-                    has_restored = True
-                usable.append(seat)
-        return usable
+            elif seat.is_leaving:
+                self._let_go(seat)
+        return self._residents.usable([seat for seat in seats if not (seat.is_lost or seat.is_leaving)])
 
     def _forward_turns(self, seats: Sequence[Seat]) -> list[Turn]:
         """Return the leading forward_backwards, one of each run at a time until the budget is full."""
@@ -289,19 +288,11 @@ class Scheduler:
                 self._forget(seat)
                 continue
             if seat.replay_cost_s >= REPLAY_BUDGET_S:
-                self._snapshot(seat)
+                self._residents.snapshot(seat)
             if seat.may_have_more and len(seat.queue) < AHEAD // 2:
                 self._intake.wake()
 
     # Seats --------------------------------------------------------------------------------------
-
-    def _snapshot(self, seat: Seat) -> None:
-        """Keep the state after the last applied operation; it becomes a row after that operation's commit."""
-        if seat.applied_seq <= seat.snapshot_seq or not seat.engine.has_adapter(seat.adapter_id):
-            return
-        state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
-        self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state))
-        seat.replay_cost_s = 0.0
 
     def _tidy(self) -> None:
         """Now and then: let go of runs that were idle for long."""
@@ -312,12 +303,12 @@ class Scheduler:
         for seat in list(self._intake.seats.values()):
             if seat.is_lost:
                 self._forget(seat)
-            elif not seat.queue and now - seat.last_used_at > IDLE_RELEASE_S:
+            elif seat.is_leaving or (not seat.queue and now - seat.last_used_at > IDLE_RELEASE_S):
                 self._let_go(seat)
 
     def _let_go(self, seat: Seat) -> None:
         if seat.is_restored and not seat.is_lost and not seat.is_suspect:
-            self._snapshot(seat)
+            self._residents.snapshot(seat)
         self._committer.flush()
         self._forget(seat)
 

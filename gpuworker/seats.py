@@ -6,10 +6,17 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, TypeAlias
 
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep, OptimStepResult
+from gpuworker.engine.types import (
+    ForwardBackward,
+    ForwardBackwardResult,
+    LoraSpec,
+    OptimStep,
+    OptimStepResult,
+)
 from runs.services.claims import HeldRun, TakenOperation
 
 
@@ -149,7 +156,8 @@ class Seat:
     """One run held by this worker.
 
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
-    `is_lost` when another worker owns the run by now.
+    `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
+    when the run is to go to another worker. `failure` says why nothing can be applied any more.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
@@ -161,16 +169,44 @@ class Seat:
         self.applied_seq = run.applied_seq
         self.committed_seq = run.applied_seq
         self.snapshot_seq = -1
+        self.snapshot_directory = ""
         self.replay_cost_s = 0.0
         self.saved_names: dict[tuple[str, str], int] = {}
         self.step = run.step
         self.tally = Tally()
         self.is_restored = False
+        self.is_shelved = False
+        self.restored_at = 0.0
         self.may_have_more = False
         self.is_lost = False
+        self.is_leaving = False
         self.is_suspect = False
         self.is_closed = False
-        self.last_used_at = time.monotonic()
+        self.failure = ""
+        self.claimed_at = self.last_used_at = time.monotonic()
+
+    @property
+    def spec(self) -> LoraSpec:
+        """What the run's adapter is like."""
+        run = self.run
+        return LoraSpec(
+            rank=run.lora_rank,
+            alpha=run.lora_alpha,
+            seed=run.lora_seed,
+            train_attn=run.train_attn,
+            train_mlp=run.train_mlp,
+            train_unembed=run.train_unembed,
+        )
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether it has an adapter in memory or is about to make one."""
+        return self.is_restored and (self.applied_seq < 0 or self.engine.has_adapter(self.adapter_id))
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """What the adapter takes in memory."""
+        return self.engine.adapter_bytes(self.spec)
 
     @property
     def head(self) -> PreparedOperation | None:

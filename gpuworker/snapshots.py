@@ -6,6 +6,7 @@ that lost a run cannot overwrite its successor's files.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import uuid
@@ -17,7 +18,16 @@ from django.core.files.storage import FileSystemStorage, default_storage, storag
 
 from gpuworker.engine import checkpoints
 from gpuworker.engine.adapters import AdapterState
+from gpuworker.engine.exceptions import CheckpointError
+from gpuworker.fingerprints import fingerprint_of
 from gpuworker.seats import Seat
+from runs.services import blobs
+
+
+class StorageError(CheckpointError):
+    """The disk or bucket failed; what lies there may be whole."""
+
+    category = "server"
 
 
 def new_directory(kind: str, run_pk: int, seq: int, fence: int) -> str:
@@ -26,9 +36,21 @@ def new_directory(kind: str, run_pk: int, seq: int, fence: int) -> str:
 
 
 def store(state: AdapterState, directory: str, seat: Seat) -> int:
-    """Write a state of the seat's run durably, with what it was computed with; returns its size in bytes."""
+    """Write a state of the seat's run durably, with what it was computed with; returns its size in bytes.
+
+    Raises:
+        StorageError: the storage refuses; nothing of it is left.
+    """
+    try:
+        return _store(state, directory, seat)
+    except (CheckpointError, OSError) as error:
+        blobs.delete_folder(directory)
+        raise StorageError(f"the checkpoint cannot be written: {_reason(error)}") from error
+
+
+def _store(state: AdapterState, directory: str, seat: Seat) -> int:
     write = partial(
-        checkpoints.write, state, base_model=seat.run.base_model, fingerprint=seat.engine.fingerprint
+        checkpoints.write, state, base_model=seat.run.base_model, fingerprint=fingerprint_of(seat.engine)
     )
     if isinstance(storages["default"], FileSystemStorage):
         path = Path(default_storage.path(directory))
@@ -49,7 +71,24 @@ def fetch(directory: str) -> AdapterState:
 
     Raises:
         CheckpointError: the files are missing, torn or of another form.
+        StorageError: they cannot be read just now.
     """
+    try:
+        return blobs.patiently(partial(_fetch, directory))
+    except OSError as error:
+        raise StorageError(f"the checkpoint cannot be read: {_reason(error)}") from error
+
+
+def _fetch(directory: str) -> AdapterState:
+    try:
+        return _read(directory)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise
+
+
+def _read(directory: str) -> AdapterState:
     if isinstance(storages["default"], FileSystemStorage):
         return checkpoints.read(Path(default_storage.path(directory)))
     with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
@@ -61,6 +100,18 @@ def fetch(directory: str) -> AdapterState:
             ):
                 shutil.copyfileobj(source, target)
         return checkpoints.read(Path(temporary))
+
+
+def fingerprint(directory: str) -> dict[str, str]:
+    """Return what a state that `fetch` has read was computed with."""
+    with default_storage.open(f"{directory}/{checkpoints.STATE_FILE}") as file:
+        return {str(key): str(value) for key, value in json.load(file).get("fingerprint", {}).items()}
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the operating system said, without the names of this machine's folders."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return (cause.strerror or str(cause)).lower() if isinstance(cause, OSError) else str(error)
 
 
 def _size(path: Path) -> int:

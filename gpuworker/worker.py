@@ -19,7 +19,7 @@ from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
 from gpuworker.intake import Intake
-from gpuworker.leases import Lease
+from gpuworker.leases import HUNG_S, Lease
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
 from runs.models import Worker
@@ -47,6 +47,7 @@ class GpuWorker:
             is_stuck=lambda: self._busy.stuck_s() > settings.HANG_S,
             on_lost=self._on_lost,
             on_stuck=_end_stuck_process,
+            on_hung=_end_hung_process,
         )
         engines = load_engines(self.row)
         self._committer = Committer(
@@ -95,7 +96,8 @@ class GpuWorker:
                 self.scheduler.tidy()
 
     def _release(self, seat: Seat) -> None:
-        claims.release_run(seat.run.pk, self.row, fence=seat.run.fence)
+        is_lost = seat.is_lost or seat.is_suspect
+        claims.release_run(seat.run.pk, self.row, fence=seat.run.fence, is_lost=is_lost)
 
     def _on_lost(self) -> None:
         """Give up everything: other workers own the runs by now."""
@@ -116,6 +118,15 @@ def _end_stuck_process() -> None:
     """End at once: the thread that computes cannot be asked to."""
     logger.critical(
         "nothing was computed for %s s; the process ends so that a fresh one starts", settings.HANG_S
+    )
+    _end_process()
+
+
+def _end_hung_process() -> None:
+    """End at once: what waits for the database waits for ever."""
+    logger.critical(
+        "the database took no renewal of the lease for %s s; the process ends so that a fresh one starts",
+        HUNG_S,
     )
     _end_process()
 

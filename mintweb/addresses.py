@@ -9,6 +9,13 @@ from django.core.exceptions import ImproperlyConfigured
 
 # A process that freezes inside a transaction holds its locks, and with them a run, until the server ends its session.
 FROZEN_AFTER_S: Final = 30
+# A connection whose other end has vanished is given up within about ten seconds; sockets of this machine ignore these.
+_VANISHED: Final = {
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
 
 
 def parse_database_url(url: str) -> dict[str, Any]:
@@ -30,6 +37,7 @@ def parse_database_url(url: str) -> dict[str, Any]:
         raise ImproperlyConfigured("DATABASE_URL names no database; use postgresql://user@host/name.")
     options: dict[str, Any] = {
         "connect_timeout": "5",
+        **_VANISHED,
         "options": f"-c idle_in_transaction_session_timeout={FROZEN_AFTER_S}s",
         **dict(parse_qsl(parts.query)),
     }

@@ -20,6 +20,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
 django_application = get_asgi_application()
 
 from runs import urls  # noqa: E402 - models exist only once Django is set up
+from runs.api.clock import lifespan  # noqa: E402
 from runs.rest.body_guard import BodyGuard  # noqa: E402
 
 # Django's types know views only, Channels' router calls ASGI applications.
@@ -33,6 +34,7 @@ _lean = [path("api/v1/", _sdk), path("datasets/uploads/", _uploads), path("rest/
 application = ProtocolTypeRouter(
     {
         "http": URLRouter(cast(Any, [*_lean, re_path("", _pages)])),
+        "lifespan": cast(Any, lifespan),
         "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(_sockets)),
     }
 )

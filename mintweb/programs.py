@@ -112,7 +112,7 @@ def web() -> Program:
         "web",
         _python(
             *("uvicorn", "mintweb.asgi:application", "--host", settings.HOST, "--port", str(settings.PORT)),
-            *("--loop", "uvloop", "--http", "httptools", "--ws", "websockets-sansio", "--lifespan", "off"),
+            *("--loop", "uvloop", "--http", "httptools", "--ws", "websockets-sansio", "--lifespan", "on"),
             *("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "3"),
             *("--log-level", settings.LOG_LEVEL.lower(), "--no-use-colors"),
             *("--forwarded-allow-ips", "127.0.0.1", "--backlog", "4096"),
@@ -123,7 +123,12 @@ def web() -> Program:
 
 
 def gpu_workers() -> list[Program]:
-    """Return one solo worker per GPU; each sees only its own device."""
+    """Return one solo worker per GPU, which sees only its own device, or one per item of MINTWEB_DEVICES."""
+    if settings.DEVICES:
+        return [
+            _gpu_worker(f"gpu{index}", {"MINTWEB_DEVICE": device}, share=len(settings.DEVICES))
+            for index, device in enumerate(settings.DEVICES)
+        ]
     gpus = visible_gpus() if settings.DEVICE in {"auto", "cuda"} else []
     if len(gpus) < 2:
         return [_gpu_worker("gpu", {})]
@@ -198,6 +203,7 @@ def _gpu_worker(name: str, env: dict[str, str], *, share: int = 1) -> Program:
             # OpenMP threads spin for a while before they sleep: by default so long that on a shared CPU a step takes
             # 20 times as long, never (OMP_WAIT_POLICY=passive) costs small steps a third; this short is near the best.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+            "MINTWEB_NUM_LOCAL_WORKERS": str(share),
             **env,
         },
         stop_timeout_s=WORKER_STOP_TIMEOUT_S,

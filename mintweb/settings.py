@@ -171,10 +171,12 @@ REDIS_URL = REDIS_URL or embedded.redis_url(DATA_DIR)
 
 DATABASES = {"default": parse_database_url(DATABASE_URL)}
 
+# Without the limits a page hint would wait for ever for a server that a network swallowed, and all later ones with it.
+_HINTS_REDIS = {"address": redis_database(REDIS_URL, 1), "socket_connect_timeout": 5, "socket_timeout": 5}
 CHANNEL_LAYERS = {
     "default": {
         "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
-        "CONFIG": {"hosts": [redis_database(REDIS_URL, 1)], "prefix": "mintweb"},
+        "CONFIG": {"hosts": [_HINTS_REDIS], "prefix": "mintweb"},
     }
 }
 
@@ -291,9 +293,26 @@ def env_base_models(name: str) -> dict[str, str]:
 
 BASE_MODELS = env_base_models("MINTWEB_BASE_MODELS")
 DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+# One worker for each of these in the place of one for each GPU, for instance cuda:0,cuda:1 or cpu,cpu.
+DEVICES = env_list("MINTWEB_DEVICES")
+for device in DEVICES:
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise ImproperlyConfigured(f"MINTWEB_DEVICES has {device!r}; each item is cpu or cuda:0, cuda:1, ...")
+# How many workers of this machine share its memory; `mintweb/programs.py` tells them.
+NUM_LOCAL_WORKERS = env_int("MINTWEB_NUM_LOCAL_WORKERS", 1, minimum=1, maximum=1024)
 # 0: one thread for small models, whose matrix products are too short to share, all cores for others.
 THREADS = env_int("MINTWEB_THREADS", 0, minimum=0, maximum=1024)
 DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16")
+# Device memory for adapters and sampler weights, and host memory for adapters that have no room there; 0: measured.
+# Runs beyond both are kept on the disk until their turn. Without a GPU only the first counts.
+ADAPTER_MEMORY_MB = env_int("MINTWEB_ADAPTER_MEMORY_MB", 0, minimum=0, maximum=1024**3)
+ADAPTER_HOST_MEMORY_MB = env_int("MINTWEB_ADAPTER_HOST_MEMORY_MB", 0, minimum=0, maximum=1024**3)
+
+# A run that is brought back must give the same bits (exact) or numbers within a tolerance (fast); empty: exact on
+# a CPU, fast elsewhere.
+REPLAY = env_str("MINTWEB_REPLAY", pattern=r"|exact|fast")
+# An optimizer step on a gradient that is not finite changes nothing: it is passed over (skip) or fails (fail).
+NONFINITE = env_str("MINTWEB_NONFINITE", "skip", pattern=r"skip|fail")
 
 # A worker that is at one operation for longer than this ends itself, so that another takes its runs.
 HANG_S = env_int("MINTWEB_HANG_S", 900, minimum=10, maximum=86_400)

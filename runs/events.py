@@ -29,6 +29,8 @@ RECIPES_CHANNEL: Final = "mintweb_recipes"
 _NOTIFY_LIMIT: Final = 500
 _PAGE_HINT_INTERVAL_S: Final = 0.25
 _DRAIN_INTERVAL_S: Final = 1.0
+# What Django gives psycopg beside libpq's parameters, and a limit meant for transactions.
+_DJANGOS: Final = ("cursor_factory", "context", "prepare_threshold", "server_side_binding", "options")
 
 
 class RunChanged(TypedDict):
@@ -66,8 +68,7 @@ def owner_group(owner_pk: int) -> str:
 def direct_parameters() -> dict[str, Any]:
     """Return psycopg's connection parameters of Django's database, for connections that are held open to listen."""
     parameters = connection.get_connection_params()
-    names = ("dbname", "user", "password", "host", "port", "sslmode")
-    return {name: str(parameters[name]) for name in names if parameters.get(name)}
+    return {name: str(value) for name, value in parameters.items() if name not in _DJANGOS and value}
 
 
 def notify_done(operation_ids: Iterable[int]) -> None:

@@ -214,7 +214,7 @@ class ChecksumMismatch(MintError):
 
 
 class DiskFull(MintError):
-    """the server's disk is full"""
+    """the server's disk is full; send this again once there is room"""
 
     code = "disk_full"
     http_status = 507

@@ -16,6 +16,7 @@ from runs.services import (
     idempotency,
     payload_files,
     state_folders,
+    tallies,
     uploads,
     webhooks,
     workers,
@@ -45,6 +46,7 @@ def housekeeping() -> None:
     tokens.remove_unused()
     webhooks.forget_old()
     idempotency.forget_old()
+    tallies.add_up()
     uploads.clean_up()
     datasets.remove_orphans()
     dataset_rows.remove_unused_copies()

@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,12 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Result = TypeVar("Result")
 
+# A request that cannot be answered yet is held for so long: the SDKs would ask again at once.
+HOLD_S: Final = 25.0
+# A client that waits less than usual gets its "not yet" before it gives the request up.
+HOLD_SHARE: Final = 0.6
+_AGAIN_S: Final = 0.5
+_SERVERS_FAULT: Final = 500
 _BODY_TIMEOUT_S: Final = 30
 _SHORT_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _DURATION: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -63,6 +70,7 @@ class ApiRequest:
     headers: Mapping[str, str]
     body: bytes
     credential: str
+    held_until: float
     _user: User | None
 
     @property
@@ -108,10 +116,9 @@ class ApiRequest:
         return int(text)
 
     @property
-    def patience_s(self) -> float:
-        """How long the client waits for this answer, as the SDKs say; for ever when it does not say."""
-        text = self.headers.get("x-stainless-read-timeout", "")
-        return float(text) if _DURATION.fullmatch(text) else math.inf
+    def hold_s(self) -> float:
+        """Seconds for which an answer may still be waited for, before the client gives the request up."""
+        return max(self.held_until - time.monotonic(), 0.0)
 
     @property
     def sdk_version(self) -> str:
@@ -158,12 +165,13 @@ class Endpoint:
         if view is None:
             raise MethodNotAllowed(f"use {' or '.join(self.views)} here, not {scope['method']}")
         headers = headers_of(scope)
+        held_until = time.monotonic() + _hold_s(headers)
         credential = credential_in(headers)
         user = None
         if self.needs_key:
             if not credential:
                 raise NotAuthenticated
-            user = await user_of(credential)
+            user = await _once_reachable(lambda: user_of(credential), held_until)
         path_args: Mapping[str, str] = scope["url_route"]["kwargs"]
         if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
@@ -176,11 +184,10 @@ class Endpoint:
             headers=headers,
             body=body,
             credential=credential,
+            held_until=held_until,
             _user=user,
         )
-        if inspect.iscoroutinefunction(view):
-            return await _while_connected(view(request), receive)
-        return await in_thread(lambda: view(request))  # type: ignore[arg-type, return-value]
+        return await _once_reachable(lambda: _run(view, request, receive), held_until)
 
 
 def endpoint(**views: View) -> Endpoint:
@@ -198,6 +205,8 @@ async def respond(scope: Scope, send: Send, answering: Coroutine[Any, Any, Reply
     try:
         reply = await answering
     except MintError as error:
+        if error.http_status >= _SERVERS_FAULT:
+            logger.warning("%s could not be answered: %s", scope["path"], error)
         reply = error_reply(error)
     except (OperationalError, InterfaceError) as error:
         logger.warning("the database did not answer: %s", error)
@@ -229,15 +238,43 @@ async def user_of(credential: str) -> User:
     return known if known is not None else await in_thread(lambda: keys.authenticate(credential))
 
 
+async def _run(view: View, request: ApiRequest, receive: Receive) -> Reply:
+    if inspect.iscoroutinefunction(view):
+        return await _while_connected(view(request), receive)
+    return await in_thread(lambda: view(request))  # type: ignore[arg-type, return-value]
+
+
+async def _once_reachable(call: Callable[[], Awaitable[Result]], held_until: float) -> Result:
+    """Await a call that is safe to repeat, again and again while the database is away.
+
+    A client that heard of each failure would send again all the time, and then be late when the database is back.
+    """
+    while True:
+        try:
+            return await call()
+        except (OperationalError, InterfaceError):
+            if time.monotonic() + _AGAIN_S > held_until:
+                raise
+        await asyncio.sleep(_AGAIN_S)
+
+
+def _hold_s(headers: Mapping[str, str]) -> float:
+    """Return for how long a request may be held; the SDKs say in a header how long they wait."""
+    text = headers.get("x-stainless-read-timeout", "")
+    patience_s = float(text) if _DURATION.fullmatch(text) else math.inf
+    return min(HOLD_S, HOLD_SHARE * patience_s)
+
+
 async def in_thread(call: Callable[[], Result], pool: ThreadPoolExecutor = _threads) -> Result:
     """Run a database call in the API's thread pool, or another one."""
     return await asyncio.get_running_loop().run_in_executor(pool, _with_connection, call)
 
 
-# What a client does next: exchange its key for a fresh token, or wait a second.
+# What a client does next: exchange its key for a fresh token, or wait for so many seconds.
 _HINTS: Final[Mapping[int, Mapping[str, str]]] = {
     401: {"www-authenticate": 'Bearer error="invalid_token"'},
     429: {"retry-after": "1"},
+    507: {"retry-after": "5"},
 }
 
 

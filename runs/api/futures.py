@@ -24,13 +24,10 @@ from runs.exceptions import ResultExpired
 from runs.models import Operation
 from runs.schemas import requests, responses, results
 from runs.schemas.parsing import validate
-from runs.services import access, operations, training_runs
+from runs.services import access, operations, waiting
 
 logger = logging.getLogger(__name__)
 
-HOLD_S: Final = 25.0
-# A client that waits less than usual gets its "not yet" before it gives the request up.
-HOLD_SHARE: Final = 0.6
 _LOOK_S: Final = 0.5
 
 
@@ -41,7 +38,7 @@ async def retrieve_future(request: ApiRequest) -> Reply:
     with _waiters.parked(pk) as finished:
         operation = await in_thread(lambda: access.get_operation(request.user, pk))
         if operation.state == Operation.State.QUEUED:
-            await _wait(finished, min(HOLD_S, HOLD_SHARE * request.patience_s))
+            await _wait(finished, request.hold_s)
             operation = await in_thread(lambda: access.get_operation(request.user, pk))
     if operation.state == Operation.State.QUEUED:
         return await in_thread(lambda: _not_yet(operation))
@@ -54,7 +51,7 @@ async def _wait(finished: asyncio.Event, hold_s: float) -> None:
 
 
 def _not_yet(operation: Operation) -> Reply:
-    reason = training_runs.waiting_reason(operation)
+    reason = waiting.reason_of(operation)
     state = "paused_capacity" if reason else "active"
     content = responses.try_again(operation.request_id, state, reason=reason or None)  # type: ignore[arg-type]
     return json_reply(dict(content), status=408)

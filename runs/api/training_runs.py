@@ -9,7 +9,8 @@ from runs.api.decorators import NO_CONTENT, ApiRequest, Reply, json_reply
 from runs.models import Checkpoint, TrainingRun, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
-from runs.services import access, archives, checkpoints, sampling, training_runs
+from runs.services import access, archives, checkpoints, sampling, tallies, training_runs
+from runs.services.tallies import Total
 
 
 def list_training_runs(request: ApiRequest) -> Reply:
@@ -19,7 +20,7 @@ def list_training_runs(request: ApiRequest) -> Reply:
     return json_reply(
         {
             "training_runs": [_run(run) for run in rows[offset : offset + limit]],
-            "cursor": {"offset": offset, "limit": limit, "total_count": rows.count()},
+            "cursor": _cursor(offset, limit, tallies.total_of(request.user, tallies.Kind.RUNS)),
         }
     )
 
@@ -43,7 +44,7 @@ def list_checkpoints(request: ApiRequest) -> Reply:
     return json_reply(
         {
             "checkpoints": [_checkpoint(row) for row in rows[offset : offset + limit]],
-            "cursor": {"offset": offset, "limit": limit, "total_count": rows.count()},
+            "cursor": _cursor(offset, limit, tallies.total_of(request.user, tallies.Kind.CHECKPOINTS)),
         }
     )
 
@@ -84,6 +85,10 @@ def signed_archive(request: ApiRequest) -> Reply:
     """Send the tar file that a signed address opens."""
     checkpoint = archives.opened_by(request.path_args["token"])
     return Reply(parts=archives.tar(checkpoint), content_type="application/x-tar")
+
+
+def _cursor(offset: int, limit: int, total: Total) -> dict[str, int]:
+    return {"offset": offset, "limit": limit, "total_count": total.num}
 
 
 def _own_checkpoint(request: ApiRequest) -> Checkpoint:

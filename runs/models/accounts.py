@@ -42,8 +42,21 @@ class LoginLink(models.Model):
         return f"login link of {self.user_id}"
 
 
+class ServerClock(models.Model):
+    """One row: how long this server was up to hear its clients, in seconds; outages do not count."""
+
+    uptime_s = models.FloatField(default=0.0)
+    seen_at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        return f"{self.uptime_s:.0f} s"
+
+
 class Session(models.Model):
-    """One SDK client process; its public id is the first part of the ids of everything it makes."""
+    """One SDK client process; its public id is the first part of the ids of everything it makes.
+
+    `heard_uptime_s` is the server's clock at the last heartbeat.
+    """
 
     owner = models.ForeignKey(User, on_delete=models.CASCADE, related_name="sdk_sessions")
     public_id = models.CharField(max_length=64, unique=True)
@@ -53,6 +66,7 @@ class Session(models.Model):
     sdk_version = models.CharField(max_length=40, blank=True)
     created_at = models.DateTimeField(db_default=Now())
     last_heartbeat_at = models.DateTimeField(db_default=Now())
+    heard_uptime_s = models.FloatField(default=0.0, db_default=0.0)
     finished_at = models.DateTimeField(null=True)
     finish_reason = models.CharField(max_length=20, blank=True)
 

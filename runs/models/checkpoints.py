@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from django.db import models
 from django.db.models.functions import Now
 
 from runs.models.accounts import Session, User
 from runs.models.training_runs import TrainingRun
+
+# Lists of a person's checkpoints read an index in its order, either way, and never sort.
+_LISTED_BY: Final = (
+    ("-created_at", "-id", "checkpoint_by_age"),
+    ("name", "id", "checkpoint_by_name"),
+    ("step", "id", "checkpoint_by_step"),
+    ("size_bytes", "id", "checkpoint_by_size"),
+)
 
 
 class Checkpoint(models.Model):
@@ -40,6 +50,25 @@ class Checkpoint(models.Model):
         ordering = ["-created_at", "-id"]
         constraints = [
             models.UniqueConstraint(fields=["run", "kind", "name"], name="checkpoint_name_once_per_run"),
+        ]
+        indexes = [
+            *(
+                models.Index(
+                    fields=["owner", column, direction], condition=models.Q(is_ephemeral=False), name=name
+                )
+                for column, direction, name in _LISTED_BY
+            ),
+            models.Index(
+                fields=["owner", "kind", "-created_at", "-id"],
+                condition=models.Q(is_ephemeral=False),
+                name="checkpoint_by_kind",
+            ),
+            models.Index(fields=["run", "-created_at", "-id"], name="checkpoint_of_run"),
+            models.Index(
+                fields=["expires_at"],
+                condition=models.Q(expires_at__isnull=False),
+                name="checkpoint_expiring",
+            ),
         ]
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from django.db import models
-from django.db.models.functions import Now
+from django.db.models.functions import Coalesce, Now
 
 from runs.models.accounts import Session, User
 from runs.models.workers import Worker
@@ -15,7 +15,8 @@ class TrainingRun(models.Model):
     `fence` and `applied_seq` carry the safety of the whole product: every commit is one
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
     A fork names the run, step and checkpoint it started from. `num_to_replay` is above 0 while a worker
-    that took the run over brings it back. Payloads and results of operations up to `payloads_gone_seq` and
+    that took the run over brings it back; `lost_at` is its former worker's last sign of life, from when that
+    worker was lost until the run is back. Payloads and results of operations up to `payloads_gone_seq` and
     `results_gone_seq` were deleted.
     """
 
@@ -57,6 +58,7 @@ class TrainingRun(models.Model):
     applied_seq = models.BigIntegerField(default=-1)
     num_replayed = models.PositiveIntegerField(default=0)
     num_to_replay = models.PositiveIntegerField(default=0)
+    lost_at = models.DateTimeField(null=True)
 
     payloads_gone_seq = models.BigIntegerField(default=-1)
     results_gone_seq = models.BigIntegerField(default=-1)
@@ -76,7 +78,16 @@ class TrainingRun(models.Model):
         constraints = [
             models.UniqueConstraint(fields=["session", "model_seq_id"], name="run_once_per_session_seq"),
         ]
-        indexes = [models.Index(fields=["owner", "-created_at"], name="run_by_owner")]
+        indexes = [
+            models.Index(fields=["owner", "-created_at"], name="run_by_owner"),
+            # The start page reads it in its order; see `services/run_rows.py: by_activity`.
+            models.Index(
+                models.F("owner"),
+                Coalesce("last_applied_at", "created_at").desc(),
+                models.F("id").desc(),
+                name="run_by_activity",
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.public_id
@@ -116,6 +127,7 @@ class RunEvent(models.Model):
 
     class Meta:
         ordering = ["id"]
+        indexes = [models.Index(fields=["run"], condition=models.Q(kind="diverged"), name="run_diverged")]
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.seq}"

@@ -10,7 +10,8 @@ class Worker(models.Model):
     """One GPU worker process. Alive while its advisory lock is held and its lease has not run out.
 
     `lease_until` is set and compared with the database's clock only. A run belongs to the worker
-    its row names; who finds that worker dead may take the run by raising its fence.
+    its row names; who finds that worker dead may take the run by raising its fence. `fingerprint` says
+    what it computes with.
     """
 
     host = models.CharField(max_length=200)
@@ -18,6 +19,7 @@ class Worker(models.Model):
     device = models.CharField(max_length=40, blank=True)
     dtype = models.CharField(max_length=20, blank=True)
     memory_bytes = models.PositiveBigIntegerField(default=0)
+    fingerprint = models.JSONField(default=dict, db_default={})
     started_at = models.DateTimeField(db_default=Now())
     lease_until = models.DateTimeField()
     stopped_at = models.DateTimeField(null=True)
@@ -41,6 +43,7 @@ class BaseModel(models.Model):
     worker = models.ForeignKey(Worker, null=True, on_delete=models.SET_NULL)
     error = models.TextField(blank=True)
     architecture = models.CharField(max_length=100, blank=True)
+    precision = models.CharField(max_length=300, blank=True, db_default="")
     vocab_size = models.PositiveIntegerField(default=0)
     max_context = models.PositiveIntegerField(default=0)
     max_rank = models.PositiveIntegerField(default=0)

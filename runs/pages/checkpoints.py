@@ -20,7 +20,7 @@ from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
 from runs.pages.policies import signed_in
-from runs.services import access, checkpoint_facts, disk, run_rows, sampling
+from runs.services import access, checkpoint_facts, disk, run_rows, sampling, tallies
 from runs.services import checkpoints as service
 from runs.services.checkpoint_facts import CheckpointFacts
 
@@ -55,13 +55,13 @@ class CheckpointRow:
 @require_GET
 def checkpoint_list(request: HttpRequest) -> HttpResponseBase:
     """Show all checkpoints of a person and what they take."""
-    checkpoints = access.checkpoints_of(_user(request))
-    found = list(checkpoints[: MAX_ROWS + 1])
+    found = list(access.checkpoints_of(_user(request))[: MAX_ROWS + 1])
+    total = tallies.total_of(_user(request), tallies.Kind.CHECKPOINTS)
     context = {
         "checkpoints": _rows_of(found[:MAX_ROWS]),
         "has_more": len(found) > MAX_ROWS,
-        "num_checkpoints": checkpoints.count() if len(found) > MAX_ROWS else len(found),
-        "size_bytes": service.size_of(checkpoints),
+        "num_checkpoints": total.num,
+        "size_bytes": total.size_bytes,
         "disk": disk.usage(),
     }
     return render(request, "checkpoints/checkpoint_list.html", context)

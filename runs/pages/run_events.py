@@ -9,13 +9,16 @@ from datetime import datetime
 from typing import Final
 
 from runs.models import RunEvent, TrainingRun
+from runs.pages import event_words
 
 MAX_EVENTS: Final = 300
 NUM_SHOWN: Final = 20
-_MAX_VALUE_CHARS: Final = 300
 _TONES: Final = {
-    "recovered": "warn",
+    "recovered": "good",
+    "restored": "idle",
     "diverged": "bad",
+    "step_skipped": "warn",
+    "not_finite": "warn",
     "failed": "bad",
     "save_failed": "bad",
     "evaluation_failed": "bad",
@@ -35,7 +38,7 @@ _TONES: Final = {
     "discarded": "bad",
 }
 # Of these a run may have hundreds: they have a mark in the lane, but no line through the chart.
-_QUIET: Final = ("saved", "evaluated", "best")
+_QUIET: Final = ("saved", "evaluated", "best", "restored")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class EventRow:
 
     pk: int
     kind: str
+    title: str
     tone: str
     step: int
     created_at: datetime
@@ -63,6 +67,7 @@ def marks_of(rows: Sequence[EventRow], *, best_step: int | None) -> str:
         {
             "key": row.pk,
             "kind": row.kind,
+            "title": row.title,
             "tone": row.tone,
             "step": row.step,
             "time": round(row.created_at.timestamp(), 3),
@@ -78,15 +83,10 @@ def _row(event: RunEvent) -> EventRow:
     return EventRow(
         pk=event.pk,
         kind=event.kind.replace("_", " "),
+        title=event_words.title_of(event),
         tone=_TONES.get(event.kind, "idle"),
         step=event.step,
         created_at=event.created_at,
-        details=[(str(key).replace("_", " "), _shown(value)) for key, value in event.detail.items()],
+        details=event_words.details_of(event),
         is_quiet=event.kind in _QUIET,
     )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)[:_MAX_VALUE_CHARS]

@@ -101,7 +101,8 @@ def _after(runs: QuerySet[TrainingRun], cursor: str) -> QuerySet[TrainingRun]:
     except signing.BadSignature:
         return runs
     active_at = datetime.fromisoformat(moment)
-    return runs.filter(Q(active_at__lt=active_at) | Q(active_at=active_at, pk__lt=pk))
+    # The first condition alone lets the database enter its index there.
+    return runs.filter(Q(active_at__lt=active_at) | Q(pk__lt=pk), Q(active_at__lte=active_at))
 
 
 def _next_query(request: HttpRequest, found: list[TrainingRun]) -> str:

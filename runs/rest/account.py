@@ -16,7 +16,7 @@ from runs.rest.boundary import caller, tells_secret
 from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.runs import RequestModel
 from runs.schemas.names import DisplayName
-from runs.services import access, checkpoints, keys
+from runs.services import access, keys, tallies
 
 router = Router(tags=["account"])
 
@@ -74,14 +74,14 @@ def get_me(request: HttpRequest) -> Me:
 def get_usage(request: HttpRequest) -> Usage:
     """Return what the caller's checkpoints and datasets take."""
     user = caller(request)
-    rows = access.checkpoints_of(user)
+    kept = tallies.total_of(user, tallies.Kind.CHECKPOINTS)
     versions = DatasetVersion.objects.filter(dataset__owner=user)
     return Usage(
-        checkpoint_bytes=checkpoints.size_of(rows),
-        num_checkpoints=rows.count(),
+        checkpoint_bytes=kept.size_bytes,
+        num_checkpoints=kept.num,
         dataset_bytes=int(versions.aggregate(total=Sum("size_bytes"))["total"] or 0),
         num_datasets=access.datasets_of(user).count(),
-        num_runs=access.runs_of(user).count(),
+        num_runs=tallies.total_of(user, tallies.Kind.RUNS).num,
     )
 
 

@@ -52,16 +52,19 @@ def page(
     column, is_descending = (columns or {}).get(name, name), sort.startswith("-")
     if cursor is not None:
         value, pk = unpack(cursor, scope=f"{scope} {sort}")
-        comparison = "lt" if is_descending else "gt"
-        rows = rows.filter(
-            Q(**{f"{column}__{comparison}": value}) | Q(**{column: value, f"pk__{comparison}": pk})
-        )
+        rows = rows_after(rows, column, value, pk, comparison="lt" if is_descending else "gt")
     sign = "-" if is_descending else ""
     found = list(rows.order_by(f"{sign}{column}", f"{sign}pk")[: limit + 1])
     if len(found) <= limit:
         return found, None
     last = found[limit - 1]
     return found[:limit], pack([_plain(_value(last, column)), last.pk], scope=f"{scope} {sort}")
+
+
+def rows_after(rows: QuerySet[Row], column: str, value: Any, pk: int, *, comparison: str) -> QuerySet[Row]:
+    """Keep the rows behind a position; the first condition alone lets the database enter an index there."""
+    beyond = Q(**{f"{column}__{comparison}": value}) | Q(**{f"pk__{comparison}": pk})
+    return rows.filter(beyond, **{f"{column}__{comparison}e": value})
 
 
 def page_of(

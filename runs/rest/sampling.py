@@ -22,7 +22,7 @@ from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
 from runs.schemas.names import Id, Int64, ModelName, PathText
 from runs.schemas.playground import MAX_MESSAGES, MAX_TOKENS, Message, Target, Text
-from runs.services import access, base_models, operations, playground, sampling, sessions, training_runs
+from runs.services import access, base_models, operations, playground, sampling, sessions, waiting
 from runs.services.operations import Submission
 
 router = Router(tags=["samples"])
@@ -173,7 +173,7 @@ def _read(request: HttpRequest, sample_id: str) -> SampleOut:
         checkpoint=(sampling.path_of(held.checkpoint) if held.checkpoint else held.model_path) or None,
         sequences=sequences,
         error=row.error,
-        reason=training_runs.waiting_reason(row) if row.state == Operation.State.QUEUED else "",
+        reason=waiting.reason_of(row) if row.state == Operation.State.QUEUED else "",
         created_at=row.created_at,
         finished_at=row.finished_at,
     )

@@ -94,7 +94,8 @@ def get_run(user: User, run_id: str) -> TrainingRun:
     Raises:
         NotFound: there is none, or it is not the user's.
     """
-    return _one(TrainingRun.objects.filter(public_id=run_id, owner=user), f"training run {run_id[:128]!r}")
+    rows = TrainingRun.objects.filter(public_id=run_id, owner=user).select_related("session")
+    return _one(rows, f"training run {run_id[:128]!r}")
 
 
 def recipes_of(user: User) -> QuerySet[Recipe]:

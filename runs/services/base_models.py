@@ -43,7 +43,10 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
-    """One base model. The sizes are 0 until a worker has loaded it; `error` says why one could not."""
+    """One base model. The sizes are 0 until a worker has loaded it; `error` says why one could not.
+
+    `precision` is the dtype of the weights and why it was chosen.
+    """
 
     name: str
     directory: str
@@ -52,6 +55,7 @@ class BaseModelInfo:
     max_rank: int = 0
     num_parameters: int = 0
     architecture: str = ""
+    precision: str = ""
     error: str = ""
     sizes: ModelSizes = ModelSizes()
 
@@ -103,6 +107,7 @@ def report(worker: Worker, info: BaseModelInfo) -> None:
             "worker": worker,
             "error": info.error,
             "architecture": info.architecture,
+            "precision": info.precision,
             "vocab_size": info.vocab_size,
             "max_context": info.max_context,
             "max_rank": info.max_rank,
@@ -131,6 +136,7 @@ def _info(name: str, directory: str, row: BaseModel | None) -> BaseModelInfo:
         max_rank=row.max_rank,
         num_parameters=row.num_parameters,
         architecture=row.architecture,
+        precision=row.precision,
         error=row.error,
         sizes=ModelSizes(**row.sizes),
     )

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
+from runs.exceptions import DiskFull
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
 PAYLOADS: Final = "payloads"
 # Payloads are deleted only when nobody stored the same bytes for so long: the row that names them comes later.
 GRACE_S: Final = 3600.0
+_READ_AGAIN_S: Final = (0.05, 0.5)
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def put(digest: str, data: bytes) -> str:
-    """Store the bytes durably under their SHA-256 and return the name to read them back by."""
+    """Store the bytes durably under their SHA-256 and return the name to read them back by.
+
+    Raises:
+        DiskFull: there is no room; nothing was stored.
+    """
     name = f"{PAYLOADS}/{digest[:2]}/{digest}"
     if isinstance(storages["default"], FileSystemStorage):
         path = Path(default_storage.path(name))
         if not _touch(path):
-            _write_durably(path, data)
+            with room():
+                _write_durably(path, data)
     elif _age_s(name) > GRACE_S / 2:
         default_storage.save(name, ContentFile(data))
     return name
@@ -65,9 +81,20 @@ def payload_names(prefix: str) -> Iterator[str]:
 
 def get(name: str) -> bytes:
     """Return the bytes stored under a name."""
-    with default_storage.open(name) as file:
-        data: bytes = file.read()
-    return data
+    return patiently(partial(_read, name))
+
+
+def patiently(read: Callable[[], Result]) -> Result:
+    """Read from storage, and again after a moment when the disk fails at it: nothing is given up for one bad read."""
+    for pause_s in _READ_AGAIN_S:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            logger.warning("a file could not be read, trying again: %s", error)
+            time.sleep(pause_s)
+    return read()
 
 
 def move_in(path: Path, name: str) -> None:
@@ -113,15 +140,36 @@ def delete_folder(directory: str) -> None:
         default_storage.delete(f"{directory}/{name}")
 
 
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """Tell a full disk, a used-up quota or a file longer than this process may write as what they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull from error
+        raise
+
+
 def _write_durably(path: Path, data: bytes) -> None:
     """Write, fsync, rename, fsync the folder: after a power cut the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)
     _flush_folder(path.parent)
+
+
+def _read(name: str) -> bytes:
+    with default_storage.open(name) as file:
+        data: bytes = file.read()
+    return data
 
 
 def _touch(path: Path) -> bool:

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 from django.core.files.base import File
 from django.core.files.storage import default_storage
-from django.db.models import QuerySet, Sum
 from django.db.models.functions import Now
 
 from runs.exceptions import RequestInvalid
@@ -60,11 +59,6 @@ def _fork_that_needs(checkpoint: Checkpoint) -> TrainingRun | None:
     """Return a run that starts from the checkpoint and has no state of its own kept yet."""
     forks = TrainingRun.objects.filter(parent_id=checkpoint.run_id, parent_path=sampling.path_of(checkpoint))
     return forks.filter(state=TrainingRun.State.OPEN, snapshots=None).first()
-
-
-def size_of(checkpoints: QuerySet[Checkpoint]) -> int:
-    """Return the bytes the checkpoints take together."""
-    return int(checkpoints.aggregate(total=Sum("size_bytes"))["total"] or 0)
 
 
 def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tuple[str, File[bytes]]]:

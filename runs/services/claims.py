@@ -11,25 +11,40 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
-from django.db import connection
-from django.db.models import F
+from django.db import connection, transaction
+from django.db.models import F, Max
+from django.db.models.functions import Coalesce, Now
 
 from runs import events
-from runs.models import Checkpoint, Operation, SamplingSession, Snapshot, TrainingRun, Worker
-from runs.services import operations
+from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, Snapshot, TrainingRun, Worker
+from runs.services import operations, workers
 
 # Free is a run without a worker, one that names a dead worker (it may have claimed before it noticed its
 # burial), and one that names this worker, which knows nothing of it (an answer was lost, or it gave the run up).
+# A volatile clock_timestamp() inside EXISTS would have the database look at every run there is.
 _CLAIM = """
-UPDATE runs_trainingrun SET fence = fence + 1, worker_id = %s WHERE id IN (
-  SELECT run.id FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
+UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
+  lost_at = COALESCE(taken.lost_at, free.lost_at) FROM (
+  SELECT run.id, CASE WHEN run.worker_id IS NOT NULL THEN
+    GREATEST(run.last_applied_at, w.lease_until - make_interval(secs => %s)) END AS lost_at
+  FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
   WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL
          OR (run.worker_id = %s AND NOT run.id = ANY(%s::bigint[])))
     AND run.base_model = ANY(%s)
     AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)
-    AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued')
-  ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED)
-RETURNING id
+    AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued'
+                AND op.created_at <= statement_timestamp() - make_interval(secs => %s))
+  ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED) free WHERE taken.id = free.id
+RETURNING taken.id
+"""
+# The run is back: since its former worker's last sign of life, or since somebody waits for it if that is later.
+_END_RECOVERY = """
+UPDATE runs_trainingrun run SET lost_at = NULL, num_replayed = 0, num_to_replay = 0
+FROM (SELECT id, GREATEST(lost_at, (SELECT min(created_at) FROM runs_operation op
+        WHERE op.run_id = lost.id AND op.state = 'queued')) AS since, lost_at
+      FROM runs_trainingrun lost WHERE id = %s AND fence = %s FOR UPDATE) was
+WHERE run.id = was.id RETURNING CASE WHEN was.lost_at IS NOT NULL THEN
+  GREATEST(EXTRACT(EPOCH FROM clock_timestamp() - was.since), 0)::float8 END
 """
 # A statement that only counts attempts need not wait for the disk: a count lost in a power cut means one more try.
 # Taking one again that this worker has taken before (it was behind a gap) is no further attempt.
@@ -63,7 +78,7 @@ MAX_CLAIMS: Final = 256
 
 @dataclass(frozen=True, kw_only=True)
 class HeldRun:
-    """A run that this worker owns, as it was when claimed."""
+    """A run that this worker owns, as it was when claimed; one that had failed by then says why."""
 
     pk: int
     owner_id: int
@@ -79,6 +94,7 @@ class HeldRun:
     train_attn: bool
     train_mlp: bool
     train_unembed: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +142,31 @@ class TakenSample:
         return operations.payload_of(self.inline, self.payload_file)
 
 
-def claim_runs(worker: Worker, base_models: Sequence[str], *, held: Collection[int] = ()) -> list[HeldRun]:
-    """Take free runs that have work for this worker's base models; `held` are the runs it knows it has."""
-    values = [worker.pk, worker.pk, list(held), list(base_models), worker.pk, MAX_CLAIMS]
+def claim_runs(
+    worker: Worker,
+    base_models: Sequence[str],
+    *,
+    held: Collection[int] = (),
+    waited_s: float = 0.0,
+    limit: int = MAX_CLAIMS,
+) -> list[HeldRun]:
+    """Take free runs that have work for this worker's base models; `held` are the runs it knows it has.
+
+    Args:
+        waited_s: only runs whose work has waited for so long.
+        limit: how many at most.
+    """
+    limit = min(limit, MAX_CLAIMS)
+    values = [
+        worker.pk,
+        workers.LEASE_S,
+        worker.pk,
+        list(held),
+        list(base_models),
+        worker.pk,
+        waited_s,
+        limit,
+    ]
     pks = [row[0] for row in _rows(_CLAIM, values)]
     if not pks:
         return []
@@ -136,9 +174,13 @@ def claim_runs(worker: Worker, base_models: Sequence[str], *, held: Collection[i
     return [_held(row) for row in rows]
 
 
-def release_run(run_pk: int, worker: Worker, *, fence: int) -> None:
-    """Set a run free for whoever has room, unless it was claimed again meanwhile."""
-    TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None)
+def release_run(run_pk: int, worker: Worker, *, fence: int, is_lost: bool = False) -> None:
+    """Set a run free for whoever has room, unless it was claimed again meanwhile.
+
+    One whose state in memory is lost or not trusted has to recover.
+    """
+    values: dict[str, Any] = {"lost_at": Coalesce("lost_at", Now())} if is_lost else {}
+    TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None, **values)
 
 
 def missing_among(run_pks: Collection[int]) -> set[int]:
@@ -207,8 +249,31 @@ def count_applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> int:
     return Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq).count()
 
 
+def fingerprints_of(run_pk: int, *, after_seq: int, up_to_seq: int) -> list[dict[str, str]]:
+    """Return what the workers computed with that applied these operations, as far as they told."""
+    rows = Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq)
+    found = Worker.objects.filter(pk__in=rows.values("worker")).values_list("fingerprint", flat=True)
+    return [dict(fingerprint) for fingerprint in found if fingerprint]
+
+
+def end_recovery(run: HeldRun, *, step: int, detail: Mapping[str, Any]) -> None:
+    """Enter that a run is back: recovered after `took_s` seconds, or restored when its worker had set it free in order.
+
+    A run of which nothing was applied yet has nothing to tell.
+    """
+    with transaction.atomic():
+        rows = _rows(_END_RECOVERY, [run.pk, run.fence])
+        events.run_changed(run.pk, run.owner_id, run.public_id)
+        if not rows or run.applied_seq < 0:
+            return
+        took_s = rows[0][0]
+        kind = "restored" if took_s is None else "recovered"
+        told = dict(detail) if took_s is None else {**detail, "took_s": round(took_s, 2)}
+        RunEvent.objects.create(run_id=run.pk, seq=run.applied_seq, step=step, kind=kind, detail=told)
+
+
 def enter_replay(run: HeldRun, *, num_replayed: int, num_to_replay: int) -> None:
-    """Tell people how far a run that was taken over is back; 0 of 0 when it is."""
+    """Tell people how far a run that was taken over is back."""
     values = {"num_replayed": num_replayed, "num_to_replay": num_to_replay}
     TrainingRun.objects.filter(pk=run.pk, fence=run.fence).update(**values)
     events.run_changed(run.pk, run.owner_id, run.public_id)
@@ -237,6 +302,16 @@ def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterat
             waited_s=0.0,
             result=bytes(row.result) if row.result is not None else None,
         )
+
+
+def results_since_step(run_pk: int, *, up_to_seq: int) -> list[bytes]:
+    """Return the answers to the forward_backwards after the last optimizer step, up to a seq, as far as they are kept."""
+    done = Operation.objects.filter(run_id=run_pk, seq__lte=up_to_seq, state=Operation.State.DONE)
+    last_step = done.filter(kind=Operation.Kind.OPTIM_STEP).aggregate(seq=Max("seq"))["seq"]
+    answers = done.filter(kind=Operation.Kind.FORWARD_BACKWARD, result__isnull=False)
+    if last_step is not None:
+        answers = answers.filter(seq__gt=last_step)
+    return [bytes(result or b"") for result in answers.order_by("seq").values_list("result", flat=True)]
 
 
 def latest_snapshots(run_pk: int, *, up_to_seq: int) -> list[tuple[int, str]]:
@@ -278,4 +353,5 @@ def _held(run: TrainingRun) -> HeldRun:
         train_attn=run.train_attn,
         train_mlp=run.train_mlp,
         train_unembed=run.train_unembed,
+        failure=(run.error or "it failed") if run.state == TrainingRun.State.FAILED else "",
     )

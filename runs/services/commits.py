@@ -30,6 +30,7 @@ from runs.models import (
 from runs.services import blobs, webhooks
 
 NUM_SNAPSHOTS_KEPT: Final = 2
+EVENT_STEPS: Final = 100
 
 # One statement, so one round trip: a worker's commits decide how soon a waiting client gets its answer.
 _COMMIT = """
@@ -104,7 +105,10 @@ class NewCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedOperation:
-    """One operation the worker has applied. `pk` is None for a seq that never came."""
+    """One operation the worker has applied. `pk` is None for a seq that never came.
+
+    `event` is the kind of an event that people should see.
+    """
 
     pk: int | None
     seq: int
@@ -112,6 +116,7 @@ class AppliedOperation:
     result: Result
     metrics: Mapping[str, float] = field(default_factory=dict)
     checkpoint: NewCheckpoint | None = None
+    event: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,7 @@ def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
         for run in runs:
             if run.run_pk in advanced:
                 _register_checkpoints(run)
+                _enter_events(run)
                 _tell_addresses(run)
                 events.run_changed(run.run_pk, run.owner_id, run.public_id)
     return [run.run_pk in advanced or _was_committed(run) for run in runs]
@@ -250,6 +256,17 @@ def _tell_addresses(run: RunCommit) -> None:
     webhooks.note_values(run.run_pk, run.owner_id, values)
     if run.state != TrainingRun.State.OPEN:
         webhooks.client_ended(run.run_pk)
+
+
+def _enter_events(run: RunCommit) -> None:
+    """Enter what people should see; of one kind once in so many steps, as a run may go wrong at each of them."""
+    for op in run.operations:
+        if not op.event:
+            continue
+        known = RunEvent.objects.filter(run_id=run.run_pk, kind=op.event, step__gt=op.step - EVENT_STEPS)
+        if not known.exists():
+            detail = {"error": op.result.error} if op.result.error else {}
+            RunEvent.objects.create(run_id=run.run_pk, seq=op.seq, step=op.step, kind=op.event, detail=detail)
 
 
 def _register_checkpoints(run: RunCommit) -> None:

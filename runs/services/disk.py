@@ -22,8 +22,8 @@ from django.core.files.storage import FileSystemStorage, default_storage, storag
 from django.db import connection
 from django.db.models import Sum
 
-from runs.models import Checkpoint, DatasetVersion, Snapshot
-from runs.services import blobs
+from runs.models import DatasetVersion, Snapshot
+from runs.services import blobs, tallies
 
 _LOW_SHARE: Final = 0.10
 _LOW_BYTES: Final = 2 * 1024**3
@@ -122,7 +122,7 @@ def _of_rows() -> dict[str, int]:
         cursor.execute("SELECT pg_database_size(current_database())")
         (database,) = cursor.fetchone()
     sizes = {
-        "checkpoints": _total(Checkpoint),
+        "checkpoints": tallies.checkpoint_bytes(),
         "snapshots": _total(Snapshot),
         "datasets": _total(DatasetVersion),
         "database": int(database),
@@ -131,7 +131,7 @@ def _of_rows() -> dict[str, int]:
     return sizes
 
 
-def _total(model: type[Checkpoint | Snapshot | DatasetVersion]) -> int:
+def _total(model: type[Snapshot | DatasetVersion]) -> int:
     return int(model.objects.aggregate(total=Sum("size_bytes"))["total"] or 0)
 
 

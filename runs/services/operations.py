@@ -12,7 +12,7 @@ from django.db.models import Max
 from django.db.models.functions import Now
 
 from runs import events
-from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict
+from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict, SessionFinished
 from runs.models import Operation, SamplingSession, TrainingRun
 from runs.services import blobs
 
@@ -58,11 +58,18 @@ def submit(run: TrainingRun, submission: Submission) -> int:
     Raises:
         SequenceConflict: this seq_id holds another request.
         RateLimited: too many operations of the run are waiting.
+        RequestInvalid: the run has ended.
+        SessionFinished: its client closed the session.
     """
     if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
     if run.state != TrainingRun.State.OPEN and not _is_known(run, submission.seq):
-        raise RequestInvalid(f"this run is {run.state}; it takes no more operations", place="model_id")
+        reason = f" ({run.error})" if run.error else ""
+        raise RequestInvalid(
+            f"this run is {run.state}{reason}; it takes no more operations", place="model_id"
+        )
+    if run.session.finished_at is not None and not _is_known(run, submission.seq):
+        raise SessionFinished
     return _insert(run.owner_id, run, None, submission)
 
 

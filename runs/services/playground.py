@@ -11,7 +11,7 @@ from runs.models import Checkpoint, Operation, SamplingSession, Session, Trainin
 from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
 from runs.schemas.playground import Target
-from runs.services import access, base_models, operations, run_rows, sampling, sessions, training_runs
+from runs.services import access, base_models, operations, run_rows, sampling, sessions, waiting
 from runs.services.operations import Submission
 
 
@@ -151,7 +151,7 @@ def waiting_words(user: User, operation_pk: int) -> str:
     operation = Operation.objects.select_related("sampling_session").filter(pk=operation_pk).first()
     if operation is None or operation.sampling_session is None:
         return ""
-    reason = training_runs.waiting_reason(operation)
+    reason = waiting.reason_of(operation)
     if reason:
         return f"waiting: {reason}"
     if operation.worker_id is None:

@@ -11,7 +11,7 @@ from django.db.models import QuerySet
 from django.db.models.functions import Coalesce
 
 from runs.models import TrainingRun, User
-from runs.services import access, recipe_facts, sparklines, training_runs
+from runs.services import access, recipe_facts, sparklines, training_runs, waiting
 from runs.services.recipe_facts import Progress
 from runs.services.sparklines import Sparkline
 from runs.services.training_runs import DisplayState
@@ -28,9 +28,11 @@ _TONES: Final = {
     DisplayState.STOPPED: "done",
     DisplayState.WAITING_FOR_WORKER: "warn",
     DisplayState.WAITING_FOR_CLIENT: "idle",
+    DisplayState.PARKED: "idle",
     DisplayState.CLOSED: "done",
     DisplayState.FAILED: "bad",
 }
+_HELD_UP: Final = (DisplayState.WAITING_FOR_WORKER, DisplayState.QUEUED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class RunRow:
     is_named: bool
     status: str
     tone: str
+    has_diverged: bool
     source: str
     source_label: str
     base_model: str
@@ -64,10 +67,14 @@ class RunRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the head of a run's page shows; `progress` is that of a run that needs no code."""
+    """What the head of a run's page shows; `progress` is that of a run that needs no code.
+
+    `reason` says why waiting operations do not go on.
+    """
 
     row: RunRow
     progress: Progress | None
+    reason: str
     rank: int
     alpha: float
     seed: int
@@ -106,6 +113,7 @@ def facts_of(run: TrainingRun) -> RunFacts:
     return RunFacts(
         row=_row(run, None),
         progress=None if recipe is None else recipe_facts.progress_of(run, recipe, shown),
+        reason=waiting.reason_of_run(run) if shown in _HELD_UP else "",
         rank=run.lora_rank,
         alpha=run.lora_alpha,
         seed=run.lora_seed,
@@ -137,7 +145,8 @@ def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
         title=title_of(run),
         is_named=bool(run.name),
         status=_words(run, state),
-        tone=tone_of(state),
+        tone="bad" if run.has_diverged else tone_of(state),  # type: ignore[attr-defined]
+        has_diverged=run.has_diverged,  # type: ignore[attr-defined]
         source=run.source,
         source_label=TrainingRun.Source(run.source).label,
         base_model=run.base_model,
@@ -153,7 +162,15 @@ def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
 def _words(run: TrainingRun, state: DisplayState) -> str:
     if state == DisplayState.RECOVERING:
         return f"recovering: replaying {run.num_replayed} of {run.num_to_replay} operations"
+    if state == DisplayState.PARKED:
+        seen_at: datetime = run.client_seen_at  # type: ignore[attr-defined]
+        return f"parked: its client went away {_clock(seen_at)}"
     return state.value
+
+
+def _clock(moment: datetime) -> str:
+    is_today = moment.date() == datetime.now(moment.tzinfo).date()
+    return moment.strftime("%H:%M UTC" if is_today else "%d %b %H:%M UTC")
 
 
 def curve_of(line: Sparkline) -> Curve | None:

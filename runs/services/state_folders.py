@@ -1,7 +1,8 @@
 """Folders of checkpoints and snapshots that no row names and none ever will: their worker died in between.
 
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
-higher one, that owner can enter nothing more, so that what it left without a row is of no use.
+higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
+holds gets a higher one here, if its last owner left something.
 """
 
 from __future__ import annotations
@@ -48,20 +49,28 @@ def _folders_of_runs(kind: str, turn: int) -> list[Path]:
 
 def _delete_orphans(kind: str, folder: Path) -> int:
     run_pk = int(folder.name)
-    # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
     fence = TrainingRun.objects.filter(pk=run_pk).values_list("fence", flat=True).first()
     if fence is None:
         blobs.delete_folder(f"{kind}/{run_pk}")
         return 1
-    named = set(_ROWS[kind].objects.filter(run_id=run_pk).values_list("directory", flat=True))
-    orphans = [
-        name
-        for name in (f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir())
-        if name not in named and _fence_of(name) < fence
-    ]
+    found = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()}
+    if any(_fence_of(name) == fence for name in found - _named(kind, run_pk)):
+        fence += _raise_fence(run_pk, fence)
+    # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
+    orphans = [name for name in found - _named(kind, run_pk) if _fence_of(name) < fence]
     for name in orphans:
         blobs.delete_folder(name)
     return len(orphans)
+
+
+def _named(kind: str, run_pk: int) -> set[str]:
+    return set(_ROWS[kind].objects.filter(run_id=run_pk).values_list("directory", flat=True))
+
+
+def _raise_fence(run_pk: int, fence: int) -> int:
+    """End what the last owner of a run may enter; returns by how much, 0 when somebody holds the run."""
+    free = TrainingRun.objects.filter(pk=run_pk, fence=fence, worker=None)
+    return free.update(fence=fence + 1)
 
 
 def _fence_of(name: str) -> float:

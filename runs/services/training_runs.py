@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from django.db import connection, transaction
-from django.db.models import Exists, F, Max, OuterRef, Q, QuerySet
+from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, When
 from django.db.models.functions import Now
 
 from runs import events, ids
@@ -22,18 +22,19 @@ from runs.models import (
     FixedSample,
     Operation,
     Recipe,
+    RunEvent,
     SamplingSession,
     Session,
     Snapshot,
     TrainingRun,
-    Worker,
 )
-from runs.services import base_models, blobs, operations, payload_files
+from runs.services import base_models, blobs, operations, payload_files, sessions, workers
 from runs.services.operations import Submission
 
 LORA_ALPHA: Final = 32.0
 _RECENT: Final = timedelta(seconds=10)
 _MAX_MODEL_SEQ_ID: Final = 2**31 - 1
+_SUCCESS: Final = "success"
 _ENDED: Final = (
     Recipe.State.FINISHED,
     Recipe.State.STOPPED,
@@ -79,6 +80,7 @@ class DisplayState(StrEnum):
     RECOVERING = "recovering"
     WAITING_FOR_WORKER = "waiting for worker"
     WAITING_FOR_CLIENT = "waiting for client"
+    PARKED = "parked"
 
 
 # What a recipe's state looks like from outside; one that trains has the state of its operations.
@@ -163,15 +165,19 @@ def lora_of(checkpoint: Checkpoint) -> Lora:
 def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
     """Annotate what `display_state` needs."""
     waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
-    alive = Worker.objects.filter(pk=OuterRef("worker"), stopped_at=None, lease_until__gt=Now())
-    recent = TrainingRun.objects.filter(pk=OuterRef("pk"), last_applied_at__gt=Now() - _RECENT)
-    any_alive = Worker.objects.filter(stopped_at=None, lease_until__gt=Now())
+    # Not by a query of its own, for which the database would read every run there is.
+    is_recent = Case(When(last_applied_at__gt=Now() - _RECENT, then=True), default=False)
+    diverged = RunEvent.objects.filter(run=OuterRef("pk"), kind="diverged")
     return runs.annotate(
         has_work=Exists(waiting),
-        has_worker=Exists(alive),
-        is_recent=Exists(recent),
+        has_worker=Exists(workers.live().filter(pk=OuterRef("worker"))),
+        is_recent=is_recent,
         recipe_state=F("recipe__state"),
-        is_served=Exists(any_alive),
+        is_served=Exists(workers.live()),
+        has_diverged=Exists(diverged),
+        is_abandoned=Exists(sessions.silent().filter(pk=OuterRef("session"))),
+        client_ended=F("session__finish_reason"),
+        client_seen_at=F("session__last_heartbeat_at"),
     )
 
 
@@ -183,12 +189,23 @@ def display_state(run: TrainingRun) -> DisplayState:
         return _OF_RECIPE[run.recipe_state]  # type: ignore[attr-defined]
     if run.state == TrainingRun.State.CLOSED:
         return DisplayState.CLOSED
+    is_served: bool = run.is_served  # type: ignore[attr-defined]
+    if run.has_work and run.has_worker:  # type: ignore[attr-defined]
+        return DisplayState.RECOVERING if run.num_to_replay else DisplayState.RUNNING
     if run.has_work:  # type: ignore[attr-defined]
-        if run.has_worker:  # type: ignore[attr-defined]
-            return DisplayState.RECOVERING if run.num_to_replay else DisplayState.RUNNING
-        return DisplayState.QUEUED if run.is_served else DisplayState.WAITING_FOR_WORKER  # type: ignore[attr-defined]
-    is_running = run.is_recent or run.recipe_state is not None  # type: ignore[attr-defined]
-    return DisplayState.RUNNING if is_running else DisplayState.WAITING_FOR_CLIENT
+        return DisplayState.QUEUED if is_served else DisplayState.WAITING_FOR_WORKER
+    if run.recipe_state is not None:  # type: ignore[attr-defined]
+        return DisplayState.RUNNING if is_served else DisplayState.WAITING_FOR_WORKER
+    return _without_work(run)
+
+
+def _without_work(run: TrainingRun) -> DisplayState:
+    """Return what a run is about whose client has asked for nothing that is not done."""
+    if run.client_ended:  # type: ignore[attr-defined]
+        return DisplayState.CLOSED if run.client_ended == _SUCCESS else DisplayState.STOPPED  # type: ignore[attr-defined]
+    if run.is_recent:  # type: ignore[attr-defined]
+        return DisplayState.RUNNING
+    return DisplayState.PARKED if run.is_abandoned else DisplayState.WAITING_FOR_CLIENT  # type: ignore[attr-defined]
 
 
 def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QuerySet[TrainingRun]:
@@ -197,15 +214,24 @@ def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QueryS
     has_failed = Q(state=TrainingRun.State.FAILED)
     follows_operations = ~has_failed & (Q(recipe=None) | Q(recipe__state__in=_TRAINING))
     is_open = Q(state=TrainingRun.State.OPEN)
-    held = {"has_work": True, "has_worker": True}
-    idle_but_trained = Q(has_work=False) & (Q(is_recent=True) | Q(recipe__isnull=False))
+    held = is_open & Q(has_work=True, has_worker=True)
+    free = is_open & Q(has_work=True, has_worker=False)
+    of_loop = is_open & Q(has_work=False, recipe__isnull=False)
+    of_client = is_open & Q(has_work=False, recipe=None)
+    here = of_client & Q(client_ended="")
+    ended = of_client & ~Q(client_ended="")
+    idle = here & Q(is_recent=False)
     conditions = {
-        DisplayState.CLOSED: Q(state=TrainingRun.State.CLOSED),
-        DisplayState.RUNNING: is_open & (Q(num_to_replay=0, **held) | idle_but_trained),
-        DisplayState.RECOVERING: is_open & Q(num_to_replay__gt=0, **held),
-        DisplayState.WAITING_FOR_CLIENT: is_open & Q(has_work=False, is_recent=False, recipe=None),
-        DisplayState.QUEUED: is_open & Q(has_work=True, has_worker=False, is_served=True),
-        DisplayState.WAITING_FOR_WORKER: is_open & Q(has_work=True, has_worker=False, is_served=False),
+        DisplayState.CLOSED: Q(state=TrainingRun.State.CLOSED) | (ended & Q(client_ended=_SUCCESS)),
+        DisplayState.STOPPED: ended & ~Q(client_ended=_SUCCESS),
+        DisplayState.RUNNING: (held & Q(num_to_replay=0))
+        | (of_loop & Q(is_served=True))
+        | (here & Q(is_recent=True)),
+        DisplayState.RECOVERING: held & Q(num_to_replay__gt=0),
+        DisplayState.WAITING_FOR_CLIENT: idle & Q(is_abandoned=False),
+        DisplayState.PARKED: idle & Q(is_abandoned=True),
+        DisplayState.QUEUED: free & Q(is_served=True),
+        DisplayState.WAITING_FOR_WORKER: (free | of_loop) & Q(is_served=False),
     }
     found = Q(recipe__state__in=of_recipe) & ~has_failed
     if state == DisplayState.FAILED:
@@ -217,34 +243,8 @@ def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QueryS
 
 def last_request_at(run: TrainingRun) -> Any:
     """Return when the client last asked for something."""
-    latest = Operation.objects.filter(run=run).aggregate(latest=Max("created_at"))["latest"]
+    latest = Operation.objects.filter(run=run).order_by("-seq").values_list("created_at", flat=True).first()
     return latest or run.created_at
-
-
-def waiting_reason(operation: Operation) -> str:
-    """Return why an operation has no answer yet, in words for the user's terminal; empty when it is just its turn."""
-    if not Worker.objects.filter(stopped_at=None, lease_until__gt=Now()).exists():
-        return "no GPU worker is running; the operation is safe and starts when one is back"
-    run = operation.run
-    session = operation.sampling_session
-    base_model = run.base_model if run is not None else session.base_model if session is not None else ""
-    info = base_models.find(base_model)
-    if info is None or not info.is_loaded:
-        return f"no worker has the base model {base_model!r}" + (
-            f": {info.error}" if info and info.error else ""
-        )
-    if run is None:
-        return ""
-    run.refresh_from_db(fields=["applied_seq", "num_replayed", "num_to_replay"])
-    if run.num_to_replay:
-        return f"recovering: replaying {run.num_replayed} of {run.num_to_replay} operations; nothing is lost"
-    missing = _first_gap(run, operation.seq)
-    if missing is not None:
-        return (
-            f"waiting for seq_id {missing}, which has not arrived; it is given up "
-            f"{operations.GAP_PATIENCE_S} s after a later one came"
-        )
-    return ""
 
 
 def rename(run: TrainingRun, name: str) -> None:
@@ -341,13 +341,3 @@ def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:
             f"{run.model_seq_id} already names a run of {run.base_model} with rank {run.lora_rank}",
             place="model_seq_id",
         )
-
-
-def _first_gap(run: TrainingRun, seq: int) -> int | None:
-    rows = Operation.objects.filter(run=run, seq__gt=run.applied_seq, seq__lte=seq).order_by("seq")
-    expected = run.applied_seq + 1
-    for found in rows.values_list("seq", flat=True)[:1000]:
-        if found != expected:
-            return expected
-        expected += 1
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import hmac
@@ -12,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from runs.exceptions import ChecksumMismatch, DiskFull, NotFound, OffsetConflict, PayloadTooLarge, UploadBusy
+from runs.exceptions import ChecksumMismatch, NotFound, OffsetConflict, PayloadTooLarge, UploadBusy
+from runs.services import blobs
 
 CHECKSUMS: Final = ("sha1", "sha256", "sha512")
 
@@ -100,12 +100,8 @@ class PartWriter(LockedPart):
             raise PayloadTooLarge(f"the upload was announced with {self._end} bytes; this is more")
         rest = memoryview(block)
         while rest:
-            try:
+            with blobs.room():
                 written = os.pwrite(self._fd, rest, self.offset)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise DiskFull from error
-                raise
             self.offset += written
             rest = rest[written:]
         if self._hash is not None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Final
 
 from django.db import connection, transaction
-from django.db.models import BooleanField, Count, ExpressionWrapper, Q, QuerySet
-from django.db.models.functions import Now
+from django.db.models import BooleanField, Count, ExpressionWrapper, F, Q, QuerySet, Value
+from django.db.models.functions import Coalesce, Greatest, Now
 
 from runs.models import TrainingRun, Worker
 
 LEASE_S: Final = 15
-HEARTBEAT_S: Final = 5
+HEARTBEAT_S: Final = 3
+# A page looks every 5 s: one that stops counting a worker this long before its lease ends tells within 15 s.
+DOUBT_S: Final = 6
 LOCK_CLASS: Final = 7_767_101
 # A worker takes its lock just after its row is there; until then only its lease says that it lives.
 LOCK_GRACE_S: Final = 2
@@ -36,9 +39,18 @@ def register(*, device: str, dtype: str) -> Worker:
     return Worker.objects.get(pk=pk)
 
 
-def describe(worker: Worker, *, device: str, dtype: str, memory_bytes: int = 0) -> None:
-    """Enter what the worker computes on, once it has loaded its models; 0 bytes are not known."""
-    Worker.objects.filter(pk=worker.pk).update(device=device[:40], dtype=dtype, memory_bytes=memory_bytes)
+def describe(
+    worker: Worker,
+    *,
+    device: str,
+    dtype: str,
+    memory_bytes: int = 0,
+    fingerprint: Mapping[str, str] | None = None,
+) -> None:
+    """Enter what the worker computes on and with, once it has loaded its models; 0 bytes are not known."""
+    Worker.objects.filter(pk=worker.pk).update(
+        device=device[:40], dtype=dtype, memory_bytes=memory_bytes, fingerprint=dict(fingerprint or {})
+    )
 
 
 def renew(worker: Worker, *, busy_share: float) -> bool:
@@ -69,8 +81,13 @@ def bury_dead(*, sparing: Worker | None = None) -> list[Worker]:
 
 
 def live() -> QuerySet[Worker]:
-    """Return the workers that are alive as far as the leases tell."""
-    return Worker.objects.filter(stopped_at=None, lease_until__gt=Now())
+    """Return the workers that are alive as far as people are told."""
+    return Worker.objects.filter(is_alive())
+
+
+def is_alive() -> Q:
+    """Return the condition on workers that `live` puts: the end is not entered, and signs of life are not late."""
+    return Q(stopped_at=None, lease_until__gt=Now() + timedelta(seconds=min(DOUBT_S, 0.4 * LEASE_S)))
 
 
 def recent(*, limit: int) -> list[Worker]:
@@ -78,9 +95,8 @@ def recent(*, limit: int) -> list[Worker]:
 
     Annotates `is_alive`, and `num_runs` (runs it holds).
     """
-    is_alive = Q(stopped_at=None, lease_until__gt=Now())
     rows = Worker.objects.annotate(
-        is_alive=ExpressionWrapper(is_alive, output_field=BooleanField()), num_runs=Count("training_runs")
+        is_alive=ExpressionWrapper(is_alive(), output_field=BooleanField()), num_runs=Count("training_runs")
     )
     return list(rows.order_by("-is_alive", "-started_at")[:limit])
 
@@ -105,4 +121,7 @@ def _set_free(worker: Worker) -> None:
     """Set a dead worker's runs free, but for one that it froze over a commit of: that one is free once its lock is."""
     with transaction.atomic():
         unlocked = TrainingRun.objects.select_for_update(skip_locked=True).filter(worker=worker)
-        TrainingRun.objects.filter(pk__in=unlocked.values("pk")).update(worker=None)
+        last_sign_at = worker.lease_until - timedelta(seconds=LEASE_S)
+        TrainingRun.objects.filter(pk__in=unlocked.values("pk")).update(
+            worker=None, lost_at=Coalesce("lost_at", Greatest(Value(last_sign_at), F("last_applied_at")))
+        )

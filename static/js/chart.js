@@ -4,9 +4,10 @@ import { niceTicks, tickStep, yRange } from "./axes.js";
 import { saveImage } from "./chart_image.js";
 import { EventsLane } from "./events_lane.js";
 import { readColors } from "./chart_colors.js";
+import { drawEvents, drawNotFinite } from "./chart_marks.js";
 import { tableOf } from "./chart_table.js";
 import { clock, count, decimal, tick, timeLabels } from "./format.js";
-import { drawBest, drawFaint, drawOverlay, drawVertical, extremes, valueBefore } from "./overlays.js";
+import { drawBest, drawFaint, drawOverlay, extremes, valueBefore } from "./overlays.js";
 
 const TITLES = {
   loss: "Loss per token",
@@ -211,14 +212,12 @@ export class Chart {
   }
 
   #drawMarks(u, colors) {
-    const { ctx, bbox } = u;
-    const inside = (x) => x >= u.scales.x.min && x <= u.scales.x.max;
-    ctx.save();
+    u.ctx.save();
     this.overlays.forEach(({ view }, index) => drawOverlay(u, view, { color: colors[`overlay-${index + 1}`] ?? colors["overlay-1"], dash: DASHES[index % DASHES.length] }));
     this.#drawBest(u, colors);
-    for (const [x] of this.view.bad) if (inside(x)) triangle(ctx, u.valToPos(x, "x", true), bbox.top + bbox.height, colors.bad);
-    for (const x of this.floored) if (inside(x)) triangle(ctx, u.valToPos(x, "x", true), bbox.top + bbox.height, colors.floor);
-    ctx.restore();
+    drawNotFinite(u, this.view.bad.map(([x]) => x), colors.bad);
+    drawNotFinite(u, this.floored, colors.floor);
+    u.ctx.restore();
     this.lane?.place(u, (event) => this.#placeOf(event));
   }
 
@@ -229,10 +228,7 @@ export class Chart {
       drawFaint(u, x, isSmooth && !isOverlay ? smooth : mean, isOverlay ? colors["ancestor-overlay"] : colors.ancestor);
     }
     for (const { x, value } of this.series.abandoned(this.options.axis)) drawFaint(u, x, value, colors.abandoned, [4, 3]);
-    for (const event of this.marks.events) {
-      if (!event.isQuiet && event !== this.pointed) drawVertical(u, this.#placeOf(event), colors[event.tone] ?? colors.idle, false);
-    }
-    if (this.pointed) drawVertical(u, this.#placeOf(this.pointed), colors[this.pointed.tone] ?? colors.idle, true);
+    drawEvents(u, this.marks.events, this.pointed, { colors, placeOf: (event) => this.#placeOf(event) });
   }
 
   #placeOf({ step, time }) {
@@ -389,14 +385,4 @@ function cursorPoint(color) {
   const point = document.createElement("div");
   point.style.background = color;
   return point;
-}
-
-function triangle(ctx, x, y, color) {
-  const size = 5 * devicePixelRatio;
-  ctx.fillStyle = color;
-  ctx.beginPath();
-  ctx.moveTo(x, y - 1.7 * size);
-  ctx.lineTo(x - size, y);
-  ctx.lineTo(x + size, y);
-  ctx.fill();
 }

@@ -5,7 +5,7 @@ const MIN_DISTANCE = 26;
 const SIGNS = {
   started: "\u25b7", resumed: "\u25b6\ufe0e", paused: "\u2016", changed: "\u0394", extended: "\u2192", forked: "Y",
   retried: "\u21ba", recovered: "\u21bb", saved: "\u25c6", best: "\u2605", evaluated: "\u25cb", "early stopped": "\u25a0",
-  stopping: "\u25a0", stopped: "\u25a0", discarded: "\u25a0", finished: "\u25cf", failed: "\u2715", diverged: "!",
+  "step skipped": "\u2298", "not finite": "\u2298", restored: "\u25b8", stopping: "\u25a0", stopped: "\u25a0", discarded: "\u25a0", finished: "\u25cf", failed: "\u2715", diverged: "!",
 };
 // Of several events at one place the first of these gives the mark its colour and sign.
 const TONES = ["bad", "warn", "busy", "good", "done", "idle"];
@@ -77,6 +77,7 @@ export class EventsLane {
     button.events = events;
     button.style.left = `${left}px`;
     button.dataset.tone = chief.tone;
+    button.dataset.kind = chief.kind;
     const sign = SIGNS[chief.kind] ?? "\u2022";
     const text = events.length > 1 ? `${sign}${events.length}` : sign;
     if (button.textContent !== text) button.textContent = text;
@@ -151,15 +152,15 @@ function chiefOf(events) {
   return events.reduce((best, event) => (rank(event) < rank(best) ? event : best));
 }
 
-function wordsOf({ kind, step, detail }) {
-  return `${kind} at step ${count(step)}${detail ? `: ${detail}` : ""}`;
+function wordsOf({ title, step, detail }) {
+  return `${title} at step ${count(step)}${detail ? `: ${detail}` : ""}`;
 }
 
 function linesOf(events) {
   const lines = events.slice(0, MAX_LINES).map((event) => {
     const line = document.createElement("p");
     const kind = document.createElement("strong");
-    kind.textContent = event.kind;
+    kind.textContent = event.title;
     line.append(kind, ` at step ${count(event.step)}${event.detail ? ` \u00b7 ${event.detail}` : ""}`);
     return line;
   });

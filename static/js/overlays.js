@@ -38,22 +38,6 @@ export function drawFaint(u, xs, values, color, dash = []) {
   });
 }
 
-export function drawVertical(u, x, color, isStrong) {
-  const { ctx, bbox } = u;
-  const place = Math.round(u.valToPos(x, "x", true));
-  if (place < bbox.left || place > bbox.left + bbox.width) return;
-  ctx.save();
-  ctx.strokeStyle = color;
-  ctx.globalAlpha = isStrong ? 1 : 0.45;
-  ctx.lineWidth = (isStrong ? 2 : 1) * devicePixelRatio;
-  ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
-  ctx.beginPath();
-  ctx.moveTo(place, bbox.top);
-  ctx.lineTo(place, bbox.top + bbox.height);
-  ctx.stroke();
-  ctx.restore();
-}
-
 // A ring with a word beside it.
 export function drawBest(u, x, y, { color, surface, font }) {
   if (x < u.scales.x.min || x > u.scales.x.max) return;

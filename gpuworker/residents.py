@@ -1,0 +1,118 @@
+"""Which held runs have their adapters in memory, and which are shelved: kept on the disk until their turn.
+
+A shelved run keeps its seat; its state is its newest snapshot. Used by the compute stage alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+from gpuworker import snapshots
+from gpuworker.busy import BusyMeter
+from gpuworker.committer import Committer, SnapshotOutcome
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import CheckpointError
+from gpuworker.restore import restore
+from gpuworker.seats import Seat
+from runs.threads import until_reachable
+
+logger = logging.getLogger(__name__)
+
+# A cycle brings runs back for no longer than this (one at least), so that those in memory are not kept waiting.
+RESTORE_S: Final = 0.25
+# A run that has work keeps its place for so long while others wait for one.
+TURN_S: Final = 2.0
+
+
+class Residents:
+    """Brings runs into memory and shelves them, the least recently used first."""
+
+    def __init__(self, committer: Committer, busy: BusyMeter) -> None:
+        self._committer = committer
+        self._busy = busy
+
+    def usable(self, seats: Sequence[Seat]) -> list[Seat]:
+        """Return the seats with work whose adapters are in memory; some that waited longest are brought back."""
+        waiting = [seat for seat in seats if seat.queue and not seat.is_restored]
+        until = time.monotonic() + RESTORE_S
+        full: set[Engine] = set()
+        for seat in sorted(waiting, key=lambda seat: seat.last_used_at):
+            if seat.engine in full:
+                continue
+            if not self._make_room(seat, seats):
+                full.add(seat.engine)
+                continue
+            self._bring_back(seat)
+            if time.monotonic() > until:
+                break
+        return [seat for seat in seats if seat.queue and seat.is_restored]
+
+    def snapshot(self, seat: Seat) -> None:
+        """Keep the state after the last applied operation, unless it is kept; it becomes a row after its commit."""
+        if seat.applied_seq > seat.snapshot_seq and seat.engine.has_adapter(seat.adapter_id):
+            self._keep(seat)
+
+    def _keep(self, seat: Seat) -> None:
+        state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
+        seat.replay_cost_s = 0.0
+        self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state))
+
+    def _make_room(self, wanted: Seat, seats: Sequence[Seat]) -> bool:
+        """Shelve others until the seat fits; false while they have a right to stay. One alone always fits."""
+        engine = wanted.engine
+        inside = [seat for seat in seats if seat.engine is engine and seat.takes_room]
+        excess = sum(seat.num_bytes for seat in [*inside, wanted]) - engine.adapter_room_bytes
+        ended = time.monotonic() - TURN_S
+        leaving: list[Seat] = []
+        for seat in sorted(inside, key=lambda seat: (bool(seat.queue), seat.last_used_at)):
+            if excess <= 0:
+                break
+            if not seat.queue or seat.restored_at < ended:
+                leaving.append(seat)
+                excess -= seat.num_bytes
+        if excess > 0 and len(leaving) < len(inside):
+            return False
+        for seat in leaving:
+            self._shelve(seat)
+        return True
+
+    def _shelve(self, seat: Seat) -> None:
+        """Keep the state and free its memory; a run without an adapter yet starts over."""
+        seat.is_restored = False
+        seat.is_shelved = seat.engine.has_adapter(seat.adapter_id)
+        if not seat.is_shelved:
+            return
+        if seat.snapshot_directory:
+            self.snapshot(seat)
+        else:
+            self._keep(seat)
+        seat.engine.drop_adapter(seat.adapter_id)
+
+    def _bring_back(self, seat: Seat) -> None:
+        if seat.is_shelved:
+            self._take_back(seat)
+        else:
+            until_reachable(partial(restore, seat, beat=self._busy.beat))
+        seat.restored_at = time.monotonic()
+
+    def _take_back(self, seat: Seat) -> None:
+        """Read the state back; a run whose state cannot be read is claimed anew and rebuilt from the log."""
+        if seat.snapshot_seq < seat.applied_seq:
+            self._committer.flush()
+        self._busy.beat()
+        try:
+            if seat.snapshot_seq < seat.applied_seq:
+                raise CheckpointError("it was not written")
+            seat.engine.import_state(
+                seat.adapter_id, snapshots.fetch(seat.snapshot_directory), optimizer=True
+            )
+        except (CheckpointError, OSError) as error:
+            logger.warning("the state of shelved run %s cannot be used: %s", seat.run.public_id, error)
+            seat.is_lost = True
+            return
+        seat.is_restored = True
+        seat.is_shelved = False

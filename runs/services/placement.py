@@ -1,0 +1,73 @@
+"""Which worker takes which free run, and which lets one go, when several workers serve the same base models.
+
+Each worker decides for itself from rows that all of them see: a fair share is what it may claim at once, and
+a worker with clearly more active runs than another gives some away. No run is left over: one that nobody
+took for `PATIENCE_S` goes to whoever serves its base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from django.db import connection
+
+from runs.models import Worker
+from runs.services.workers import live
+
+# A run counts as active for so long after its last operation, so that clients that think do not look like ended ones.
+ACTIVE_S: Final = 60
+PATIENCE_S: Final = 3
+# Fewer runs more than another worker are no reason to move one: that would only go to and fro.
+HYSTERESIS: Final = 2
+
+_COUNT = """
+SELECT w.id, (SELECT count(*) FROM runs_trainingrun r WHERE r.worker_id = w.id AND r.base_model = ANY(%s)
+  AND (r.last_applied_at > clock_timestamp() - make_interval(secs => %s)
+       OR EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = r.id AND op.state = 'queued')))
+FROM runs_worker w WHERE w.stopped_at IS NULL AND w.lease_until > clock_timestamp() AND w.memory_bytes > 0
+UNION ALL
+SELECT NULL, (SELECT count(DISTINCT op.run_id) FROM runs_operation op JOIN runs_trainingrun r ON r.id = op.run_id
+  LEFT JOIN runs_worker w ON w.id = r.worker_id
+  WHERE op.state = 'queued' AND (r.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND r.base_model = ANY(%s))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """Active runs of a worker and of the others that live, and runs with work that nobody has."""
+
+    mine: int
+    others: tuple[int, ...]
+    num_free: int
+
+    @property
+    def room(self) -> int:
+        """How many free runs the worker may claim at once."""
+        total = self.mine + sum(self.others) + self.num_free
+        share = -(-total // (1 + len(self.others)))
+        return max(share - self.mine, 0)
+
+    @property
+    def surplus(self) -> int:
+        """How many runs the worker should give away; none while others are still to be claimed."""
+        if self.num_free or not self.others:
+            return 0
+        difference = self.mine - min(self.others)
+        return difference // 2 if difference >= HYSTERESIS else 0
+
+
+def has_company(worker: Worker) -> bool:
+    """Return whether other workers live and have loaded their models."""
+    return live().exclude(pk=worker.pk).filter(memory_bytes__gt=0).exists()
+
+
+def loads(worker: Worker, base_models: Sequence[str]) -> Loads:
+    """Return how the runs of these base models are spread now."""
+    with connection.cursor() as cursor:
+        cursor.execute(_COUNT, [list(base_models), ACTIVE_S, list(base_models)])
+        counts: dict[int | None, int] = dict(cursor.fetchall())
+    num_free = counts.pop(None)
+    mine = counts.pop(worker.pk, 0)
+    return Loads(mine=mine, others=tuple(counts.values()), num_free=num_free)
