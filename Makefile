@@ -1,7 +1,7 @@
 # `make up` starts mintweb, `make test` runs every check and test; both work on a fresh machine.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format bench chaos chaos-full mutations proto clean dev sdk-envs chromium
+.PHONY: help up test check format bench chaos chaos-full faults-full sweep mutations proto clean dev sdk-envs chromium
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
@@ -43,6 +43,13 @@ chaos: dev ## Kill, freeze and starve everything under load, then count what was
 chaos-full: dev ## The same for an hour: 1,200 faults over 100,000 operations, then 300 kills of real training
 	$(PY) -m tests.chaos --seed $(SEED) --kills 1000 --zombies 100 --faults 100 --ops 100000 --runs 50
 	$(PY) -m tests.chaos --seed $(SEED) --kills 300 --zombies 30 --faults 30 --engine torch --runs 4
+
+faults-full: dev sdk-envs ## The faults under an unmodified client, with databases away for a minute and more restarts
+	FAULTS=full $(PY) -m pytest tests/e2e/test_faults.py tests/e2e/test_partitions.py tests/e2e/test_full_disks.py \
+		-o log_cli=true -o log_cli_level=INFO $(ARGS)
+
+sweep: dev ## Break every call to PostgreSQL, the disk and Redis, one at a time, in each way (ARGS="--every 41" for some)
+	$(PY) -m tests.chaos.sweep --jobs 4 $(ARGS)
 
 mutations: dev ## Take each protection away in a copy of the tree and see its tests fail
 	$(PY) -m tests.chaos.mutations $(ARGS)

@@ -50,7 +50,9 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
 
 
 class ChainEngine:
-    """Many chains, each an adapter."""
+    """Many chains, each an adapter of one byte as far as the worker's memory goes: most of a big load are shelved."""
+
+    adapter_room_bytes = 4
 
     def __init__(self) -> None:
         self.sampler = NoSampler()
@@ -60,6 +62,9 @@ class ChainEngine:
 
     def create_adapter(self, adapter_id: str, spec: LoraSpec) -> None:
         self._chains[adapter_id] = (spec, chain.begin(seed=spec.seed, rank=spec.rank))
+
+    def adapter_bytes(self, spec: LoraSpec) -> int:
+        return 1
 
     def has_adapter(self, adapter_id: str) -> bool:
         return adapter_id in self._chains
@@ -109,6 +114,9 @@ class ChainEngine:
 
     def has_sampler(self, sampler_id: str) -> bool:
         return False
+
+    def use_sampler(self, sampler_id: str) -> bool:
+        return self.has_sampler(sampler_id)
 
     def drop_sampler(self, sampler_id: str) -> None:
         pass

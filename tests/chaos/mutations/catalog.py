@@ -190,7 +190,7 @@ MUTATIONS: Final = (
     Mutation(
         name="gradients in snapshots",
         protects_from="what was accumulated since the last step is lost in a take-over",
-        file="gpuworker/scheduler.py",
+        file="gpuworker/residents.py",
         find="state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)",
         replace="state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=False)",
         red=(f"{_RECOVERY}test_what_was_accumulated_survives",),
