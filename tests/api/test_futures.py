@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from runs.api import futures
+from runs.api import decorators, futures
 from runs.api.decorators import in_thread
 from runs.models import Operation, SamplingSession, TrainingRun, Worker
 from runs.schemas import results
@@ -123,7 +124,8 @@ async def test_a_request_that_is_cancelled_is_not_waited_for(alice: Actor, step:
     await until(lambda: num_parked() == 0)
 
 
-async def test_not_yet_is_408_within_what_the_client_waits(alice: Actor, step: int) -> None:
+async def test_not_yet_is_408_within_what_the_client_waits(alice: Actor, run: TrainingRun, step: int) -> None:
+    await in_thread(lambda: TrainingRun.objects.filter(pk=run.pk).update(worker=workers.live().latest("pk")))
     with Stopwatch() as watch:
         reply = await alice.poll(step, x_stainless_read_timeout="0.5")
     assert 0.2 < watch.elapsed_s < 0.5 + WAKE_S
@@ -141,7 +143,14 @@ async def test_an_odd_patience_means_the_usual_hold(alice: Actor, step: int, pat
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.2):
             await alice.poll(step, x_stainless_read_timeout=patience)
-    assert 20 <= futures.HOLD_S <= 30  # the SDKs give up after 45 s
+    assert 20 <= decorators.HOLD_S <= 30  # the SDKs give up after 45 s
+
+
+async def test_not_yet_tells_of_a_queue(alice: Actor, step: int) -> None:
+    await in_thread(lambda: rows.make_run(alice.user))
+    content = (await alice.poll(step, x_stainless_read_timeout="0.1")).json()
+    assert content["queue_state"] == "paused_capacity"
+    assert re.fullmatch(r"queued behind \d+ runs?", content["queue_state_reason"])
 
 
 async def test_not_yet_names_a_gap(alice: Actor, run: TrainingRun) -> None:

@@ -12,11 +12,11 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.db import connection
 
-from runs.api import futures
+from runs.api import decorators, futures
 from runs.api.decorators import in_thread
 from runs.models import TrainingRun
 from tests.api import bodies
-from tests.api.client import Actor, error_of
+from tests.api.client import Actor, error_of, seqs_of
 from tests.services.hand_worker import HandWorker
 
 WITHIN_S = 10.0
@@ -59,17 +59,31 @@ async def database_away() -> AsyncIterator[None]:
 
 async def test_while_the_database_is_away_clients_are_told_to_wait(alice: Actor, run: TrainingRun) -> None:
     body = bodies.optim_step(run, 1)
+    soon = {"x_stainless_read_timeout": "0.1"}
     async with database_away():
         replies = [
-            await alice.post("optim_step", body),
-            await alice.post("retrieve_future", {"request_id": "op-1"}),
-            await alice.get("training_runs"),
-            await Actor(alice.user, "tml-unknown").get("training_runs"),
+            await alice.post("optim_step", body, **soon),
+            await alice.post("retrieve_future", {"request_id": "op-1"}, **soon),
+            await alice.get("training_runs", **soon),
+            await Actor(alice.user, "tml-unknown").get("training_runs", **soon),
         ]
     for reply in replies:
         assert error_of(reply, 429)["code"] == "rate_limited"
         assert reply.headers["retry-after"] == "1"
     assert (await alice.post("optim_step", body)).status_code == 200
+
+
+async def test_a_request_is_held_until_the_database_is_back(alice: Actor, run: TrainingRun) -> None:
+    failed = decorators._num_failures
+    async with database_away():
+        held = [
+            asyncio.create_task(alice.post("optim_step", bodies.optim_step(run, 1))),
+            asyncio.create_task(alice.get("training_runs")),
+        ]
+        await until(lambda: decorators._num_failures >= failed + 4)  # each was tried again
+    async with asyncio.timeout(WITHIN_S):
+        assert [(await one).status_code for one in held] == [200, 200]
+    assert (await seqs_of(run))[1:] == [(1, "optim_step", "queued")]
 
 
 async def test_waiting_requests_are_answered_after_the_database_was_away(

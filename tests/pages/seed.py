@@ -378,8 +378,12 @@ def _main_run(user: User, worker: Worker, tokenizer: Tokenizer) -> TrainingRun:
         ids_of_answer = tokenizer.encode(answer + END).ids
         add_sample(run, chat(tokenizer, prompt), [ids_of_answer], checkpoint=sampler)
     for kind, step, detail in (
-        ("recovered", 960, {"worker": "gpu-node-1:4711", "replayed": 12}),
-        ("diverged", 1210, {"metric": "loss", "value": "NaN"}),
+        ("recovered", 960, {"from_seq": 1908, "num_replayed": 12, "took_s": 6.4}),
+        (
+            "diverged",
+            1210,
+            {"operation": "forward_backward", "seq": 2419, "reason": "its result is another one"},
+        ),
         ("saved", 1500, {"checkpoint": "step-001500"}),
     ):
         created_at = now - timedelta(seconds=0.9 * (run.step - step))

@@ -96,13 +96,6 @@ def test_ephemeral_weights_are_nobodys_checkpoint(alice: User, run: TrainingRun)
             get(alice, path_of(checkpoint))
 
 
-def test_sizes_add_up(alice: User, run: TrainingRun) -> None:
-    assert checkpoints.size_of(access.checkpoints_of(alice)) == 0
-    for name in ("one", "two"):
-        rows.make_checkpoint(run, name)
-    assert checkpoints.size_of(access.checkpoints_of(alice)) == 200
-
-
 def test_files_come_in_order_with_or_without_the_optimizer(run: TrainingRun) -> None:
     checkpoint = rows.make_checkpoint(run)
     assert [(name, file.read()) for name, file in checkpoints.files(checkpoint)] == [

@@ -52,6 +52,17 @@ def test_what_the_owner_may_yet_enter_stays(run: TrainingRun, held: HeldRun) -> 
     assert len(list(remaining("checkpoints", run))) == 3
 
 
+def test_what_the_last_owner_of_a_free_run_left_goes_and_nothing_can_be_entered_for_it(
+    run: TrainingRun, worker: HandWorker, held: HeldRun
+) -> None:
+    left, entered = write(f"snapshots/{run.pk}/5-2-aaaaaaaa"), write(f"snapshots/{run.pk}/4-2-bbbbbbbb")
+    commits.register_snapshot(run.pk, fence=held.fence, seq=4, directory=entered, size_bytes=1)
+    worker.release(run)
+    assert state_folders.delete_orphans() >= 1
+    assert list(remaining("snapshots", run)) == ["4-2-bbbbbbbb"]
+    assert commits.register_snapshot(run.pk, fence=held.fence, seq=5, directory=left, size_bytes=1) == [left]
+
+
 def test_the_folders_of_a_deleted_run_go_whole(run: TrainingRun, held: HeldRun) -> None:
     write(f"checkpoints/{run.pk}/5-2-aaaaaaaa")
     pk = run.pk

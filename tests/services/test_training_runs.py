@@ -18,6 +18,7 @@ from runs.services import (
     sampling,
     sessions,
     training_runs,
+    waiting,
     workers,
 )
 from runs.services.training_runs import DisplayState, Lora, Start
@@ -110,29 +111,29 @@ def test_a_reported_base_model_is_known_with_its_sizes(worker: HandWorker) -> No
 
 def test_without_a_worker_the_reason_says_so(run: TrainingRun, worker: HandWorker) -> None:
     operation = Operation.objects.get(run=run, seq=0)
-    assert training_runs.waiting_reason(operation) == ""
+    assert waiting.reason_of(operation) == ""
     workers.stop(worker.row)
-    assert "no GPU worker is running" in training_runs.waiting_reason(operation)
+    assert "no GPU worker is running" in waiting.reason_of(operation)
 
 
 def test_a_gap_is_named_in_the_reason(run: TrainingRun, worker: HandWorker) -> None:
     pks = {seq: rows.optim_step(run, seq) for seq in (1, 2, 4)}
-    reasons = {seq: training_runs.waiting_reason(Operation.objects.get(pk=pk)) for seq, pk in pks.items()}
+    reasons = {seq: waiting.reason_of(Operation.objects.get(pk=pk)) for seq, pk in pks.items()}
     assert reasons[1] == reasons[2] == ""
     assert reasons[4].startswith("waiting for seq_id 3, which has not arrived; it is given up 120 s after")
     rows.optim_step(run, 3)
-    assert training_runs.waiting_reason(Operation.objects.get(pk=pks[4])) == ""
+    assert waiting.reason_of(Operation.objects.get(pk=pks[4])) == ""
 
 
 def test_a_gap_is_counted_from_what_was_applied(run: TrainingRun, worker: HandWorker) -> None:
     worker.finish(rows.optim_step(run, 1))
     late = rows.optim_step(run, 3)
-    assert "seq_id 2" in training_runs.waiting_reason(Operation.objects.get(pk=late))
+    assert "seq_id 2" in waiting.reason_of(Operation.objects.get(pk=late))
 
 
 def test_a_sample_waits_for_its_turn_only(alice: User, worker: HandWorker) -> None:
     pk = rows.sample(rows.make_sampling_session(alice), 0)
-    assert training_runs.waiting_reason(Operation.objects.get(pk=pk)) == ""
+    assert waiting.reason_of(Operation.objects.get(pk=pk)) == ""
 
 
 def test_what_a_person_sees_follows_the_rows(alice: User, run: TrainingRun, worker: HandWorker) -> None:
@@ -148,7 +149,7 @@ def test_what_a_person_sees_follows_the_rows(alice: User, run: TrainingRun, work
     assert state() == DisplayState.RUNNING
     claims.enter_replay(held, num_replayed=14, num_to_replay=40)
     assert state() == DisplayState.RECOVERING
-    reason = training_runs.waiting_reason(Operation.objects.get(run=run, seq=0))
+    reason = waiting.reason_of(Operation.objects.get(run=run, seq=0))
     assert reason == "recovering: replaying 14 of 40 operations; nothing is lost"
     claims.enter_replay(held, num_replayed=0, num_to_replay=0)
     worker.finish(Operation.objects.get(run=run, seq=0).pk)

@@ -43,6 +43,14 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert programs.visible_gpus() == []
 
 
+def test_each_named_device_gets_a_worker(settings: Settings) -> None:
+    settings.DEVICES = ["cpu", "cuda:1"]
+    workers = programs.gpu_workers()
+    assert [worker.name for worker in workers] == ["gpu0", "gpu1"]
+    assert [worker.env["MINTWEB_DEVICE"] for worker in workers] == ["cpu", "cuda:1"]
+    assert {worker.env["MINTWEB_NUM_LOCAL_WORKERS"] for worker in workers} == {"2"}
+
+
 def test_only_the_gpu_worker_serves_the_gpu_queue() -> None:
     serving = [program.name for program in programs.services() if "--queues=gpu" in program.command]
     assert serving == ["gpu"]

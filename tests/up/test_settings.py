@@ -24,6 +24,7 @@ from .instances import ROOT, clean_environment
         ("MINTWEB_HOST", "0.0.0.0", "set MINTWEB_ALLOW_PUBLIC=1 to allow that."),
         ("MINTWEB_ALLOW_PUBLIC", "maybe", "MINTWEB_ALLOW_PUBLIC is 'maybe'; it must be 1 or 0."),
         ("MINTWEB_DEVICE", "tpu", "MINTWEB_DEVICE is 'tpu'"),
+        ("MINTWEB_DEVICES", "cpu,tpu", "MINTWEB_DEVICES has 'tpu'; each item is cpu or cuda:0, cuda:1, ..."),
         ("MINTWEB_DTYPE", "int8", "MINTWEB_DTYPE is 'int8'"),
         ("MINTWEB_BASE_MODELS", "a=/nowhere", "the directory /nowhere, which does not exist."),
         ("MINTWEB_BASE_MODELS", "=x", "each item is name or name=directory."),
@@ -84,6 +85,10 @@ def test_a_database_address_becomes_djangos_settings() -> None:
     )
     assert entry["OPTIONS"] == {
         "connect_timeout": "5",
+        "keepalives_idle": "5",
+        "keepalives_interval": "2",
+        "keepalives_count": "3",
+        "tcp_user_timeout": "10000",
         "options": "-c idle_in_transaction_session_timeout=30s",
         "sslmode": "require",
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
+from django.db import transaction
 
+from gpuworker import leases
 from gpuworker.busy import BusyMeter
 from gpuworker.leases import Lease
 from runs.models import Worker
@@ -31,7 +33,14 @@ def test_it_is_stuck_only_while_something_takes_long() -> None:
 
 def test_a_stuck_worker_is_ended_instead_of_renewed(row: Worker) -> None:
     stuck, ended, lost = threading.Event(), threading.Event(), threading.Event()
-    lease = Lease(row, busy_share=lambda: 1.0, is_stuck=stuck.is_set, on_lost=lost.set, on_stuck=ended.set)
+    lease = Lease(
+        row,
+        busy_share=lambda: 1.0,
+        is_stuck=stuck.is_set,
+        on_lost=lost.set,
+        on_stuck=ended.set,
+        on_hung=lost.set,
+    )
     try:
         assert not ended.wait(0.2)
         stuck.set()
@@ -42,3 +51,39 @@ def test_a_stuck_worker_is_ended_instead_of_renewed(row: Worker) -> None:
         assert not lost.is_set()
     finally:
         lease.stop()
+
+
+def test_connections_that_are_held_open_notice_a_vanished_server(row: Worker) -> None:
+    lease = Lease(
+        row,
+        busy_share=lambda: 1.0,
+        is_stuck=lambda: False,
+        on_lost=lambda: None,
+        on_stuck=lambda: None,
+        on_hung=lambda: None,
+    )
+    parameters = lease._lock_connection.info.get_parameters()
+    lease.stop()
+    assert parameters["tcp_user_timeout"] == "10000"
+    assert parameters["keepalives_idle"] == "5"
+
+
+def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "HUNG_S", 0.3)
+    hung, other = threading.Event(), threading.Event()
+    lease = Lease(
+        row,
+        busy_share=lambda: 1.0,
+        is_stuck=lambda: False,
+        on_lost=other.set,
+        on_stuck=other.set,
+        on_hung=hung.set,
+    )
+    try:
+        assert not hung.wait(0.6)  # renewals in time
+        with transaction.atomic():
+            Worker.objects.select_for_update().get(pk=row.pk)
+            assert hung.wait(5)
+    finally:
+        lease.stop()
+    assert not other.is_set()

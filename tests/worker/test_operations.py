@@ -192,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_alone(start_worker: Start, ne
 
     assert refused.state == Operation.State.FAILED
     assert refused.error_category == "server"
-    assert "could not be written" in refused.error
+    assert "cannot be written" in refused.error
     assert losses_of(finished(neighbour.forward_backward(TOKENS))) > 0
     obstacle.unlink()
     assert finished(client.save("a")).state == Operation.State.DONE
@@ -298,7 +298,7 @@ def test_another_worker_goes_on_where_a_stopped_one_ended(start_worker: Start, n
 
     assert bytes(finished(second_half).result or b"") == bytes(finished(expected).result or b"")
     kinds = RunEvent.objects.filter(run=moved.run).values_list("kind", flat=True)
-    assert "recovered" in kinds
+    assert "restored" in kinds
     assert "diverged" not in kinds
 
 

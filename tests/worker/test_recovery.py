@@ -60,7 +60,7 @@ def result_of(operation_pk: int) -> bytes:
 
 def recovered_from(run: TrainingRun) -> list[int]:
     """Return the seqs that the run was brought back from, -1 for its beginning."""
-    events = RunEvent.objects.filter(run=run, kind="recovered").order_by("id")
+    events = RunEvent.objects.filter(run=run, kind__in=["recovered", "restored"]).order_by("id")
     return [event.detail["from_seq"] for event in events]
 
 
@@ -132,23 +132,3 @@ def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
         starting.result(timeout=SOON_S)
         threads.submit(connections.close_all).result()
     result_of(operation)
-
-
-def test_a_replay_that_gives_another_result_is_told(start_worker: Start, new_client: NewClient) -> None:
-    client = new_client()
-    first = client.forward_backward(TOKENS)
-    second = client.forward_backward(TOKENS[:5])
-    worker = start_worker()
-    stored = result_of(second)
-    Operation.objects.filter(pk=first).update(result=stored)
-    worker.give_up(client.run.pk)
-
-    result_of(client.forward_backward(TOKENS))
-
-    event = wait_for(
-        lambda: RunEvent.objects.filter(run=client.run, kind="diverged").first(),
-        what="the event",
-        deadline_s=SOON_S,
-    )
-    assert (event.seq, event.detail["operation"]) == (1, "forward_backward")
-    assert result_of(first) == stored  # the first answer stands

@@ -1,0 +1,135 @@
+"""Two real workers on one database share the runs, take each other's over, and share again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from django.db import connection
+from django.db.models import Count
+from pytest_django.fixtures import Settings
+
+from runs.models import RunEvent, TrainingRun, Worker
+from tests.worker.conftest import MODEL, Client, finished, losses_of, wait_for
+
+ROOT = Path(__file__).parents[2]
+NUM_RUNS = 8
+LONG_S = 120.0
+Start = Callable[[], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start_process(
+    transactional_db: None, base_model: str, model_directory: Path, settings: Settings, tmp_path: Path
+) -> Iterator[Start]:
+    """Return a function that starts a worker process on the test's database; what still runs is killed at the end."""
+    Worker.objects.all().delete()
+    parameters = connection.get_connection_params()
+    address = f"host={parameters['host']}&port={parameters.get('port', 5432)}"
+    env = {
+        **os.environ,
+        "DATABASE_URL": f"postgres://{parameters['user']}@/{parameters['dbname']}?{address}",
+        "MINTWEB_BASE_MODELS": f"{MODEL}={model_directory}",
+        "MINTWEB_DATA_DIR": str(settings.DATA_DIR),
+        "MINTWEB_DEVICE": "cpu",
+        "MINTWEB_DTYPE": "float32",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "celery", "--app", "mintweb", "--skip-checks", "worker", "--pool=solo"]
+    command += ["--concurrency=1", "--queues=gpu", "--include=gpuworker.tasks", "--without-mingle"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        log = (tmp_path / f"worker{len(started)}.log").open("wb")
+        hostname = f"--hostname=gpu{len(started)}@%h"
+        process = subprocess.Popen([*command, hostname], cwd=ROOT, env=env, stdout=log, stderr=log)
+        log.close()
+        started.append(process)
+        wait_for(
+            lambda: Worker.objects.filter(pid=process.pid, stopped_at=None).exclude(memory_bytes=0).exists(),
+            what="the worker is there",
+            deadline_s=LONG_S,
+        )
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def tokens_of(seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 128), k=10)
+
+
+def train(clients: list[Client], *, number: int) -> list[float]:
+    """Train every run for a step and return the losses after it."""
+    looks = []
+    for seed, client in enumerate(clients):
+        client.forward_backward(tokens_of(seed + number))
+        client.optim_step()
+        looks.append(client.forward_backward(tokens_of(seed), forward_only=True))
+    return [losses_of(finished(look, deadline_s=LONG_S)) for look in looks]
+
+
+def spread() -> dict[int, int]:
+    """Return how many runs each worker process holds."""
+    held = Worker.objects.filter(stopped_at=None).annotate(num=Count("training_runs"))
+    return dict(held.values_list("pid", "num"))
+
+
+def test_two_workers_share_the_runs_and_one_alone_gives_the_same_bits(
+    start_process: Start, new_client: Callable[..., Client]
+) -> None:
+    first = start_process()
+    expected = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    alone = [train(expected, number=number) for number in range(3)]
+    TrainingRun.objects.filter(pk__in=[client.run.pk for client in expected]).update(last_applied_at=None)
+    second = start_process()
+
+    clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    assert train(clients, number=0) == alone[0]
+    mine = [client.run.pk for client in clients]
+    owners = dict(
+        TrainingRun.objects.filter(pk__in=mine).values_list("worker__pid").annotate(num=Count("pk"))
+    )
+    assert sorted(owners.values()) == [NUM_RUNS // 2, NUM_RUNS // 2]
+
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert train(clients, number=1) == alone[1]
+    assert set(TrainingRun.objects.filter(pk__in=mine).values_list("worker__pid", flat=True)) == {first.pid}
+
+    third = start_process()
+    first.send_signal(signal.SIGTERM)  # in order: what it holds is kept and set free
+    assert train(clients, number=2) == alone[2]
+    assert first.wait(LONG_S) == 0
+    assert set(TrainingRun.objects.filter(pk__in=mine).values_list("worker__pid", flat=True)) == {third.pid}
+    assert not RunEvent.objects.filter(kind="diverged").exists()
+
+
+def test_a_worker_that_comes_gets_some_of_the_runs_and_keeps_them(
+    start_process: Start, new_client: Callable[..., Client]
+) -> None:
+    first = start_process()
+    clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    before = train(clients, number=0)
+    start_process()
+
+    def is_even() -> bool:
+        train(clients, number=0)
+        return sorted(spread().values()) == [NUM_RUNS // 2, NUM_RUNS // 2]
+
+    wait_for(is_even, what="the runs are spread evenly", deadline_s=LONG_S)
+    owners = list(TrainingRun.objects.order_by("pk").values_list("worker_id", "fence"))
+    for _ in range(3):
+        after = train(clients, number=0)
+    assert list(TrainingRun.objects.order_by("pk").values_list("worker_id", "fence")) == owners
+    assert first.poll() is None
+    assert after != before
