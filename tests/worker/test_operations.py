@@ -226,7 +226,7 @@ def test_sampling_from_the_newest_weights(start_worker: Start, new_client: NewCl
     client = new_client()
     for _ in range(60):
         client.forward_backward(TOKENS)
-        client.optim_step(learning_rate=2e-2)
+        client.optim_step(learning_rate=5e-3)
     assert losses_of(finished(client.forward_backward(TOKENS))) < 0.5
     made = finished(client.save_ephemeral(0))
     session_id = json.loads(bytes(made.result or b""))["sampling_session_id"]
