@@ -37,6 +37,11 @@ class AdapterBank:
         self.pairs = layout.views(flat_KP)
         self._held: list[LoraWeights | None] = [None] * num_places
 
+    @staticmethod
+    def num_bytes(modules: tuple[ModuleShape, ...], *, num_places: int, rank: int, dtype: torch.dtype) -> int:
+        """Return what a bank of this size takes."""
+        return (num_places + 1) * Layout(rank, modules).num_parameters * dtype.itemsize
+
     def places(self, wanted: Sequence[LoraWeights]) -> dict[int, int]:
         """Return the place of each adapter by its `id`; those that are missing take places of unwanted ones."""
         places = {id(held): place for place, held in enumerate(self._held) if held is not None}

@@ -10,8 +10,9 @@ K places of the adapter bank, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.lora import RoutedLinear
+from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.products import frozen_linear
 
+logger = logging.getLogger(__name__)
+
 _MIN_POSITIONS = 128
-_MIN_PLACES = 4
 _RUNS_BEFORE_RECORDING = 3
 """Recording takes several times as long as running: sizes that are met only in passing are not worth it."""
 
@@ -102,8 +105,9 @@ class _Step:
         self.bank = bank
         self.rows_3S = torch.zeros(3, num_rows, dtype=torch.int64, device=base.device)
         self.ends_K = torch.zeros(bank.num_places + 1, dtype=torch.int32, device=base.device)
-        self.scaling_S1 = torch.zeros(num_rows, 1, dtype=base.dtype, device=base.device)
+        self.scaling_S1 = torch.zeros(num_rows, 1, device=base.device)
         self.num_runs = 0
+        self.is_recordable = base.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_SV = torch.empty(0)
 
@@ -130,23 +134,39 @@ class _Step:
 
 
 class DecodeGraphs:
-    """Runs the decode steps of one base model."""
+    """Runs the decode steps of one base model.
 
-    def __init__(self, base: BaseModel, head: Head, cache: KVCache) -> None:
+    Args:
+        max_bytes: what the bank may take, and what the keys and values that a step gathers may.
+    """
+
+    def __init__(self, base: BaseModel, head: Head, cache: KVCache, *, max_bytes: int) -> None:
         self._base = base
         self._head = head
         self._cache = cache
+        self._max_bytes = max_bytes
         self._steps: dict[tuple[int, int], _Step] = {}
         self._cache_version = cache.version
         self._bank: AdapterBank | None = None
+        self._pool: Any = None
+
+    def has_room(self, rows: Sequence[NewToken]) -> bool:
+        """Return whether such a step keeps to `max_bytes`; others are for the plain path."""
+        base = self._base
+        size, length = self._size(rows)
+        layer_bytes = base.cache_bytes_per_position(self._cache.dtype) // base.config.num_hidden_layers
+        num_places, rank = self._bank_size(_adapters_of(rows))
+        bank_bytes = AdapterBank.num_bytes(base.modules, num_places=num_places, rank=rank, dtype=base.dtype)
+        return bool(max(size * length * layer_bytes, bank_bytes) <= self._max_bytes)
 
     def logits(self, rows: Sequence[NewToken]) -> Tensor:
         """Return the logits (S, V), float32, after the rows, in their order; it is overwritten by the next call."""
-        bank = self._fitting_bank({id(row.weights): row.weights for row in rows if row.weights is not None})
-        found = bank.places([row.weights for row in rows if row.weights is not None])
+        adapters = _adapters_of(rows)
+        bank = self._fitting_bank(adapters)
+        found = bank.places(adapters)
         places = [bank.num_places if row.weights is None else found[id(row.weights)] for row in rows]
         order = sorted(range(len(rows)), key=places.__getitem__)
-        step = self._step(bank, len(rows), max(row.position for row in rows) + 1)
+        step = self._step(bank, *self._size(rows))
         step.fill([rows[i] for i in order], [places[i] for i in order])
         logits_SV = self._run(step)[: len(rows)]
         if all(i == j for i, j in enumerate(order)):
@@ -159,52 +179,67 @@ class DecodeGraphs:
         self._steps.clear()
         self._bank = None
 
-    def _fitting_bank(self, wanted: dict[int, LoraWeights]) -> AdapterBank:
-        """Return a bank for so many adapters of such ranks; what was recorded with a smaller one goes."""
-        num_places, rank = max(_MIN_PLACES, len(wanted)), fitting_rank(list(wanted.values()))
-        bank = self._bank
-        if bank is None or bank.num_places < num_places or bank.rank < rank:
-            if bank is not None:
-                num_places, rank = max(num_places, bank.num_places), max(rank, bank.rank)
+    def _size(self, rows: Sequence[NewToken]) -> tuple[int, int]:
+        """Return the powers of two of rows and positions that the step is computed for."""
+        num_positions = max(row.position for row in rows) + 1
+        length = max(_MIN_POSITIONS, _power_of_two(num_positions))
+        return _power_of_two(len(rows)), min(length, self._cache.num_positions)
+
+    def _bank_size(self, adapters: Sequence[LoraWeights]) -> tuple[int, int]:
+        """Return places and rank of a bank for these adapters, no smaller than the present one."""
+        num_places, rank = _power_of_two(max(1, len(adapters))), fitting_rank(adapters)
+        if self._bank is None:
+            return num_places, rank
+        return max(num_places, self._bank.num_places), max(rank, self._bank.rank)
+
+    def _fitting_bank(self, adapters: Sequence[LoraWeights]) -> AdapterBank:
+        """Return a bank that holds the adapters; what was recorded with a smaller one goes."""
+        num_places, rank = self._bank_size(adapters)
+        if self._bank is None or (num_places, rank) != (self._bank.num_places, self._bank.rank):
             self.release()
             base = self._base
-            bank = self._bank = AdapterBank(
-                base.modules,
-                num_places=1 << (num_places - 1).bit_length(),
-                rank=rank,
-                device=base.device,
-                dtype=base.dtype,
+            self._bank = AdapterBank(
+                base.modules, num_places=num_places, rank=rank, device=base.device, dtype=base.dtype
             )
-        return bank
+        return self._bank
 
-    def _step(self, bank: AdapterBank, num_rows: int, num_positions: int) -> _Step:
-        """Return the step of the next power of two of rows and positions."""
+    def _step(self, bank: AdapterBank, size: int, length: int) -> _Step:
         if self._cache.version != self._cache_version:
             self._steps.clear()
             self._cache_version = self._cache.version
-        size = 1 << (num_rows - 1).bit_length()
-        length = max(_MIN_POSITIONS, 1 << (num_positions - 1).bit_length())
-        length = min(length, self._cache.num_positions)
         if (size, length) not in self._steps:
             self._steps[size, length] = _Step(size, length, bank, self._base)
         return self._steps[size, length]
 
     def _run(self, step: _Step) -> Tensor:
         step.num_runs += 1
+        if step.graph is None and step.is_recordable and step.num_runs > _RUNS_BEFORE_RECORDING:
+            self._try_to_record(step)
         if step.graph is None:
-            if self._cache.device.type != "cuda" or step.num_runs <= _RUNS_BEFORE_RECORDING:
-                return self._compute(step)
-            self._record(step)
-        assert step.graph is not None
-        step.graph.replay()
+            return self._compute(step)
+        with torch.cuda.device(self._cache.device):
+            step.graph.replay()
         return step.logits_SV
 
+    def _try_to_record(self, step: _Step) -> None:
+        try:
+            self._record(step)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            step.is_recordable = False
+            logger.warning("a decode step of %s rows cannot be recorded: %s", step.num_rows, error)
+
     def _record(self, step: _Step) -> None:
-        torch.cuda.synchronize(self._cache.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step.logits_SV = self._compute(step)
-        step.graph = graph
+        """Record a step; all share one pool of memory, as none is running while another does."""
+        with torch.cuda.device(self._cache.device):
+            torch.cuda.synchronize()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits_SV = self._compute(step)
+        step.graph, step.logits_SV = graph, logits_SV
 
     def _compute(self, step: _Step) -> Tensor:
         tokens_S, positions_S, slots_S = step.rows_3S
@@ -214,3 +249,13 @@ class DecodeGraphs:
         logits_SV = self._head.base_logits(hidden_SD)
         step.add(logits_SV, hidden_SD, UNEMBED)
         return self._head.cap(logits_SV)
+
+
+def _adapters_of(rows: Sequence[NewToken]) -> list[LoraWeights]:
+    """Return the adapters of the rows, each once."""
+    return list({id(row.weights): row.weights for row in rows if row.weights is not None}.values())
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()

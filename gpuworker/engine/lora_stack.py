@@ -46,7 +46,7 @@ class Stack:
         self._jobs = rows
         self._rows = slice(rows[0].segment.start, rows[-1].segment.stop)
         self._ends_G = counts.cumsum(0).to(flat_GP.device, torch.int32)
-        self._scaling_N1 = scalings.repeat_interleave(counts)[:, None].to(flat_GP)
+        self._scaling_N1 = scalings.repeat_interleave(counts)[:, None].to(flat_GP.device)
         self._gradient_GP = torch.zeros(flat_GP.shape if self.is_trained else 0, device=flat_GP.device)
         self._gradients = layout.views(self._gradient_GP) if self.is_trained else {}
 

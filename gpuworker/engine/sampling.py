@@ -75,7 +75,11 @@ class Sampler:
         self._cache = KVCache(
             device=base.device, dtype=base.dtype if base.device.type == "cuda" else torch.float32
         )
-        self._graphs = DecodeGraphs(base, head, self._cache) if grouped and can_record(base) else None
+        self._graphs = (
+            DecodeGraphs(base, head, self._cache, max_bytes=cache_bytes // 4)
+            if grouped and can_record(base)
+            else None
+        )
         self._row_step = base.row_step
         self._probed: set[torch.Size] = set()
         self._weights: dict[str, LoraWeights] = {}
@@ -192,6 +196,11 @@ class Sampler:
         """Return whether an unused cache stays: where recorded steps depend on it, up to half of its room."""
         return self._graphs is not None and self._bytes(self._cache.grown(0, 0)) <= self._cache_bytes // 2
 
+    def release_unused(self) -> None:
+        """Give back what is kept for later requests; nothing while some are running."""
+        if not self._running:
+            self._release()
+
     def _release(self) -> None:
         self._cache.release()
         if self._graphs is not None:
@@ -223,7 +232,10 @@ class Sampler:
 
     def _advance(self, groups: list[Group]) -> list[SampleOutcome]:
         if self._graphs is not None and all(group[0].tokens for group in groups):
-            return self._decode(self._graphs, [continuation for group in groups for continuation in group])
+            continuations = [group[0] for group in groups]
+            rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
+            if self._graphs.has_room(rows):
+                return self._decode(self._graphs.logits(rows), continuations)
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
         for group in groups:
@@ -243,10 +255,8 @@ class Sampler:
         logits_SV = self._logits(hidden_TD, groups, last_rows)
         return self._choose(logits_SV, [c for group in groups for c in group])
 
-    def _decode(self, graphs: DecodeGraphs, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
-        """Advance sequences of which each has its newest token only to put through the model."""
-        rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
-        logits_SV = graphs.logits(rows)
+    def _decode(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
+        """Take the logits after the newest tokens of all running sequences."""
         for continuation in continuations:
             continuation.num_cached += 1
         return self._choose(logits_SV, continuations)

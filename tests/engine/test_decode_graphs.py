@@ -22,13 +22,13 @@ MODULES = (ModuleShape("up_proj", 24, 40), ModuleShape("down_proj", 40, 24))
 
 
 @pytest.fixture
-def with_graphs() -> Iterator[Callable[[Engine], None]]:
+def with_graphs() -> Iterator[Callable[..., None]]:
     """Let an engine decode as it does on a GPU, until the end of the test."""
     changed: list[Engine] = []
 
-    def switch(engine: Engine) -> None:
+    def switch(engine: Engine, *, max_bytes: int = 1 << 30) -> None:
         sampler = engine.sampler
-        sampler._graphs = DecodeGraphs(sampler._base, sampler._head, sampler._cache)
+        sampler._graphs = DecodeGraphs(sampler._base, sampler._head, sampler._cache, max_bytes=max_bytes)
         changed.append(engine)
 
     yield switch
@@ -46,7 +46,7 @@ def assert_alike(actual: dict[str, SampleResult], expected: dict[str, SampleResu
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_mixed_adapters_get_the_tokens_of_the_plain_path(
-    architecture: str, load_engine: Callable[..., Engine], with_graphs: Callable[[Engine], None]
+    architecture: str, load_engine: Callable[..., Engine], with_graphs: Callable[..., None]
 ) -> None:
     """Ranks that are no multiple of the alignment, several samples of a prompt, windows and softcaps."""
     engine = load_engine(architecture)
@@ -57,7 +57,7 @@ def test_mixed_adapters_get_the_tokens_of_the_plain_path(
 
 
 def test_more_adapters_than_places_and_other_ranks_later(
-    engine: Engine, with_graphs: Callable[[Engine], None]
+    engine: Engine, with_graphs: Callable[..., None]
 ) -> None:
     expected = [sample(engine, mixed_requests(engine, ranks=ranks)) for ranks in [(2,), (4,) * 7, (12, 1)]]
     with_graphs(engine)
@@ -66,9 +66,7 @@ def test_more_adapters_than_places_and_other_ranks_later(
         assert_alike(ours, theirs)
 
 
-def test_a_cache_that_grows_meanwhile_is_followed(
-    engine: Engine, with_graphs: Callable[[Engine], None]
-) -> None:
+def test_a_cache_that_grows_meanwhile_is_followed(engine: Engine, with_graphs: Callable[..., None]) -> None:
     """A longer prompt comes to a sequence that is being decoded, and moves every slot to larger pools."""
     long = make_request("long", 90)
 
@@ -82,6 +80,18 @@ def test_a_cache_that_grows_meanwhile_is_followed(
     expected = run()
     with_graphs(engine)
     assert_alike(run(), expected)
+
+
+def test_steps_without_room_take_the_plain_path(engine: Engine, with_graphs: Callable[..., None]) -> None:
+    """Too little for a bank of two adapters, then too little for the keys of a step."""
+    requests = mixed_requests(engine, ranks=(8, 8))
+    expected = sample(engine, requests)
+    for max_bytes in (100_000, 1):
+        with_graphs(engine, max_bytes=max_bytes)
+        assert_alike(sample(engine, requests), expected)
+        graphs = engine.sampler._graphs
+        assert graphs is not None
+        assert graphs._bank is None or graphs._bank.num_places < 2
 
 
 def make_weights(rank: int, seed: int) -> LoraWeights:
