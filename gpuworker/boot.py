@@ -52,7 +52,7 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
             device=engine.fingerprint["device"],
             dtype=engine.fingerprint["dtype"],
             memory_bytes=engine.memory_bytes,
-            fingerprint=fingerprint_of(engine),
+            fingerprints={loaded: fingerprint_of(one) for loaded, one in engines.items()},
         )
         logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
     return engines

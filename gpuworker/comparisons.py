@@ -31,12 +31,13 @@ class Engines:
 def differences(earlier: Iterable[Mapping[str, str]], present: Mapping[str, str]) -> Engines:
     """Return what of the present engine's fingerprint is another than in one of the earlier ones.
 
-    A key that only one side knows says nothing: older versions recorded less.
+    A key that only one side knows says nothing: older versions recorded less. But what does not tell its code is
+    of a version before the present one.
     """
     found: dict[str, None] = {}
     for fingerprint in earlier:
-        pair = (fingerprint, present)
-        for key in sorted(fingerprint.keys() & present.keys()):
+        pair = ({"code": "unknown", **fingerprint}, present)
+        for key in sorted(pair[0].keys() & present.keys()):
             # Which of several equal devices it was makes no difference.
             before, now = (
                 values[key].partition(":")[0] if key == "device" else values[key] for values in pair

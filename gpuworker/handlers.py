@@ -44,7 +44,7 @@ class Outcome:
     """What one operation did; its result is serialised by the committer, off the compute stage.
 
     `metrics_step` is the step that `metrics` are of, where that is not `step`. `event` is the kind of an event that
-    people should see on the run's chart.
+    people should see on the run's chart. `error` is why it could not be applied.
     """
 
     operation: PreparedOperation
@@ -57,6 +57,7 @@ class Outcome:
     checkpoint: PendingCheckpoint | None = None
     failed_run: str = ""
     event: str = ""
+    error: EngineError | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def failed(seat: Seat, operation: PreparedOperation, error: EngineError) -> Outc
     """Return the outcome of an operation that could not be applied; a run whose creation fails has failed."""
     failed_run = str(error) if isinstance(operation.request, Create) else ""
     answer = payloads.error_result(EngineError(seat.failure) if seat.failure else error)
-    return Outcome(operation=operation, step=seat.step, answer=answer, failed_run=failed_run)
+    return Outcome(operation=operation, step=seat.step, answer=answer, failed_run=failed_run, error=error)
 
 
 def _job(turn: Turn) -> ForwardBackward:
@@ -154,7 +155,7 @@ def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome
     if answer.skipped:
         metrics["skipped"] = 1.0
         error = NonFiniteError(f"the gradient is not finite: its norm is {answer.grad_norm}")
-        if settings.NONFINITE == "fail":
+        if _ends_runs(seat):
             return _not_finite(failed(seat, operation, error), "step_skipped", seat, error)
     wire = {
         "step": float(answer.step),
@@ -173,11 +174,16 @@ def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome
 
 def _not_finite(outcome: Outcome, event: str, seat: Seat, error: NonFiniteError) -> Outcome:
     """Return the outcome of an operation with numbers that are none; it ends the run if the settings want that."""
-    if settings.NONFINITE != "fail" or seat.failure:
+    if not _ends_runs(seat) or seat.failure:
         return replace(outcome, event=event)
     seat.failure = f"ended at step {seat.step}: {error}"
     seat.engine.drop_adapter(seat.adapter_id)
     return replace(outcome, event=event, failed_run=seat.failure)
+
+
+def _ends_runs(seat: Seat) -> bool:
+    """Say whether such numbers end the run: while it is replayed they do what they did, whatever is set by now."""
+    return bool(settings.NONFINITE == "fail" and seat.is_restored)
 
 
 def _create(seat: Seat, operation: PreparedOperation, request: Create) -> Outcome:

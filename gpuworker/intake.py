@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Final
 
 import psycopg
@@ -147,29 +146,37 @@ class Intake:
 
     def _claim(self, held: Sequence[int]) -> list[HeldRun]:
         """Take free runs: all, or beside other workers a fair share and what nobody else wants."""
-        claim = partial(claims.claim_runs, self._worker, list(self._engines))
+        served = list(self._engines)
         if time.monotonic() - self._looked_at > _LOOK_S:
             self._looked_at = time.monotonic()
-            self._has_company = placement.has_company(self._worker)
+            self._has_company = placement.has_company(self._worker, served)
         if not self._has_company:
-            return claim(held=held)
-        loads = placement.loads(self._worker, list(self._engines))
-        runs = claim(held=held, limit=loads.room) if loads.num_free else []
-        return [*runs, *claim(held=[*held, *(run.pk for run in runs)], waited_s=placement.PATIENCE_S)]
+            return claims.claim_runs(self._worker, served, held=held)
+        runs: list[HeldRun] = []
+        for base_model in placement.wanted(served):
+            room = placement.loads(self._worker, base_model).room
+            runs += claims.claim_runs(self._worker, [base_model], held=_with(held, runs), limit=room)
+        patience_s = placement.PATIENCE_S
+        return runs + claims.claim_runs(self._worker, served, held=_with(held, runs), waited_s=patience_s)
 
     def _balance(self) -> None:
         """Let runs go to a worker that has clearly fewer: active ones, which count, of those that are settled here."""
         if not self._has_company:
             return
-        surplus = placement.loads(self._worker, list(self._engines)).surplus
         with self._lock:
             seats = list(self.seats.values())
+        for base_model in self._engines:
+            surplus = placement.loads(self._worker, base_model).surplus
+            self._move(min(surplus, MAX_MOVES), [seat for seat in seats if seat.run.base_model == base_model])
+
+    def _move(self, number: int, seats: Sequence[Seat]) -> None:
+        """Let so many of the seats leave, with those that are about to."""
         settled = time.monotonic() - SETTLE_S
-        movable = [seat for seat in seats if seat.claimed_at < settled and not seat.is_lost]
-        chosen = sorted(movable, key=lambda seat: seat.last_used_at, reverse=True)[: min(surplus, MAX_MOVES)]
-        for seat in chosen:
+        staying = [seat for seat in seats if not (seat.is_leaving or seat.is_lost)]
+        number -= sum(seat.is_leaving for seat in seats)
+        movable = [seat for seat in staying if seat.claimed_at < settled]
+        for seat in sorted(movable, key=lambda seat: seat.last_used_at, reverse=True)[: max(number, 0)]:
             seat.is_leaving = True
-        if chosen:
             self.ready.set()
 
     def _give_up_deleted(self) -> None:
@@ -188,7 +195,8 @@ class Intake:
         num_tokens = sum(operation.num_tokens for seat in seats for operation in list(seat.queue))
         for seat in seats:
             seat.may_have_more = len(seat.queue) >= AHEAD or num_tokens >= AHEAD_TOKENS
-        return {seat.run.pk: seat.taken_seq for seat in seats if not seat.may_have_more and not seat.is_lost}
+        open_seats = [seat for seat in seats if not (seat.may_have_more or seat.is_lost or seat.is_leaving)]
+        return {seat.run.pk: seat.taken_seq for seat in open_seats}
 
     def _fill(self, taken: Sequence[TakenOperation]) -> None:
         waiting: set[int] = set()
@@ -216,3 +224,7 @@ class Intake:
         seat.taken_seq = prepared.seq
         seat.queue.append(prepared)
         self.ready.set()
+
+
+def _with(held: Sequence[int], runs: Sequence[HeldRun]) -> list[int]:
+    return [*held, *(run.pk for run in runs)]

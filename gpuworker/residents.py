@@ -15,9 +15,11 @@ from gpuworker import snapshots
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer, SnapshotOutcome
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import CheckpointError
+from gpuworker.engine.exceptions import CheckpointError, OutOfMemory
+from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.restore import restore
 from gpuworker.seats import Seat
+from gpuworker.snapshots import StorageError
 from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class Residents:
 
     def usable(self, seats: Sequence[Seat]) -> list[Seat]:
         """Return the seats with work whose adapters are in memory; some that waited longest are brought back."""
-        waiting = [seat for seat in seats if seat.queue and not seat.is_restored]
+        waiting = [seat for seat in seats if seat.has_work and not seat.is_restored]
         until = time.monotonic() + RESTORE_S
         full: set[Engine] = set()
         for seat in sorted(waiting, key=lambda seat: seat.last_used_at):
@@ -53,10 +55,8 @@ class Residents:
 
     def snapshot(self, seat: Seat) -> None:
         """Keep the state after the last applied operation, unless it is kept; it becomes a row after its commit."""
-        if seat.applied_seq > seat.snapshot_seq and seat.engine.has_adapter(seat.adapter_id):
-            self._keep(seat)
-
-    def _keep(self, seat: Seat) -> None:
+        if seat.applied_seq <= seat.snapshot_seq or not seat.engine.has_adapter(seat.adapter_id):
+            return
         state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
         seat.replay_cost_s = 0.0
         self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state))
@@ -86,21 +86,28 @@ class Residents:
         seat.is_shelved = seat.engine.has_adapter(seat.adapter_id)
         if not seat.is_shelved:
             return
-        if seat.snapshot_directory:
-            self.snapshot(seat)
-        else:
-            self._keep(seat)
+        self.snapshot(seat)
         seat.engine.drop_adapter(seat.adapter_id)
 
     def _bring_back(self, seat: Seat) -> None:
-        if seat.is_shelved:
-            self._take_back(seat)
+        """Bring a run into memory; where the storage or the memory refuses just now, it is tried again later."""
+        try:
+            if seat.is_shelved:
+                self._take_back(seat)
+            else:
+                until_reachable(partial(restore, seat, beat=self._busy.beat))
+        except (StorageError, OutOfMemory) as error:
+            _put_off(seat, error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            _put_off(seat, error)
         else:
-            until_reachable(partial(restore, seat, beat=self._busy.beat))
-        seat.restored_at = time.monotonic()
+            seat.put_off_s = 0.0
+            seat.restored_at = time.monotonic()
 
     def _take_back(self, seat: Seat) -> None:
-        """Read the state back; a run whose state cannot be read is claimed anew and rebuilt from the log."""
+        """Read the state back; a run whose state is damaged is claimed anew and rebuilt from the log."""
         if seat.snapshot_seq < seat.applied_seq:
             self._committer.flush()
         self._busy.beat()
@@ -110,9 +117,20 @@ class Residents:
             seat.engine.import_state(
                 seat.adapter_id, snapshots.fetch(seat.snapshot_directory), optimizer=True
             )
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             logger.warning("the state of shelved run %s cannot be used: %s", seat.run.public_id, error)
             seat.is_lost = True
             return
         seat.is_restored = True
         seat.is_shelved = False
+
+
+def _put_off(seat: Seat, error: Exception) -> None:
+    seat.engine.drop_adapter(seat.adapter_id)
+    seat.put_off()
+    logger.warning(
+        "run %s cannot be brought back, trying again in %.0f s: %s",
+        seat.run.public_id,
+        seat.put_off_s,
+        error,
+    )

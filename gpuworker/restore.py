@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from django.conf import settings
 
 from gpuworker import comparisons, failpoints, handlers, payloads, snapshots
 from gpuworker.comparisons import Engines
-from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.exceptions import CheckpointError, EngineError, OutOfMemory
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, OptimStep
 from gpuworker.fingerprints import fingerprint_of
 from gpuworker.handlers import Outcome, Turn
-from gpuworker.seats import Consumed, PreparedOperation, Save, Seat, Tally, Unreadable
+from gpuworker.seats import Consumed, PreparedOperation, Save, Seat, Tally
+from gpuworker.snapshots import StorageError
 from runs.schemas import results
 from runs.services import claims, commits
 from runs.services.claims import TakenOperation
@@ -30,8 +32,8 @@ from runs.services.commits import Result
 logger = logging.getLogger(__name__)
 
 _TELL_S: Final = 0.25
-# Storage elsewhere may be away for a moment; a run is not given up for that.
-_READ_AGAIN_S: Final = (0.0, 1.0, 5.0)
+# What fails an operation for a while only: no run is given up for it.
+_PASSING: Final = (StorageError, OutOfMemory)
 
 
 class _Diverged(Exception):
@@ -45,7 +47,12 @@ class _Diverged(Exception):
 
 
 def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
-    """Make the seat's engine state that after `applied_seq`; `beat` is called after each operation."""
+    """Make the seat's engine state that after `applied_seq`; `beat` is called after each operation.
+
+    Raises:
+        StorageError: a kept state or an operation cannot be read just now.
+        OutOfMemory: an operation has no room just now.
+    """
     seat.engine.drop_adapter(seat.adapter_id)
     failure = seat.failure or seat.run.failure
     if failure:
@@ -76,11 +83,11 @@ def restore(seat: Seat, *, beat: Callable[[], None]) -> None:
 class _Replay:
     """The operations between a snapshot and `applied_seq`, done again and compared."""
 
-    def __init__(self, seat: Seat, *, start_seq: int, kept_with: dict[str, str]) -> None:
+    def __init__(self, seat: Seat, *, start_seq: int, kept_with: Sequence[Mapping[str, str]]) -> None:
         self._seat = seat
         self._span = {"after_seq": start_seq, "up_to_seq": seat.run.applied_seq}
         fingerprint = fingerprint_of(seat.engine)
-        earlier = [kept_with, *claims.fingerprints_of(seat.run.pk, **self._span)]
+        earlier = [*kept_with, *claims.fingerprints_of(seat.run.pk, seat.run.base_model, **self._span)]
         self._engines: Engines = comparisons.differences(earlier, fingerprint)
         self._tolerance = comparisons.TOLERANCES.get(fingerprint.get("dtype", ""), 0.0)
         self._must_be_same = not self._engines and _mode(fingerprint.get("device", "cpu")) == "exact"
@@ -120,12 +127,14 @@ class _Replay:
             claims.enter_replay(self._seat.run, num_replayed=self._num_replayed, num_to_replay=total)
 
     def _do_again(self, taken: TakenOperation) -> None:
-        operation = _prepared(taken, self._seat.adapter_id)
+        operation = payloads.prepare(_read(taken), self._seat.adapter_id)
         if isinstance(operation.request, Consumed | Save):
             return
-        answer = _apply(self._seat, operation).answer
+        outcome = _apply(self._seat, operation)
+        if isinstance(outcome.error, _PASSING):
+            raise outcome.error
         try:
-            self._compare(taken, answer)
+            self._compare(taken, outcome.answer)
         except _Diverged as found:
             _tell_divergence(self._seat, found)
             if self._must_be_same or found.difference is None:
@@ -168,23 +177,32 @@ def _close(seat: Seat, failure: str) -> None:
     claims.enter_replay(seat.run, num_replayed=0, num_to_replay=0)
 
 
-def _load_snapshot(seat: Seat) -> tuple[int, dict[str, str]]:
+def _load_snapshot(seat: Seat) -> tuple[int, list[dict[str, str]]]:
     """Import the newest snapshot that is whole; returns its seq and what it was computed with.
 
-    The seq is -1 when there is none, and the run starts from its first operation.
+    They are -1 and nothing when there is none, and the run starts from its first operation.
+
+    Raises:
+        StorageError: none can be used, and one that cannot be read just now may be whole.
     """
+    unread: StorageError | None = None
     for seq, directory in claims.latest_snapshots(seat.run.pk, up_to_seq=seat.run.applied_seq):
         try:
             state = snapshots.fetch(directory)
+            kept_with = snapshots.fingerprint(directory)
             seat.engine.import_state(seat.adapter_id, state, optimizer=True)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, StorageError) as error:
+            unread = error if isinstance(error, StorageError) else unread
             logger.warning("snapshot %s of run %s cannot be used: %s", seq, seat.run.public_id, error)
             seat.engine.drop_adapter(seat.adapter_id)
             continue
         seat.step = state.step
-        return seq, snapshots.fingerprint(directory)
+        seat.snapshot_directory = directory
+        return seq, [kept_with]
+    if unread is not None:
+        raise unread
     seat.step = 0
-    return -1, {}
+    return -1, []
 
 
 def _tally_before(seat: Seat, start_seq: int) -> Tally:
@@ -196,13 +214,16 @@ def _tally_before(seat: Seat, start_seq: int) -> Tally:
     return tally
 
 
-def _prepared(taken: TakenOperation, adapter_id: str) -> PreparedOperation:
-    for pause_s in _READ_AGAIN_S:
-        time.sleep(pause_s)
-        operation = payloads.prepare(taken, adapter_id)
-        if not isinstance(operation.request, Unreadable):
-            break
-    return operation
+def _read(taken: TakenOperation) -> TakenOperation:
+    """Fetch the operation's payload if it is in storage; one that is gone fails when it is decoded."""
+    if taken.is_rejected or not taken.payload_file:
+        return taken
+    try:
+        return replace(taken, inline=taken.payload, payload_file="")
+    except FileNotFoundError:
+        return taken
+    except Exception as error:
+        raise StorageError(f"the payload of operation {taken.seq} cannot be read: {error}") from error
 
 
 def _tell_divergence(seat: Seat, found: _Diverged) -> None:

@@ -123,8 +123,8 @@ class Scheduler:
             self._share.note_cycle(time.monotonic() - started_at)
             self._decode_while(lambda: self._share.is_samplings_turn)
         else:
-            self._share.settle()
             self._decode_while(lambda: not self._intake.ready.is_set())
+            self._share.settle()
         if not self._desk.has_work:
             self._share.settle()
 
@@ -136,7 +136,7 @@ class Scheduler:
             self._share.note_step(time.monotonic() - started_at)
 
     def _has_heads(self) -> bool:
-        return any(seat.queue for seat in self._intake.seats.values())
+        return any(seat.has_work for seat in list(self._intake.seats.values()))
 
     # One cycle ----------------------------------------------------------------------------------
 
@@ -172,11 +172,14 @@ class Scheduler:
         return self._residents.usable([seat for seat in seats if not (seat.is_lost or seat.is_leaving)])
 
     def _forward_turns(self, seats: Sequence[Seat]) -> list[Turn]:
-        """Return the leading forward_backwards, one of each run at a time until the budget is full."""
+        """Return the leading forward_backwards, one of each run at a time until the budget is full.
+
+        Who waited longest comes first: a budget that a few runs fill goes round.
+        """
         turns: list[Turn] = []
         ahead = {seat.run.pk: 0 for seat in seats}
         num_tokens = 0
-        open_seats = list(seats)
+        open_seats = sorted(seats, key=lambda seat: seat.last_used_at)
         while open_seats:
             for seat in list(open_seats):
                 position = ahead[seat.run.pk]

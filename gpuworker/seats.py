@@ -110,6 +110,9 @@ class PreparedOperation:
 # Workers that took an operation in vain before it is tried alone, and that may die of it alone before it fails.
 ATTEMPTS_TOGETHER: Final = 2
 LONE_ATTEMPTS: Final = 2
+# A run whose state cannot be brought back just now is tried again after such a time, doubled each time.
+FIRST_PUT_OFF_S: Final = 1.0
+LONGEST_PUT_OFF_S: Final = 30.0
 
 
 @dataclass
@@ -177,6 +180,8 @@ class Seat:
         self.is_restored = False
         self.is_shelved = False
         self.restored_at = 0.0
+        self.due_at = 0.0
+        self.put_off_s = 0.0
         self.may_have_more = False
         self.is_lost = False
         self.is_leaving = False
@@ -207,6 +212,16 @@ class Seat:
     def num_bytes(self) -> int:
         """What the adapter takes in memory."""
         return self.engine.adapter_bytes(self.spec)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an operation waits that may be tried now."""
+        return bool(self.queue) and time.monotonic() >= self.due_at
+
+    def put_off(self) -> None:
+        """Let some time pass before it is tried again, more each time."""
+        self.put_off_s = min(max(2 * self.put_off_s, FIRST_PUT_OFF_S), LONGEST_PUT_OFF_S)
+        self.due_at = time.monotonic() + self.put_off_s
 
     @property
     def head(self) -> PreparedOperation | None:

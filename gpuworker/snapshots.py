@@ -6,28 +6,31 @@ that lost a run cannot overwrite its successor's files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from django.core.files.base import File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
 from gpuworker.engine import checkpoints
 from gpuworker.engine.adapters import AdapterState
-from gpuworker.engine.exceptions import CheckpointError
+from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.fingerprints import fingerprint_of
 from gpuworker.seats import Seat
 from runs.services import blobs
 
+Content = TypeVar("Content")
 
-class StorageError(CheckpointError):
+
+class StorageError(EngineError):
     """The disk or bucket failed; what lies there may be whole."""
-
-    category = "server"
 
 
 def new_directory(kind: str, run_pk: int, seq: int, fence: int) -> str:
@@ -73,8 +76,24 @@ def fetch(directory: str) -> AdapterState:
         CheckpointError: the files are missing, torn or of another form.
         StorageError: they cannot be read just now.
     """
+    return _patiently(partial(_fetch, directory))
+
+
+def fingerprint(directory: str) -> dict[str, str]:
+    """Return what a state that `fetch` has read was computed with.
+
+    Raises:
+        CheckpointError: it was deleted meanwhile.
+        StorageError: it cannot be read just now.
+    """
+    return _patiently(partial(_fingerprint, directory))
+
+
+def _patiently(read: Callable[[], Content]) -> Content:
     try:
-        return blobs.patiently(partial(_fetch, directory))
+        return blobs.patiently(read)
+    except FileNotFoundError as error:
+        raise CheckpointError("the checkpoint lacks a file") from error
     except OSError as error:
         raise StorageError(f"the checkpoint cannot be read: {_reason(error)}") from error
 
@@ -92,20 +111,32 @@ def _read(directory: str) -> AdapterState:
     if isinstance(storages["default"], FileSystemStorage):
         return checkpoints.read(Path(default_storage.path(directory)))
     with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
-        _, names = default_storage.listdir(directory)
-        for name in names:
-            with (
-                default_storage.open(f"{directory}/{name}") as source,
-                (Path(temporary) / name).open("wb") as target,
-            ):
-                shutil.copyfileobj(source, target)
+        with _as_os_error():
+            _, names = default_storage.listdir(directory)
+            for name in names:
+                with (
+                    default_storage.open(f"{directory}/{name}") as source,
+                    (Path(temporary) / name).open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
         return checkpoints.read(Path(temporary))
 
 
-def fingerprint(directory: str) -> dict[str, str]:
-    """Return what a state that `fetch` has read was computed with."""
-    with default_storage.open(f"{directory}/{checkpoints.STATE_FILE}") as file:
-        return {str(key): str(value) for key, value in json.load(file).get("fingerprint", {}).items()}
+def _fingerprint(directory: str) -> dict[str, str]:
+    with _as_os_error(), default_storage.open(f"{directory}/{checkpoints.STATE_FILE}") as file:
+        content: bytes = file.read()
+    return {str(key): str(value) for key, value in json.loads(content).get("fingerprint", {}).items()}
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Tell a failing bucket as a failing disk is told: each client of one has errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def _reason(error: BaseException) -> str:

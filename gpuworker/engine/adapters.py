@@ -153,12 +153,17 @@ class Adapter:
         return self.master_P.device
 
     def move(self, device: torch.device) -> None:
-        """Take every buffer to a device, bit for bit; the working copy is made anew where it is of use."""
-        self.master_P = self.master_P.to(device)
-        self.exp_avg_P = self.exp_avg_P.to(device)
-        self.exp_avg_sq_P = self.exp_avg_sq_P.to(device)
-        self.gradient_P = None if self.gradient_P is None else self.gradient_P.to(device)
-        self._work_with(self.master_P if device.type == "cpu" else self.master_P.to(self._dtype))
+        """Take every buffer to a device, bit for bit; the working copy is made anew where it is of use.
+
+        All of them or, where the device has no room, none.
+        """
+        master_P = self.master_P.to(device)
+        exp_avg_P = self.exp_avg_P.to(device)
+        exp_avg_sq_P = self.exp_avg_sq_P.to(device)
+        gradient_P = None if self.gradient_P is None else self.gradient_P.to(device)
+        self._work_with(master_P if device.type == "cpu" else master_P.to(self._dtype))
+        self.master_P, self.gradient_P = master_P, gradient_P
+        self.exp_avg_P, self.exp_avg_sq_P = exp_avg_P, exp_avg_sq_P
 
     def _work_with(self, working_P: Tensor) -> None:
         self.working_P = working_P

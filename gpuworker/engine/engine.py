@@ -5,8 +5,11 @@ Tensors and token ids only; no rows, queues or settings. The worker calls it fro
 
 from __future__ import annotations
 
+import platform
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,9 +28,15 @@ from gpuworker.engine.adapters import (
     select_modules,
 )
 from gpuworker.engine.base_model import BaseModel
-from gpuworker.engine.exceptions import AdapterNotLoaded, CheckpointError, EngineError, LoraSpecError
+from gpuworker.engine.exceptions import (
+    AdapterNotLoaded,
+    CheckpointError,
+    EngineError,
+    LoraSpecError,
+    OutOfMemory,
+)
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.memory import free_bytes, total_bytes
+from gpuworker.engine.memory import free_bytes, free_cache, total_bytes
 from gpuworker.engine.residency import AdapterMemory, Residency
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.training import Trainer
@@ -186,8 +195,8 @@ class Engine:
         """
         outcomes: list[ForwardBackwardResult | EngineError] = []
         for part in self._adapters.fitting([job.adapter_id for job in jobs]):
-            self._adapters.bring([job.adapter_id for job in jobs[part]])
-            outcomes += self._trainer.run(jobs[part], self._adapters.get)
+            refused = self._bring([job.adapter_id for job in jobs[part]])
+            outcomes += self._trainer.run(jobs[part], partial(self._present, refused))
         return outcomes
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | EngineError]:
@@ -195,9 +204,9 @@ class Engine:
         outcomes: list[OptimStepResult | EngineError] = []
         for step in steps:
             try:
-                self._adapters.bring([step.adapter_id])
-                outcomes.append(optimizer.step(self._adapters.get(step.adapter_id), step.params))
-            except AdapterNotLoaded as error:
+                adapter = self._present(self._bring([step.adapter_id]), step.adapter_id)
+                outcomes.append(optimizer.step(adapter, step.params))
+            except (AdapterNotLoaded, OutOfMemory) as error:
                 outcomes.append(error)
         return outcomes
 
@@ -230,9 +239,9 @@ class Engine:
 
         Raises:
             AdapterNotLoaded: the adapter is not held.
+            OutOfMemory: it has no room on the device.
         """
-        self._adapters.bring([adapter_id])
-        adapter = self._adapters.get(adapter_id)
+        adapter = self._present(self._bring([adapter_id]), adapter_id)
         self._hold_sampler(sampler_id, adapter.freeze(), adapter.layout)
 
     def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
@@ -261,6 +270,19 @@ class Engine:
         self.sampler.drop(sampler_id)
         self._sampler_bytes.pop(sampler_id, None)
         self._adapters.reserved_bytes = sum(self._sampler_bytes.values())
+
+    def _bring(self, adapter_ids: Collection[str]) -> Mapping[str, OutOfMemory]:
+        """Have adapters on the device, in the place of what sampling keeps for later if need be; returns who stays away."""
+        if not self._adapters.bring(adapter_ids):
+            return {}
+        self.sampler.release_unused()
+        free_cache(self._base.device)
+        return self._adapters.bring(adapter_ids)
+
+    def _present(self, refused: Mapping[str, OutOfMemory], adapter_id: str) -> Adapter:
+        if adapter_id in refused:
+            raise refused[adapter_id]
+        return self._adapters.get(adapter_id)
 
     def _hold_sampler(self, sampler_id: str, weights: LoraWeights, layout: Layout) -> None:
         """Hold sampler weights; those used longest ago go when all take more than a quarter of the device's room."""
@@ -295,7 +317,17 @@ class Engine:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+
+
+@cache
+def _processor_name() -> str:
+    """Return which processor this is: two kinds of equal abilities may give other last bits."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _token_budget(base: BaseModel) -> int:

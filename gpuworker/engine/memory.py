@@ -9,6 +9,8 @@ import torch
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CONTAINER_USE = Path("/sys/fs/cgroup/memory.current")
+_CONTAINER_PARTS = Path("/sys/fs/cgroup/memory.stat")
+_CACHED_FILES = ("inactive_file", "active_file")
 _SYSTEM_MEMORY = Path("/proc/meminfo")
 _HOST_MARKS = ("DefaultCPUAllocator", "not enough memory")
 
@@ -49,6 +51,12 @@ def available_bytes() -> int:
     except (OSError, KeyError, ValueError):
         return total // 2
     try:
-        return min(available, total - int(_CONTAINER_USE.read_text()))
+        return min(available, total - int(_CONTAINER_USE.read_text()) + _cached_bytes())
     except (OSError, ValueError):
         return min(available, total)
+
+
+def _cached_bytes() -> int:
+    """Return what a container's use counts of files that were read: the system takes it back for whoever needs it."""
+    parts = dict(line.split() for line in _CONTAINER_PARTS.read_text().splitlines())
+    return sum(int(parts.get(name, 0)) for name in _CACHED_FILES)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from gpuworker.engine.adapters import Adapter
-from gpuworker.engine.exceptions import AdapterNotLoaded
-from gpuworker.engine.memory import available_bytes, free_bytes
+from gpuworker.engine.exceptions import AdapterNotLoaded, OutOfMemory
+from gpuworker.engine.memory import available_bytes, free_bytes, is_out_of_memory, total_bytes
 
 _HOST = torch.device("cpu")
+# Where nearly nothing is free at the moment of the look, adapters still get this part of all: 5 %.
+_SMALLEST_PART = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class AdapterMemory:
     """How much memory adapters and sampler weights may take.
 
     0 bytes stand for a part of what is free when the base model is loaded: a sixth of a GPU's memory, the
-    rest being for activations and caches, and half of the host's.
+    rest being for activations and caches, and half of the host's; at least 5 % of all.
 
     Args:
         num_engines: base models of one worker, which share the device.
@@ -38,10 +40,12 @@ class AdapterMemory:
 
     def resolved(self, device: torch.device) -> AdapterMemory:
         """Return the same with figures for the zeros; without a GPU there is host memory only."""
-        host_bytes = self.host_bytes or available_bytes() // 2 // self.num_engines // self.num_workers
+        half = max(available_bytes() // 2, total_bytes(_HOST) // _SMALLEST_PART)
+        host_bytes = self.host_bytes or half // self.num_engines // self.num_workers
         if device.type != "cuda":
             return AdapterMemory(device_bytes=self.device_bytes or host_bytes)
-        device_bytes = self.device_bytes or free_bytes(device) // 6 // self.num_engines
+        sixth = max(free_bytes(device) // 6, total_bytes(device) // _SMALLEST_PART)
+        device_bytes = self.device_bytes or sixth // self.num_engines
         return AdapterMemory(device_bytes=device_bytes, host_bytes=host_bytes)
 
     @property
@@ -85,15 +89,26 @@ class Residency:
         """Forget an adapter; unknown ids are fine."""
         self._held.pop(adapter_id, None)
 
-    def bring(self, adapter_ids: Collection[str]) -> None:
-        """Have these adapters on the device, and count them as used now; unknown ids are passed over."""
+    def bring(self, adapter_ids: Collection[str]) -> dict[str, OutOfMemory]:
+        """Have these adapters on the device, and count them as used now; unknown ids are passed over.
+
+        Returns:
+            Those that stay where they are, because memory ran out.
+        """
         known = [adapter_id for adapter_id in dict.fromkeys(adapter_ids) if adapter_id in self._held]
         for adapter_id in known:
             self._held.move_to_end(adapter_id)
         absent = [self._held[adapter_id] for adapter_id in known if not self._is_here(adapter_id)]
-        self.make_room(sum(adapter.num_bytes for adapter in absent), keeping=set(known))
-        for adapter in absent:
-            adapter.move(self._device)
+        try:
+            self.make_room(sum(adapter.num_bytes for adapter in absent), keeping=set(known))
+            for adapter in absent:
+                adapter.move(self._device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            refusal = OutOfMemory(f"no room for the adapter: {error}")
+            return {adapter_id: refusal for adapter_id in known if not self._is_here(adapter_id)}
+        return {}
 
     def make_room(self, num_bytes: int, *, keeping: Collection[str] = ()) -> None:
         """Move the least recently used adapters to the host until so many bytes fit on the device."""

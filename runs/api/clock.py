@@ -8,8 +8,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from django.db import Error as DatabaseProblem
-
 from runs.api.decorators import in_thread
 from runs.services import sessions
 
@@ -36,6 +34,6 @@ async def _tick_on() -> None:
     while True:
         try:
             await in_thread(sessions.tick)
-        except DatabaseProblem as error:
-            logger.warning("the server's clock stands still, the database does not answer: %s", error)
+        except Exception:
+            logger.exception("the server's clock stands still")
         await asyncio.sleep(sessions.TICK_S)

@@ -16,7 +16,7 @@ class TrainingRun(models.Model):
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
     A fork names the run, step and checkpoint it started from. `num_to_replay` is above 0 while a worker
     that took the run over brings it back; `lost_at` is its former worker's last sign of life, from when that
-    worker was lost until the run is back. Payloads and results of operations up to `payloads_gone_seq` and
+    worker was lost until the run is back; `free_since` is when a worker last let it go. Payloads and results of operations up to `payloads_gone_seq` and
     `results_gone_seq` were deleted.
     """
 
@@ -59,6 +59,7 @@ class TrainingRun(models.Model):
     num_replayed = models.PositiveIntegerField(default=0)
     num_to_replay = models.PositiveIntegerField(default=0)
     lost_at = models.DateTimeField(null=True)
+    free_since = models.DateTimeField(null=True)
 
     payloads_gone_seq = models.BigIntegerField(default=-1)
     results_gone_seq = models.BigIntegerField(default=-1)

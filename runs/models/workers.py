@@ -11,7 +11,7 @@ class Worker(models.Model):
 
     `lease_until` is set and compared with the database's clock only. A run belongs to the worker
     its row names; who finds that worker dead may take the run by raising its fence. `fingerprint` says
-    what it computes with.
+    what it computes with, for each base model it has loaded.
     """
 
     host = models.CharField(max_length=200)

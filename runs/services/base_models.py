@@ -12,6 +12,7 @@ from django.db.models.functions import Now
 
 from runs.exceptions import RequestInvalid
 from runs.models import BaseModel, Worker
+from runs.services.workers import live
 
 _CACHE_S: Final = 2.0
 _cache: tuple[float, list[BaseModelInfo]] | None = None
@@ -99,7 +100,9 @@ def find(name: str) -> BaseModelInfo | None:
 
 
 def report(worker: Worker, info: BaseModelInfo) -> None:
-    """Record what a worker found when it loaded a base model."""
+    """Record what a worker found when it loaded a base model; an error only where no other worker serves it."""
+    if info.error and live().exclude(pk=worker.pk).filter(fingerprint__has_key=info.name).exists():
+        return
     BaseModel.objects.update_or_create(
         name=info.name,
         defaults={

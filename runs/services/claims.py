@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from django.db import connection, transaction
 from django.db.models import F, Max
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Coalesce, Greatest, Now
 
 from runs import events
 from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, Snapshot, TrainingRun, Worker
@@ -33,7 +33,8 @@ UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
     AND run.base_model = ANY(%s)
     AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)
     AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued'
-                AND op.created_at <= statement_timestamp() - make_interval(secs => %s))
+                AND GREATEST(op.created_at, run.free_since, w.stopped_at)
+                  <= statement_timestamp() - make_interval(secs => %s))
   ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED) free WHERE taken.id = free.id
 RETURNING taken.id
 """
@@ -153,7 +154,7 @@ def claim_runs(
     """Take free runs that have work for this worker's base models; `held` are the runs it knows it has.
 
     Args:
-        waited_s: only runs whose work has waited for so long.
+        waited_s: only runs that were free, with work, for so long.
         limit: how many at most.
     """
     limit = min(limit, MAX_CLAIMS)
@@ -177,10 +178,16 @@ def claim_runs(
 def release_run(run_pk: int, worker: Worker, *, fence: int, is_lost: bool = False) -> None:
     """Set a run free for whoever has room, unless it was claimed again meanwhile.
 
-    One whose state in memory is lost or not trusted has to recover.
+    One whose state in memory is lost or not trusted has to recover. One that is let go in order has had no
+    harm from the operations that wait: that this worker took them is no attempt.
     """
-    values: dict[str, Any] = {"lost_at": Coalesce("lost_at", Now())} if is_lost else {}
-    TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(worker=None, **values)
+    held = TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence)
+    with transaction.atomic():
+        if is_lost:
+            held.update(worker=None, free_since=Now(), lost_at=Coalesce("lost_at", Now()))
+        elif held.update(worker=None, free_since=Now()):
+            waiting = Operation.objects.filter(run_id=run_pk, worker=worker, state=Operation.State.QUEUED)
+            waiting.update(worker=None, attempts=Greatest(F("attempts") - 1, 0))
 
 
 def missing_among(run_pks: Collection[int]) -> set[int]:
@@ -249,11 +256,15 @@ def count_applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> int:
     return Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq).count()
 
 
-def fingerprints_of(run_pk: int, *, after_seq: int, up_to_seq: int) -> list[dict[str, str]]:
-    """Return what the workers computed with that applied these operations, as far as they told."""
+def fingerprints_of(
+    run_pk: int, base_model: str, *, after_seq: int, up_to_seq: int
+) -> list[Mapping[str, str]]:
+    """Return what the workers computed with that applied these operations; one that did not tell counts as empty."""
     rows = Operation.objects.filter(run_id=run_pk, seq__gt=after_seq, seq__lte=up_to_seq)
     found = Worker.objects.filter(pk__in=rows.values("worker")).values_list("fingerprint", flat=True)
-    return [dict(fingerprint) for fingerprint in found if fingerprint]
+    of_model = [fingerprints.get(base_model) for fingerprints in found]
+    # Earlier versions entered the fingerprint of one base model, without its name.
+    return [one if isinstance(one, dict) else {} for one in of_model]
 
 
 def end_recovery(run: HeldRun, *, step: int, detail: Mapping[str, Any]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from django.conf import settings
 from django.db import connection, transaction
 from django.db.models import Max
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from runs import events
 from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict, SessionFinished
@@ -19,6 +21,8 @@ from runs.services import blobs
 GAP_PATIENCE_S: Final = 120
 MAX_QUEUED_PER_RUN: Final = 10_000
 MAX_QUEUED_SAMPLES: Final = 20_000
+# What a client sent before it closed its session may arrive later than that, after an outage.
+LATE_S: Final = 60
 
 _INSERT = """
 INSERT INTO runs_operation
@@ -59,7 +63,7 @@ def submit(run: TrainingRun, submission: Submission) -> int:
         SequenceConflict: this seq_id holds another request.
         RateLimited: too many operations of the run are waiting.
         RequestInvalid: the run has ended.
-        SessionFinished: its client closed the session.
+        SessionFinished: its client closed the session a while ago.
     """
     if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
@@ -68,7 +72,7 @@ def submit(run: TrainingRun, submission: Submission) -> int:
         raise RequestInvalid(
             f"this run is {run.state}{reason}; it takes no more operations", place="model_id"
         )
-    if run.session.finished_at is not None and not _is_known(run, submission.seq):
+    if _is_too_late(run, submission) and not _is_known(run, submission.seq):
         raise SessionFinished
     return _insert(run.owner_id, run, None, submission)
 
@@ -153,6 +157,14 @@ def finished_among(operation_ids: list[int]) -> list[int]:
 
 def _is_far_ahead(run: TrainingRun, seq: int) -> bool:
     return seq > run.applied_seq + MAX_QUEUED_PER_RUN
+
+
+def _is_too_late(run: TrainingRun, submission: Submission) -> bool:
+    """Say whether the client closed its session before it can have sent this; letting a run go is never too late."""
+    finished_at = run.session.finished_at
+    if finished_at is None or submission.kind == Operation.Kind.UNLOAD_MODEL:
+        return False
+    return timezone.now() - finished_at > timedelta(seconds=LATE_S)
 
 
 def _is_known(run: TrainingRun, seq: int) -> bool:

@@ -1,7 +1,8 @@
 """Which worker takes which free run, and which lets one go, when several workers serve the same base models.
 
-Each worker decides for itself from rows that all of them see: a fair share is what it may claim at once, and
-a worker with clearly more active runs than another gives some away. No run is left over: one that nobody
+Each worker decides for itself from rows that all of them see, for each base model among those that have loaded
+it: a fair share is what it may claim at once, and a worker with clearly more active runs than another gives
+some away. No run is left over: one that nobody
 took for `PATIENCE_S` goes to whoever serves its base model.
 """
 
@@ -23,20 +24,25 @@ PATIENCE_S: Final = 3
 HYSTERESIS: Final = 2
 
 _COUNT = """
-SELECT w.id, (SELECT count(*) FROM runs_trainingrun r WHERE r.worker_id = w.id AND r.base_model = ANY(%s)
+SELECT w.id, (SELECT count(*) FROM runs_trainingrun r WHERE r.worker_id = w.id AND r.base_model = %s
   AND (r.last_applied_at > clock_timestamp() - make_interval(secs => %s)
        OR EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = r.id AND op.state = 'queued')))
-FROM runs_worker w WHERE w.stopped_at IS NULL AND w.lease_until > clock_timestamp() AND w.memory_bytes > 0
+FROM runs_worker w WHERE w.stopped_at IS NULL AND w.lease_until > clock_timestamp() AND w.fingerprint ? %s
 UNION ALL
 SELECT NULL, (SELECT count(DISTINCT op.run_id) FROM runs_operation op JOIN runs_trainingrun r ON r.id = op.run_id
   LEFT JOIN runs_worker w ON w.id = r.worker_id
-  WHERE op.state = 'queued' AND (r.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND r.base_model = ANY(%s))
+  WHERE op.state = 'queued' AND (r.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND r.base_model = %s)
+"""
+_WANTED = """
+SELECT DISTINCT r.base_model FROM runs_trainingrun r LEFT JOIN runs_worker w ON w.id = r.worker_id
+WHERE (r.worker_id IS NULL OR w.stopped_at IS NOT NULL) AND r.base_model = ANY(%s)
+  AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = r.id AND op.state = 'queued')
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """Active runs of a worker and of the others that live, and runs with work that nobody has."""
+    """Active runs on a base model: of a worker, of the others that serve it, and those with work that nobody has."""
 
     mine: int
     others: tuple[int, ...]
@@ -58,15 +64,22 @@ class Loads:
         return difference // 2 if difference >= HYSTERESIS else 0
 
 
-def has_company(worker: Worker) -> bool:
-    """Return whether other workers live and have loaded their models."""
-    return live().exclude(pk=worker.pk).filter(memory_bytes__gt=0).exists()
+def has_company(worker: Worker, base_models: Sequence[str]) -> bool:
+    """Return whether other workers live that have loaded one of these base models."""
+    return live().exclude(pk=worker.pk).filter(fingerprint__has_any_keys=list(base_models)).exists()
 
 
-def loads(worker: Worker, base_models: Sequence[str]) -> Loads:
-    """Return how the runs of these base models are spread now."""
+def wanted(base_models: Sequence[str]) -> list[str]:
+    """Return those of the base models that have a free run with work: a quick look, before anything is counted."""
     with connection.cursor() as cursor:
-        cursor.execute(_COUNT, [list(base_models), ACTIVE_S, list(base_models)])
+        cursor.execute(_WANTED, [list(base_models)])
+        return [name for (name,) in cursor.fetchall()]
+
+
+def loads(worker: Worker, base_model: str) -> Loads:
+    """Return how the runs of a base model are spread now."""
+    with connection.cursor() as cursor:
+        cursor.execute(_COUNT, [base_model, ACTIVE_S, base_model, base_model])
         counts: dict[int | None, int] = dict(cursor.fetchall())
     num_free = counts.pop(None)
     mine = counts.pop(worker.pk, 0)

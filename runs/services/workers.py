@@ -45,11 +45,11 @@ def describe(
     device: str,
     dtype: str,
     memory_bytes: int = 0,
-    fingerprint: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
-    """Enter what the worker computes on and with, once it has loaded its models; 0 bytes are not known."""
+    """Enter what the worker computes on and, for each base model it has loaded, with; 0 bytes are not known."""
     Worker.objects.filter(pk=worker.pk).update(
-        device=device[:40], dtype=dtype, memory_bytes=memory_bytes, fingerprint=dict(fingerprint or {})
+        device=device[:40], dtype=dtype, memory_bytes=memory_bytes, fingerprint=dict(fingerprints or {})
     )
 
 
@@ -66,7 +66,7 @@ def renew(worker: Worker, *, busy_share: float) -> bool:
 
 def stop(worker: Worker) -> None:
     """Enter the worker's end and set its runs free."""
-    TrainingRun.objects.filter(worker=worker).update(worker=None)
+    TrainingRun.objects.filter(worker=worker).update(worker=None, free_since=Now())
     Worker.objects.filter(pk=worker.pk).update(stopped_at=Now())
 
 
@@ -123,5 +123,7 @@ def _set_free(worker: Worker) -> None:
         unlocked = TrainingRun.objects.select_for_update(skip_locked=True).filter(worker=worker)
         last_sign_at = worker.lease_until - timedelta(seconds=LEASE_S)
         TrainingRun.objects.filter(pk__in=unlocked.values("pk")).update(
-            worker=None, lost_at=Coalesce("lost_at", Greatest(Value(last_sign_at), F("last_applied_at")))
+            worker=None,
+            free_since=Now(),
+            lost_at=Coalesce("lost_at", Greatest(Value(last_sign_at), F("last_applied_at"))),
         )

@@ -3,15 +3,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gpuworker.engine import memory
 from gpuworker.engine.adapters import Adapter, ModuleShape, held_bytes, select_modules
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import AdapterNotLoaded
+from gpuworker.engine.exceptions import AdapterNotLoaded, OutOfMemory
 from gpuworker.engine.residency import AdapterMemory, Residency
-from gpuworker.engine.types import LoraSpec
+from gpuworker.engine.types import AdamParams, ForwardBackwardResult, LoraSpec, OptimStep, OptimStepResult
+
+from .jobs import make_job
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SPEC = LoraSpec(rank=2, seed=5)
@@ -80,6 +83,54 @@ def test_where_device_and_host_are_one_nothing_is_cut_or_moved() -> None:
     assert residency.get("a").working_P is working
 
 
+class _Homeless(Adapter):
+    """An adapter that no device has room for: the allocator really refuses."""
+
+    num_tries = 0
+
+    def move(self, device: torch.device) -> None:
+        self.num_tries += 1
+        torch.empty(2**50)
+
+
+class _Refused(torch.Tensor):
+    """A buffer that finds no room where it should go."""
+
+    def to(self, *_: object) -> torch.Tensor:  # type: ignore[override]
+        return torch.empty(2**50)
+
+
+@pytest.mark.parametrize("buffer", ["exp_avg_P", "exp_avg_sq_P", "gradient_P"])
+def test_an_adapter_that_finds_no_room_half_way_stays_whole(buffer: str) -> None:
+    one = adapter()
+    working = one.working_P
+    setattr(one, buffer, getattr(one, buffer).as_subclass(_Refused))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        one.move(torch.device("meta"))
+    assert {held.device.type for held in (one.master_P, one.exp_avg_P, one.exp_avg_sq_P)} == {"cpu"}
+    assert one.working_P is working
+
+
+def test_an_adapter_without_room_fails_alone(model_directory: Callable[[str], Path]) -> None:
+    engine = Engine.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    engine.create_adapter("here", SPEC)
+    layout = engine._adapters.get("here").layout
+    away = _Homeless(SPEC, layout, device=torch.device("meta"), dtype=torch.float32)
+    engine._adapters.put("away", away)
+    jobs = [make_job(name, np.random.default_rng(1), [5]) for name in ("here", "away")]
+
+    trained, refused = engine.forward_backward(jobs)
+    assert isinstance(trained, ForwardBackwardResult)
+    assert isinstance(refused, OutOfMemory)
+    assert away.num_tries == 2  # once more when what sampling keeps for later has made room
+    steps = [OptimStep(adapter_id=name, params=AdamParams(learning_rate=1e-3)) for name in ("away", "here")]
+    refused_step, stepped = engine.optim_step(steps)
+    assert isinstance(refused_step, OutOfMemory)
+    assert isinstance(stepped, OptimStepResult)
+    with pytest.raises(OutOfMemory, match="no room for the adapter"):
+        engine.keep_sampler("sampler", "away")
+
+
 def test_dropped_and_unknown_adapters_are_not_loaded() -> None:
     residency = Residency(CPU, device_bytes=BYTES)
     residency.put("a", adapter())
@@ -130,7 +181,14 @@ def test_a_container_leaves_what_its_limit_does(monkeypatch: pytest.MonkeyPatch,
     use.write_text("2000000\n")
     monkeypatch.setattr(memory, "_CONTAINER_LIMIT", limit)
     monkeypatch.setattr(memory, "_CONTAINER_USE", use)
-    assert memory.available_bytes() == 3_000_000
+    parts = tmp_path / "stat"
+    parts.write_text("anon 1200000\nfile 800000\ninactive_file 500000\nactive_file 250000\n")
+    monkeypatch.setattr(memory, "_CONTAINER_PARTS", parts)
+    assert memory.available_bytes() == 3_750_000  # files that were read give way
+    use.write_text("4999000\n")
+    parts.write_text("inactive_file 0\nactive_file 0\n")
+    assert memory.available_bytes() == 1000
+    assert AdapterMemory().resolved(CPU).device_bytes == 250_000
     monkeypatch.setattr(memory, "_SYSTEM_MEMORY", tmp_path / "absent")
     assert memory.available_bytes() == 2_500_000
 

@@ -137,6 +137,20 @@ def test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start(
     assert taken.waited_s >= 0
 
 
+def test_a_run_that_is_let_go_in_order_leaves_no_attempts_behind(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    rows.optim_step(run, 1)
+    for is_lost, attempts in [(False, 0), (False, 0), (True, 1), (False, 1)]:
+        holder = HandWorker()
+        held = holder.hold(run)
+        taken = claims.take_operations(holder.row, {run.pk: -1}, limit=9)
+        assert [op.attempts for op in taken] == [attempts + (not is_lost)] * 2
+        claims.release_run(run.pk, holder.row, fence=held.fence, is_lost=is_lost)
+        claims.release_run(run.pk, holder.row, fence=held.fence, is_lost=is_lost)  # the answer was lost
+        assert set(run.operations.values_list("attempts", flat=True)) == {attempts}
+
+
 def test_a_refused_operation_is_taken_only_to_pass_its_seq(run: TrainingRun, worker: HandWorker) -> None:
     operations.reject(run, seq=1, kind=Operation.Kind.OPTIM_STEP, error=RequestInvalid("no"))
     rows.optim_step(run, 2)

@@ -5,13 +5,24 @@ from datetime import timedelta
 import pytest
 from django.db.models.functions import Now
 
-from runs.models import Operation, TrainingRun, User
-from runs.services import claims, placement, workers
+from runs.exceptions import RequestInvalid
+from runs.models import Operation, TrainingRun, User, Worker
+from runs.services import base_models, claims, placement, workers
 from runs.services.placement import Loads
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
 
 MODELS = [rows.BASE_MODEL]
+OTHER_MODEL = "other/model"
+
+
+def serve(worker: Worker, *base_models: str) -> None:
+    fingerprints = {name: {"torch": "2"} for name in base_models}
+    workers.describe(worker, device="cpu", dtype="float32", memory_bytes=1, fingerprints=fingerprints)
+
+
+def loads_of(worker: HandWorker) -> Loads:
+    return placement.loads(worker.row, rows.BASE_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -38,20 +49,22 @@ def test_active_runs_of_live_workers_and_free_ones_are_counted(
     alice: User, run: TrainingRun, worker: HandWorker
 ) -> None:
     other = HandWorker()
-    assert not placement.has_company(worker.row)  # it loads its models
+    assert not placement.has_company(worker.row, MODELS)  # it loads its models
     for row in (worker.row, other.row):
-        workers.describe(row, device="cpu", dtype="float32", memory_bytes=1)
-    assert placement.has_company(worker.row)
-    assert placement.loads(worker.row, MODELS) == Loads(mine=0, others=(0,), num_free=1)
-    assert placement.loads(worker.row, ["other/model"]).num_free == 0
+        serve(row, *MODELS)
+    assert placement.has_company(worker.row, MODELS)
+    assert placement.wanted([*MODELS, OTHER_MODEL]) == MODELS
+    assert loads_of(worker) == Loads(mine=0, others=(0,), num_free=1)
+    assert placement.loads(worker.row, OTHER_MODEL).num_free == 0
     claims.claim_runs(other.row, MODELS)
-    assert placement.loads(worker.row, MODELS) == Loads(mine=0, others=(1,), num_free=0)
+    assert placement.wanted(MODELS) == []
+    assert loads_of(worker) == Loads(mine=0, others=(1,), num_free=0)
     other.finish(Operation.objects.get(run=run, seq=0).pk)
-    assert placement.loads(other.row, MODELS) == Loads(mine=1, others=(0,), num_free=0)
+    assert loads_of(other) == Loads(mine=1, others=(0,), num_free=0)
     TrainingRun.objects.filter(pk=run.pk).update(
         last_applied_at=Now() - timedelta(seconds=placement.ACTIVE_S + 1)
     )
-    assert placement.loads(other.row, MODELS) == Loads(mine=0, others=(0,), num_free=0)
+    assert loads_of(other) == Loads(mine=0, others=(0,), num_free=0)
 
 
 def test_a_claim_takes_no_more_than_its_limit_and_what_has_waited(
@@ -65,3 +78,51 @@ def test_a_claim_takes_no_more_than_its_limit_and_what_has_waited(
     Operation.objects.filter(run=second).update(created_at=waited)
     found = claims.claim_runs(worker.row, MODELS, held=[run.pk], waited_s=placement.PATIENCE_S)
     assert [held.pk for held in found] == [second.pk]
+
+
+def test_a_worker_that_could_not_load_the_base_model_is_no_company(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    other = HandWorker()
+    serve(worker.row, rows.BASE_MODEL)
+    serve(other.row, OTHER_MODEL)
+    worker.hold(run)
+    assert not placement.has_company(worker.row, MODELS)
+    assert placement.has_company(worker.row, [*MODELS, OTHER_MODEL])
+    assert loads_of(worker) == Loads(mine=1, others=(), num_free=0)
+
+
+def test_a_base_model_stays_on_offer_while_one_worker_serves_it(worker: HandWorker) -> None:
+    serve(worker.row, rows.BASE_MODEL)
+    failing = HandWorker().row
+    rows.report_base_model(failing, error="no room")
+    assert base_models.get(rows.BASE_MODEL).is_loaded
+    workers.stop(worker.row)
+    rows.report_base_model(failing, error="no room")
+    with pytest.raises(RequestInvalid, match="no room"):
+        base_models.get(rows.BASE_MODEL)
+
+
+@pytest.mark.parametrize("way", ["released", "stopped", "stopped over a late claim", "dead"])
+def test_a_run_set_free_waits_for_who_has_room_whatever_the_age_of_its_work(
+    run: TrainingRun, worker: HandWorker, way: str
+) -> None:
+    long_ago = Now() - timedelta(seconds=2 * placement.PATIENCE_S)
+    Operation.objects.filter(run=run).update(created_at=long_ago)
+    former = HandWorker()
+    former.hold(run)
+    if way == "released":
+        former.release(run)
+    elif way == "dead":
+        Worker.objects.filter(pk=former.row.pk).update(lease_until=Now())
+        assert former.row in workers.bury_dead(sparing=worker.row)
+    else:
+        workers.stop(former.row)
+    if way == "stopped over a late claim":
+        TrainingRun.objects.filter(pk=run.pk).update(worker=former.row, free_since=None)
+
+    assert claims.claim_runs(worker.row, MODELS, waited_s=placement.PATIENCE_S) == []
+
+    TrainingRun.objects.filter(pk=run.pk).update(free_since=long_ago)
+    Worker.objects.filter(pk=former.row.pk).update(stopped_at=long_ago)
+    assert len(claims.claim_runs(worker.row, MODELS, waited_s=placement.PATIENCE_S)) == 1

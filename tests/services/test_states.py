@@ -8,8 +8,9 @@ import pytest
 from django.db.models.functions import Now
 
 from runs.exceptions import SessionFinished
-from runs.models import RunEvent, ServerClock, Session, TrainingRun, User, Worker
-from runs.services import access, run_rows, sessions, training_runs, waiting, workers
+from runs.models import Operation, RunEvent, ServerClock, Session, TrainingRun, User, Worker
+from runs.services import access, operations, run_rows, sessions, training_runs, waiting, workers
+from runs.services.operations import Submission
 from runs.services.run_rows import RunRow
 from runs.services.training_runs import DisplayState
 from tests.services import rows
@@ -109,8 +110,14 @@ def test_a_finished_session_ends_its_runs_and_refuses_more(
     assert shown(alice, run) == state
     run.session.refresh_from_db()
     assert rows.optim_step(run, 1) == first
+    assert rows.optim_step(run, 2)  # sent before, and held up on its way
+    assert run.session.finished_at is not None
+    run.session.finished_at -= timedelta(seconds=operations.LATE_S)
+    assert rows.optim_step(run, 2)
     with pytest.raises(SessionFinished):
-        rows.optim_step(run, 2)
+        rows.optim_step(run, 3)
+    unload = Submission(kind=Operation.Kind.UNLOAD_MODEL, seq=3, payload=b"{}")
+    assert operations.submit(run, unload)
 
 
 def test_a_divergence_is_on_the_badge(alice: User, run: TrainingRun, worker: HandWorker) -> None:

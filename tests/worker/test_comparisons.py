@@ -29,6 +29,14 @@ def test_only_what_both_know_and_what_matters_is_a_difference(earlier: dict[str,
     assert bool(found) is bool(words)
 
 
+def test_what_does_not_tell_its_code_is_of_an_earlier_version() -> None:
+    present = {**PRESENT, "code": "abc"}
+    assert str(differences([PRESENT], present)) == "code unknown -> abc"
+    assert str(differences([{}], present)) == "code unknown -> abc"
+    assert not differences([present], present)
+    assert not differences([], present)
+
+
 def answer(values: list[float], *, loss: float = 2.0) -> bytes:
     return results.encode_forward_backward(
         [np.array(values, dtype=np.float32)], {**METRICS, "loss:sum": loss}

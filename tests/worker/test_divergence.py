@@ -168,13 +168,48 @@ def test_operations_of_another_engine_are_known_without_a_snapshot(
     answer_of(first)
     shift_answer(first, 1e-5)
     row = Worker.objects.get(pk=worker.row.pk)
-    row.fingerprint |= {"cpu_capability": "NONE"}
+    row.fingerprint[client.run.base_model] |= {"cpu_capability": "NONE"}
     row.save(update_fields=["fingerprint"])
     worker.give_up(client.run.pk)
 
     answer_of(client.forward_backward(TOKENS))
 
     assert event_of(client, "recovered").detail["engine"].startswith("cpu capability NONE -> ")
+
+
+@pytest.mark.parametrize("entered", [{}, {"torch": "2.0.0", "threads": "1"}], ids=["nothing", "one for all"])
+def test_operations_of_an_earlier_version_are_known_as_such(
+    entered: dict[str, str], start_worker: Start, new_client: NewClient
+) -> None:
+    client = new_client()
+    worker = start_worker()
+    first = client.forward_backward(TOKENS)
+    answer_of(first)
+    shift_answer(first, 1e-5)
+    Worker.objects.filter(pk=worker.row.pk).update(fingerprint=entered)
+    worker.give_up(client.run.pk)
+
+    answer_of(client.forward_backward(TOKENS))
+
+    assert event_of(client, "recovered").detail["engine"].startswith("code unknown -> ")
+
+
+def test_another_base_model_of_the_worker_makes_no_other_engine(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    client = new_client()
+    directory = settings.BASE_MODELS[client.run.base_model]
+    settings.BASE_MODELS = {**settings.BASE_MODELS, "test/other": directory}
+    worker = start_worker()
+    answer_of(client.forward_backward(TOKENS))
+    row = Worker.objects.get(pk=worker.row.pk)
+    row.fingerprint["test/other"] |= {"dtype": "bfloat16"}
+    row.save(update_fields=["fingerprint"])
+    worker.give_up(client.run.pk)
+
+    answer_of(client.forward_backward(TOKENS))
+
+    assert "engine" not in event_of(client, "recovered").detail
 
 
 def test_a_recovery_tells_how_much_was_replayed_and_how_long_it_took(

@@ -102,6 +102,21 @@ def test_a_skipped_step_is_skipped_again_when_replayed(start_worker: Start, new_
     assert "diverged" not in events_of(client)
 
 
+def test_a_step_that_was_skipped_ends_no_run_that_is_replayed_under_fail(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    worker = start_worker()
+    client, undisturbed = new_client(), new_client()
+    for one in (client, undisturbed):
+        overflow(one)
+        one.forward_backward(TOKENS)
+        finished(one.optim_step())
+    settings.NONFINITE = "fail"
+    worker.give_up(client.run.pk)
+    losses = [losses_of(finished(one.forward_backward(TOKENS))) for one in (client, undisturbed)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("way", ["loss", "gradient"])
 def test_fail_ends_the_run_with_the_reason(
     way: str, start_worker: Start, new_client: NewClient, settings: Settings

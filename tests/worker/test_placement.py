@@ -52,8 +52,10 @@ def start_process(
         log.close()
         started.append(process)
         wait_for(
-            lambda: Worker.objects.filter(pid=process.pid, stopped_at=None).exclude(memory_bytes=0).exists(),
-            what="the worker is there",
+            lambda: Worker.objects.filter(
+                pid=process.pid, stopped_at=None, fingerprint__has_key=MODEL
+            ).exists(),
+            what="the worker serves the base model",
             deadline_s=LONG_S,
         )
         return process

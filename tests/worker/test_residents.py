@@ -12,9 +12,14 @@ from django.core.files.storage import default_storage
 from pytest_django.fixtures import Settings
 
 from gpuworker import intake
+from gpuworker.busy import BusyMeter
+from gpuworker.committer import Committer
 from gpuworker.engine import checkpoints
+from gpuworker.residents import Residents
+from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun
+from runs.services import claims, workers
 from tests.worker.conftest import Client, finished, losses_of, wait_for
 
 Start = Callable[[], GpuWorker]
@@ -118,6 +123,26 @@ def test_a_shelved_run_whose_state_is_damaged_is_rebuilt_from_the_log(
     assert rebuilt == expected
     assert TrainingRun.objects.get(pk=damaged.run.pk).fence == 2
     assert TrainingRun.objects.get(pk=undisturbed.run.pk).fence == 1
+
+
+def test_a_run_shelved_right_after_it_was_restored_is_taken_back(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker, client = start_worker(), new_client()
+    finish_all([train(client, 1, round_number=0)], worker)
+    worker.stop()
+    client.forward_backward(tokens_of(1))  # so that it is claimed
+    row = workers.register(device="cpu", dtype="float32")
+    (run,) = claims.claim_runs(row, [client.run.base_model])
+    seat = Seat(run, worker.scheduler._engines[run.base_model])
+    committer = Committer(on_lost=lambda: None, on_sample_end=lambda _: None)
+    residents = Residents(committer, BusyMeter())
+    residents._bring_back(seat)
+    residents._shelve(seat)
+    residents._bring_back(seat)
+    committer.stop()
+    assert seat.is_restored
+    assert not seat.is_lost
 
 
 def test_what_is_decoded_ahead_of_compute_is_bounded(

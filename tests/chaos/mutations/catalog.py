@@ -84,8 +84,8 @@ MUTATIONS: Final = (
         name="release under the own fence",
         protects_from="a late release frees a run that was claimed again",
         file="runs/services/claims.py",
-        find="TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence).update(",
-        replace="TrainingRun.objects.filter(pk=run_pk, worker=worker).update(",
+        find="TrainingRun.objects.filter(pk=run_pk, worker=worker, fence=fence)",
+        replace="TrainingRun.objects.filter(pk=run_pk, worker=worker)",
         red=(f"{_CLAIMS}test_a_late_release_does_not_free_a_run_that_was_claimed_again",),
     ),
     Mutation(

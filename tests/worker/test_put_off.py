@@ -1,0 +1,169 @@
+"""A run that cannot be brought back just now is tried again later: what lies in storage may be whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from django.core.files.storage import default_storage
+from pytest_django.fixtures import Settings
+
+from gpuworker.engine import checkpoints
+from gpuworker.worker import GpuWorker
+from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun
+from tests.worker.conftest import Client, finished, losses_of, wait_for
+
+Start = Callable[[], GpuWorker]
+NewClient = Callable[..., Client]
+TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
+
+
+@contextmanager
+def unreadable(name: str) -> Iterator[None]:
+    """Let reading a stored file fail, but not as one that is missing or torn does: a folder lies in its place."""
+    path = Path(default_storage.path(name))
+    aside = path.with_name(f"{path.name}.aside")
+    path.rename(aside)
+    path.mkdir()
+    try:
+        yield
+    finally:
+        path.rmdir()
+        aside.rename(path)
+
+
+def trained(client: Client) -> int:
+    """Train one step and return the number of its operation."""
+    client.forward_backward(TOKENS)
+    return client.optim_step()
+
+
+def wait_until_put_off(worker: GpuWorker, client: Client) -> None:
+    seats = worker._intake.seats
+    wait_for(
+        lambda: (seat := seats.get(client.run.pk)) is not None and seat.put_off_s, what="the run is put off"
+    )
+
+
+def end_as_undisturbed(client: Client, undisturbed: Client) -> None:
+    """Let both go on and compare them."""
+    answers = [one.forward_backward(TOKENS) for one in (client, undisturbed)]
+    losses = [losses_of(finished(answer)) for answer in answers]
+    assert losses[0] == losses[1]
+    assert TrainingRun.objects.get(pk=client.run.pk).state == TrainingRun.State.OPEN
+    assert not RunEvent.objects.filter(run=client.run, kind="diverged").exists()
+
+
+def test_snapshots_that_cannot_be_read_do_not_end_the_run(start_worker: Start, new_client: NewClient) -> None:
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    worker.stop()
+    kept = Snapshot.objects.get(run=client.run)
+    TrainingRun.objects.filter(pk=client.run.pk).update(payloads_gone_seq=kept.seq)
+    worker = start_worker()
+    with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
+        waiting = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client)
+        finished(undisturbed.forward_backward(TOKENS))  # others go on meanwhile
+        assert Operation.objects.get(pk=waiting).state == Operation.State.QUEUED
+
+    assert finished(waiting).state == Operation.State.DONE
+    end_as_undisturbed(client, undisturbed)
+    assert RunEvent.objects.get(run=client.run, kind="restored").detail["from_seq"] == kept.seq
+
+
+def test_a_payload_that_cannot_be_read_does_not_end_the_run(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    first = client.forward_backward(TOKENS)
+    finished(client.optim_step())
+    finished(trained(undisturbed))
+    with unreadable(Operation.objects.get(pk=first).payload_file):
+        worker.give_up(client.run.pk)
+        waiting = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client)
+        finished(undisturbed.forward_backward(TOKENS))
+
+    assert finished(waiting).state == Operation.State.DONE
+    end_as_undisturbed(client, undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_read_again_does_not_end_the_run(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.REPLAY = "fast"
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        trained(one)
+        finished(one.save("kept"))
+    kept = Checkpoint.objects.get(run=client.run)
+    finished(client.load(kept.directory, "tinker://kept", optimizer=True))
+    snapshot = Snapshot.objects.filter(run=client.run)
+    wait_for(snapshot.exists, what="a snapshot of what was loaded")
+    snapshot.delete()
+    with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
+        worker.give_up(client.run.pk)
+        waiting = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client)
+        finished(undisturbed.forward_backward(TOKENS))
+
+    assert finished(waiting).state == Operation.State.DONE
+    end_as_undisturbed(client, undisturbed)
+
+
+def test_a_shelved_state_that_cannot_be_read_stays_the_runs_state(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.ADAPTER_MEMORY_MB = 1  # two of this rank
+    client, undisturbed = new_client(rank=32), new_client(rank=32)
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    for seed in range(2):
+        finished(trained(new_client(seed=seed, rank=32)))
+    kept = wait_for(lambda: Snapshot.objects.filter(run=client.run).first(), what="the run is shelved")
+    with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
+        waiting = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client)
+
+    assert finished(waiting).state == Operation.State.DONE
+    finished(undisturbed.forward_backward(TOKENS))
+    end_as_undisturbed(client, undisturbed)
+    assert TrainingRun.objects.get(pk=client.run.pk).fence == 1
+
+
+def test_a_state_without_room_waits_for_it(
+    start_worker: Start, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    worker.stop()
+    worker = start_worker()
+    engine, has_room = worker.scheduler._engines[client.run.base_model], threading.Event()
+    import_state = engine.import_state
+
+    def import_where_room(*args: Any, **kwargs: Any) -> None:
+        if not has_room.is_set():
+            torch.empty(2**50)  # the allocator really refuses
+        import_state(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "import_state", import_where_room)
+    client.forward_backward(TOKENS)
+    wait_until_put_off(worker, client)
+    has_room.set()
+
+    undisturbed.forward_backward(TOKENS)
+    end_as_undisturbed(client, undisturbed)

@@ -1,0 +1,99 @@
+"""Whose turn it is: runs that fill the budget go round, and training that comes while a sample runs shares at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from gpuworker import scheduler
+from gpuworker.intake import Intake
+from gpuworker.scheduler import Scheduler
+from gpuworker.seats import Seat
+from gpuworker.worker import GpuWorker
+from runs.models import Operation, User
+from runs.threads import database_thread
+from tests.worker.conftest import Client, wait_for
+from tests.worker.test_device_share import TOKENS, ask
+
+NUM_RUNS = 6
+
+
+def test_runs_that_fill_the_budget_take_turns(
+    start_worker: Callable[[], GpuWorker],
+    new_client: Callable[..., Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "CYCLE_TOKENS", len(TOKENS))
+    worker = start_worker()
+    with worker.scheduler._draining:
+        clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+        for client in clients:
+            for _ in range(5):
+                client.forward_backward(TOKENS)
+        seats = worker._intake.seats
+        wait_for(
+            lambda: len(seats) == NUM_RUNS and all(len(seat.queue) == 6 for seat in list(seats.values())),
+            what="everything is decoded",
+        )
+        while not all(seat.is_restored for seat in seats.values()):
+            assert worker.scheduler._cycle()
+        before = {pk: seat.applied_seq for pk, seat in seats.items()}
+        for _ in range(NUM_RUNS):
+            assert worker.scheduler._cycle()
+        assert [seat.applied_seq - before[pk] for pk, seat in seats.items()] == [1] * NUM_RUNS
+
+
+def test_training_that_comes_while_a_sample_runs_owes_it_nothing(
+    start_worker: Callable[[], GpuWorker], alice: User, base_model: str
+) -> None:
+    worker = start_worker()
+    intake, drive = worker._intake, worker.scheduler
+    with drive._draining:
+        sample = ask(alice, base_model, num_tokens=240)
+        wait_for(lambda: intake.samples, what="the sample is taken")
+        intake.ready.clear()
+        alone = database_thread("decode", drive._work)
+        alone.start()
+        wait_for(lambda: drive._share._owed_to_sampling_s < -0.01, what="it is being decoded")
+        intake.ready.set()  # something to train is there
+        alone.join()
+        assert drive.has_work
+        assert Operation.objects.get(pk=sample).state == Operation.State.QUEUED
+        drive._share.note_cycle(1e-6)
+        assert drive._share.is_samplings_turn
+
+
+def test_compute_looks_for_work_while_intake_adds_runs(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client]
+) -> None:
+    worker = start_worker()
+    client = new_client()
+    seat: Seat = wait_for(lambda: worker._intake.seats.get(client.run.pk), what="the run is claimed")
+    intake = Intake(worker.row, {})
+    drive = Scheduler({}, intake, worker._committer, release=worker._release, busy=worker._busy)
+    done, failures = threading.Event(), list[RuntimeError]()
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                drive.has_work  # noqa: B018 - what it finds does not matter here
+            except RuntimeError as error:
+                failures.append(error)
+
+    empty = Seat(seat.run, seat.engine)
+    interval, thread = sys.getswitchinterval(), threading.Thread(target=look)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for pk in range(50_000):
+            intake.seats[pk] = empty
+            if pk % 500 == 499:
+                intake.seats.clear()
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
