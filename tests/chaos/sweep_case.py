@@ -51,6 +51,7 @@ class Case:
         self._pids: dict[str, int] = {}
         self._blown_at = 0.0
         self._is_over = False
+        self._is_healed = False
         self.outcome = Outcome(fault=fault)
 
     def run(self) -> Outcome:
@@ -123,6 +124,7 @@ class Case:
             if is_due and fault.role in self._pids:
                 self._is_over = True
                 self._end(fault.role, must_end_well=False)
+                self._is_healed = True
                 self._pids[fault.role] = bear(fault.role, self._place, None)
 
     def _has_blown(self) -> bool:
@@ -149,15 +151,22 @@ class Case:
 
     def _end(self, role: str, *, must_end_well: bool) -> None:
         os.kill(self._pids[role], signal.SIGTERM)
-        deadline = time.monotonic() + (_END_S if must_end_well else _LASTS_S)
+        began = time.monotonic()
         while role in self._pids:
             self._ended()
-            if role in self._pids and time.monotonic() > deadline:
-                if must_end_well:
+            may_hang = not must_end_well or self._is_broken_for_ever(role)
+            if role in self._pids and time.monotonic() - began > (_LASTS_S if may_hang else _END_S):
+                if not may_hang:
                     raise Stuck(f"the {role} does not end when it is asked to")
                 self._kill(role)
                 return
             time.sleep(_TICK_S)
+
+    def _is_broken_for_ever(self, role: str) -> bool:
+        """Return whether a process waits for something that never comes, rightly, until it is killed."""
+        fault = self._fault
+        is_its = fault is not None and fault.mode == "forever" and fault.role == role
+        return is_its and not self._is_healed and self._has_blown()
 
     def _kill(self, role: str) -> None:
         with contextlib.suppress(ProcessLookupError):

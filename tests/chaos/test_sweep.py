@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.sweep_calls import KINDS
 from tests.up.instances import ROOT, clean_environment
 
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 def sweep(*arguments: str) -> dict[str, Any]:
