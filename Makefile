@@ -34,7 +34,7 @@ format: dev ## Format the code and repair what lint can repair
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: dev sdk-envs ## Measure speed on an instance of its own (ARGS="--help" for the choices)
+bench: $(VENV)/.installed-bench sdk-envs ## Measure speed on an instance of its own (ARGS="--help" for the choices)
 	$(PY) -m bench.run $(ARGS)
 
 chaos: dev ## Kill, freeze and starve everything under load, then count what was lost (SEED=1 KILLS=100 ZOMBIES=20 FAULTS=20 ENGINE=chain)
@@ -79,6 +79,11 @@ $(VENV)/.installed: requirements.txt $(VENV)/.made
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-bench: bench/requirements.txt $(VENV)/.installed-dev
+	@echo "Installing what the benchmarks need into $(VENV) ..."
+	@$(PIP_INSTALL) -r bench/requirements.txt
 	@touch $@
 
 $(VENV)/.made:
