@@ -1,6 +1,6 @@
 """RMS norms in one kernel each, for a CUDA device.
 
-transformers computes them in eight, which at a few hundred rows took a third of a training step's time.
+transformers computes them in some eight, with a copy of the rows in float32.
 Axes: T rows of the batch, D features.
 """
 
