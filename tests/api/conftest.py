@@ -7,18 +7,21 @@ emptying them takes longer than most tests.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 
 import pytest
 from django.core.management import call_command
 from django.db import connection
 from django.db.backends.base.creation import TEST_DATABASE_PREFIX
+from django.test import Client
 from django.test.utils import setup_databases
 from pytest_django.plugin import DjangoDbBlocker
 
 from runs.models import Checkpoint, SamplingSession, Session, TrainingRun, Worker
 from runs.services import base_models, workers
 from tests.api.client import Actor
+from tests.api.tus import PAGES, Tus, rows_of
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
 
@@ -91,3 +94,26 @@ def sampling_session(alice: Actor) -> SamplingSession:
 def worker() -> HandWorker:
     """Another worker, to answer operations with."""
     return HandWorker()
+
+
+@pytest.fixture
+def data() -> bytes:
+    """A file that no other test has."""
+    return rows_of(secrets.token_hex(8))
+
+
+@pytest.fixture
+def tus(alice: Actor) -> Tus:
+    """Alice's client with her key."""
+    return Tus({"x-api-key": alice.key})
+
+
+@pytest.fixture
+def browser(alice: Actor) -> Tus:
+    """Alice's browser on a page of ours."""
+    client = Client()
+    client.force_login(alice.user)
+    client.get("/login/")
+    token = "t" * 32
+    cookies = f"mintweb_session={client.cookies['mintweb_session'].value}; csrftoken={token}"
+    return Tus({"cookie": cookies, "x-csrftoken": token}, base=PAGES)

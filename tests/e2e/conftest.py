@@ -47,8 +47,8 @@ class Sdk:
         )
 
     def facts(self, *scenarios: str, env: dict[str, str]) -> dict[str, dict[str, Any]]:
-        """Run scenarios of `sdk_scenarios.py` and return what each found."""
-        done = self.run(Path(__file__).with_name("sdk_scenarios.py"), *scenarios, env=env, timeout_s=600)
+        """Run scenarios of `sdk_scenarios` and return what each found."""
+        done = self.run(Path(__file__).with_name("sdk_scenarios"), *scenarios, env=env, timeout_s=600)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         failed = {line["scenario"]: line["failed"] for line in lines if "failed" in line}
         assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())

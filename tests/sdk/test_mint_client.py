@@ -220,7 +220,7 @@ def test_the_training_example(run_client: RunClient, tokenizer: Path, tmp_path: 
 def test_every_scenario_for_the_real_server_runs(
     run_client: RunClient, tokenizer: Path, own_mint: bool
 ) -> None:
-    script = ROOT / "tests" / "e2e" / "sdk_scenarios.py"
+    script = ROOT / "tests" / "e2e" / "sdk_scenarios"
     with running(tokenizer) as (url, _):
         process = run_client(script, "all", url=url, own_mint=own_mint, PYTHONWARNINGS="default")
     lines = [json.loads(line) for line in process.stdout.splitlines()]
