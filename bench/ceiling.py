@@ -5,14 +5,19 @@ Axes: T rows, D input features, F output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from bench.shapes import RandomModel, Shape
 from bench.timing import free, timed
+from gpuworker.engine.products import frozen_linear
 
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Rows (T, D) and a weight (F, D) give rows of F features."""
 _HEAD_ROWS = {"cpu": 512, "cuda": 2048}
 
 
@@ -45,10 +50,17 @@ class Floor:
             add(min(chunk, num_rows - start), shape.hidden_size, shape.vocab_size)
 
     def run(self) -> float:
-        """Multiply everything once, forward and backward."""
+        """Multiply everything once, forward and backward, as the engine does."""
+        return self._run(frozen_linear)
+
+    def run_mm(self) -> float:
+        """Multiply everything once, forward and backward, by torch.mm."""
+        return self._run(_mm)
+
+    def _run(self, multiply: Product) -> float:
         for rows_TD, rows_TF, weight_FD in self.products:
-            torch.mm(rows_TD, weight_FD.t())
-            torch.mm(rows_TF, weight_FD)
+            multiply(rows_TD, weight_FD)
+            multiply(rows_TF, weight_FD.t())
         return 0.0
 
 
@@ -63,21 +75,26 @@ def projections(shape: Shape) -> list[tuple[int, int]]:
 
 
 def best_matmul(model: RandomModel, num_rows: int) -> tuple[float, str]:
-    """Return the fastest rate of torch.mm over the model's own shapes in TFLOP/s, and that shape."""
+    """Return the fastest rate of a product over the model's own shapes in TFLOP/s, and which one it was."""
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     repeats = 20 if model.device.type == "cuda" else 3
     rates: list[tuple[float, str]] = []
     for d, f in dict.fromkeys(projections(model.shape)):
         rows_TD = torch.randn(num_rows, d, device=model.device, dtype=dtype)
         weight_FD = torch.randn(f, d, device=model.device, dtype=dtype)
-        out_TF = torch.empty(num_rows, f, device=model.device, dtype=dtype)
+        for name, product in (("torch.mm", _mm), ("the engine's product", frozen_linear)):
 
-        def multiply(x: Tensor = rows_TD, w: Tensor = weight_FD, out: Tensor = out_TF) -> None:
-            for _ in range(repeats):
-                torch.mm(x, w.t(), out=out)
+            def multiply(by: Product = product, x: Tensor = rows_TD, w: Tensor = weight_FD) -> None:
+                for _ in range(repeats):
+                    by(x, w)
 
-        multiply()
-        seconds = median(timed(multiply, model.device) for _ in range(5))
-        rates.append((repeats * 2 * num_rows * d * f / seconds / 1e12, f"{num_rows} x {d} x {f}"))
+            multiply()
+            seconds = median(timed(multiply, model.device) for _ in range(5))
+            rate = repeats * 2 * num_rows * d * f / seconds / 1e12
+            rates.append((rate, f"{num_rows} x {d} x {f}, {name}"))
     free(model.device)
     return max(rates)
+
+
+def _mm(rows_TD: Tensor, weight_FD: Tensor) -> Tensor:
+    return torch.mm(rows_TD, weight_FD.t())

@@ -1,6 +1,6 @@
 """Draws the scaling curves of results: `python -m bench.curves RESULTS.json ... --output PICTURE.png`.
 
-Speed of 1 to 8 runs and of sampling, the engine beside PEFT, a pair of panels for each model.
+Speed of 1 to 8 runs and of sampling, the engine beside PEFT, for each model what was measured.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -35,17 +36,25 @@ def main() -> None:
 
 def draw(rows: Sequence[dict[str, Any]], device: str, output: Path) -> None:
     """Draw every model that has several points of many runs or of sampling."""
-    labels = [label for label in dict.fromkeys(row["measurement"] for row in rows) if _has_curve(rows, label)]
-    if not labels:
+    panels = [
+        (label, axis)
+        for label in dict.fromkeys(row["measurement"] for row in rows)
+        for axis in _PANELS
+        if _has_curve(rows, label, axis)
+    ]
+    if not panels:
         raise SystemExit("no model has several points of runs or of sampling")
+    num_columns = min(2, len(panels))
+    num_rows = -(-len(panels) // num_columns)
     figure, axes = plt.subplots(
-        len(labels), 2, figsize=(10, 3.6 * len(labels)), squeeze=False, layout="constrained"
+        num_rows, num_columns, figsize=(10, 3.8 * num_rows), squeeze=False, layout="constrained"
     )
-    for label, (left, right) in zip(labels, axes, strict=True):
-        own = [row for row in rows if row["measurement"] == label and row["seconds"]]
-        model = label.removeprefix("engine, ")
-        _draw_runs(left, [row for row in own if "runs" in row["facts"]], model)
-        _draw_sampling(right, [row for row in own if "sequences" in row["facts"]], model)
+    for (label, axis), place in zip_longest(panels, axes.flat, fillvalue=(None, None)):
+        if label is None:
+            place.remove()
+            continue
+        own = [row for row in rows if row["measurement"] == label and row["seconds"] and axis in row["facts"]]
+        _PANELS[axis](place, own, label.removeprefix("engine, "))
     figure.suptitle(f"Tokens a second on {device}", fontsize=12)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130, facecolor="white")
@@ -82,6 +91,10 @@ def _draw_sampling(axes: Axes, rows: Sequence[dict[str, Any]], label: str) -> No
     _finish(axes, f"{label}: sampling", "sequences together")
 
 
+_PANELS: Final = {"runs": _draw_runs, "sequences": _draw_sampling}
+"""What is drawn of a model, by the fact that its x axis shows."""
+
+
 def _speeds(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [row["facts"]["tokens"] / median(row["seconds"][name]) for row in rows]
 
@@ -93,15 +106,15 @@ def _finish(axes: Axes, title: str, x_label: str) -> None:
     axes.set_ylabel("tokens/s")
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [f"{count:g}" for count in counts])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.45 * axes.get_ylim()[1])  # room for the legend
     axes.grid(visible=True, color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
 
 
-def _has_curve(rows: Sequence[dict[str, Any]], label: str) -> bool:
+def _has_curve(rows: Sequence[dict[str, Any]], label: str, axis: str) -> bool:
     own = [row["facts"] for row in rows if row["measurement"] == label and row["seconds"]]
-    return any(len({facts[axis] for facts in own if axis in facts}) > 1 for axis in ("runs", "sequences"))
+    return len({facts[axis] for facts in own if axis in facts}) > 1
 
 
 def _device(content: dict[str, Any]) -> str:

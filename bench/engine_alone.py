@@ -15,16 +15,22 @@ from bench.table import Row
 
 def small_in_float32(lab: Lab) -> list[Row]:
     """Return every measure of shape S in float32."""
-    return _measure(lab, "S", "float32", "--budget-s", "420", "--sequences", "8")
+    return _measure(lab, "S", "float32", "--budget-s", "450", "--sequences", "8")
 
 
 def in_bfloat16(lab: Lab) -> list[Row]:
-    """Return one run, many small runs and the matrix products of shapes M and S in bfloat16."""
-    some = ("--only", "one-run", "--only", "ceiling", "--only", "many-runs", "--runs", "8", "--tokens", "60")
+    """Return one run, many runs and the matrix products of shapes M and S in bfloat16, and the bits of S."""
+    some = ("--only", "one-run", "--only", "ceiling", "--only", "many-runs", "--runs", "8")
     return [
-        *_measure(lab, "M", "bfloat16", "--budget-s", "270", "--sequences", "4", *some),
-        *_measure(lab, "S", "bfloat16", "--budget-s", "120", "--sequences", "8", *some),
+        *_measure(lab, "M", "bfloat16", "--budget-s", "240", "--sequences", "4", *some, "--tokens", "60"),
+        *_measure(lab, "S", "bfloat16", "--budget-s", "150", "--sequences", "8", *some, "--only", "mixes"),
     ]
+
+
+def large_vocabulary(lab: Lab) -> list[Row]:
+    """Return the memory of a step of shape S with the vocabulary of Qwen3, in both dtypes."""
+    options = ("--only", "memory", "--sequences", "4")
+    return [row for dtype in ("float32", "bfloat16") for row in _measure(lab, "S-151k", dtype, *options)]
 
 
 def _measure(lab: Lab, shape: str, dtype: str, *options: str) -> list[Row]:

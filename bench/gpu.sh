@@ -1,13 +1,13 @@
 #!/bin/sh
 # The engine beside transformers and PEFT on a GPU: Qwen3-0.6B and Qwen3-4B with random weights, bf16.
 # Needs torch, transformers and PEFT; no network, no database. Tables, results and a picture go to $OUT, or bench/out.
-# $BUDGET_S (230) bounds the measuring, with some 40 s more for the rest: where time is short there are fewer rounds,
-# then fewer measures. 420 is ample.
+# $BUDGET_S (400) bounds the measuring, with some 40 s more for the rest: where time is short there are fewer rounds,
+# then fewer measures.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-bench/out}
 PYTHON=${PYTHON:-python3}
-BUDGET_S=${BUDGET_S:-230}
+BUDGET_S=${BUDGET_S:-400}
 DEVICE=${DEVICE:-cuda}
 SMALL=${SMALL:-qwen3-0.6b}
 LARGE=${LARGE:-qwen3-4b}

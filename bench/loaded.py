@@ -28,6 +28,7 @@ class Plan:
     num_runs: Sequence[int]
     tokens_a_run: Sequence[int]
     num_samples: Sequence[int]
+    num_mixes: int
     rounds: int
 
 

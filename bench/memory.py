@@ -17,17 +17,17 @@ _RESET_PEAK = "5"
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return how far memory rises during a call above where it was before.
 
-    On a CPU memory that earlier calls freed but the C library kept is not seen again, so the
+    On a GPU it is what torch holds, graphs' own memory included. On a CPU memory that earlier calls freed but the C library kept is not seen again, so the
     figure is a lower bound there.
     """
     free(device)
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_reserved(device)
         run()
         synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        return int(torch.cuda.max_memory_reserved(device) - before)
     _CLEAR.write_text(_RESET_PEAK)
     before = _status_bytes("VmRSS")
     run()

@@ -105,6 +105,7 @@ class Recipes:
 
     def _until(self, path: str, is_done: Any) -> dict[str, Any]:
         deadline = time.monotonic() + _TIMEOUT_S
+        answer: dict[str, Any]
         while not is_done(answer := self._call("GET", path)):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{path} did not come to an end: {answer}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +54,15 @@ class Shape:
         )
 
 
+_SMALL: Final = Shape(
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    vocab_size=8192,
+)
 SHAPES: Final[dict[str, Shape]] = {
     "tiny": Shape(
         hidden_size=64,
@@ -64,15 +73,8 @@ SHAPES: Final[dict[str, Shape]] = {
         head_dim=16,
         vocab_size=512,
     ),
-    "S": Shape(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        vocab_size=8192,
-    ),
+    "S": _SMALL,
+    "S-151k": replace(_SMALL, vocab_size=151_936),
     "M": Shape(
         hidden_size=1024,
         intermediate_size=3072,

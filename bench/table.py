@@ -41,13 +41,42 @@ def ratio_row(
 ) -> Row:
     """Return how many times faster `fast` is: the median over the rounds, with the range."""
     ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    middle = median(ratios)
+    return range_row(
+        measurement,
+        what,
+        ratios,
+        at_least=at_least,
+        unit="x",
+        note=note,
+        seconds=seconds or {},
+        facts=facts or {},
+    )
+
+
+def range_row(
+    measurement: str,
+    what: str,
+    values: Sequence[float],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    unit: str = "",
+    note: str = "",
+    seconds: Mapping[str, Sequence[float]] | None = None,
+    facts: Mapping[str, float | str] | None = None,
+) -> Row:
+    """Return the median of some rounds, with the range where there were several, and at most one bound on it."""
+    middle, unit = median(values), f" {unit}" if unit else ""
+    bounds = {">=": at_least, "<=": at_most}
+    target = "".join(f"{sign} {bound}{unit}" for sign, bound in bounds.items() if bound is not None)
+    is_met = (at_least is None or middle >= at_least) and (at_most is None or middle <= at_most)
+    span = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
     return Row(
         measurement=measurement,
         what=what,
-        measured=f"{middle:.2f} x ({min(ratios):.2f} to {max(ratios):.2f})",
-        target="" if at_least is None else f">= {at_least} x",
-        is_met=None if at_least is None else middle >= at_least,
+        measured=f"{middle:.2f}{unit}{span}",
+        target=target,
+        is_met=is_met if target else None,
         note=note,
         seconds=seconds or {},
         facts=facts or {},
@@ -67,6 +96,11 @@ def limit_row(
         is_met=value <= at_most,
         note=note,
     )
+
+
+def is_reached(rows: Sequence[Row]) -> bool:
+    """Return whether no measurement failed and every figure with a target reached it."""
+    return all(row.is_met is not False and row.measured != "failed" for row in rows)
 
 
 def markdown(rows: Sequence[Row]) -> str:

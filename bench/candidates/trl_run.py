@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ def is_installed() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
+class TrlSetting(StrEnum):
+    """How a step takes its batch; packed rows are as long as the longest sequence."""
+
+    PADDED = "padded"
+    SORTED = "sorted by length, two sequences at a time"
+    PACKED = "packed, all rows at once"
+    PACKED_ROWS = "packed, row by row"
+
+
 class TrlRun:
-    """SFTTrainer on a fixed batch, padded or packed into rows as long as the longest sequence.
+    """SFTTrainer on a fixed batch.
 
     It refuses an adapter on the head, so it has that work less.
 
@@ -39,15 +49,15 @@ class TrlRun:
         self,
         load_model: Callable[[], Any],
         sequences: Sequence[list[int]],
+        setting: TrlSetting,
         *,
         rank: int,
-        is_packed: bool,
         work_dir: Path,
     ) -> None:
         self._load_model = load_model
-        self._sequences = sequences
+        self._sequences = sorted(sequences, key=len)
+        self._setting = setting
         self._rank = rank
-        self._is_packed = is_packed
         self._work_dir = work_dir
         self._gate = _Gate()
         self._thread = threading.Thread(target=self._train, daemon=True)
@@ -86,13 +96,18 @@ class TrlRun:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        model = self._load_model()
+        model, num_sequences = self._load_model(), len(self._sequences)
+        is_packed = self._setting in (TrlSetting.PACKED, TrlSetting.PACKED_ROWS)
+        at_once = {TrlSetting.SORTED: 2, TrlSetting.PACKED_ROWS: 1}.get(self._setting, num_sequences)
         settings = SFTConfig(
             output_dir=str(self._work_dir / "trl"),
-            per_device_train_batch_size=len(self._sequences),
+            per_device_train_batch_size=at_once,
+            # An epoch is one batch, and its end ends a step: fewer packed rows than this are fine.
+            gradient_accumulation_steps=-(-num_sequences // at_once),
+            train_sampling_strategy="sequential",
             max_steps=_STEPS_WITHOUT_END,
-            max_length=max(map(len, self._sequences)) if self._is_packed else None,
-            packing=self._is_packed,
+            max_length=len(self._sequences[-1]) if is_packed else None,
+            packing=is_packed,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
             optim="adamw_torch",
