@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import BaseModelError
 from gpuworker.engine.residency import AdapterMemory
 from gpuworker.fingerprints import fingerprint_of
+from gpuworker.group import WorkerGroup
 from runs.models import Worker
 from runs.services import base_models, workers
 from runs.services.base_models import BaseModelInfo, ModelSizes
@@ -25,22 +27,27 @@ logger = logging.getLogger(__name__)
 # Below this a second thread costs more than it saves: 16 tokens through the shipped model take 23 ms of the
 # SDK's time with one thread and 36 with two, beside the web server and the database on two cores.
 MULTI_THREAD_HIDDEN_SIZE: Final = 512
+# It fits anywhere, and has fewer heads than there may be devices.
+_NEVER_SPLIT: Final = "mintweb/tiny"
 _MIB: Final = 1 << 20
+
+_group: WorkerGroup | None = None
 
 
 def load_engines(worker: Worker) -> dict[str, Engine]:
-    """Return an engine for each base model of the settings that could be loaded."""
+    """Return an engine for each base model of the settings that could be loaded.
+
+    With MINTWEB_TENSOR_PARALLEL this starts the processes that hold parts of them; `end_group` ends those.
+    """
+    global _group
     engines: dict[str, Engine] = {}
     torch.set_num_threads(settings.THREADS or _num_threads(map(str, settings.BASE_MODELS.values())))
+    if settings.TENSOR_PARALLEL > 1:
+        _group = WorkerGroup(_devices(), timeout_s=settings.HANG_S, on_lost=_end_process)
     for name, directory in settings.BASE_MODELS.items():
         started_at = time.monotonic()
         try:
-            engine = Engine.load(
-                resolve(str(directory)),
-                device=settings.DEVICE,
-                dtype=settings.DTYPE,
-                adapter_memory=_adapter_memory(),
-            )
+            engine = _load(name, resolve(str(directory)))
         except BaseModelError as error:
             logger.error("base model %s could not be loaded: %s", name, error)  # noqa: TRY400 - one sentence is enough
             base_models.report(worker, BaseModelInfo(name=name, directory=str(directory), error=str(error)))
@@ -49,13 +56,21 @@ def load_engines(worker: Worker) -> dict[str, Engine]:
         base_models.report(worker, _info(name, str(directory), engine))
         workers.describe(
             worker,
-            device=engine.fingerprint["device"],
+            device=_device_words(engine),
             dtype=engine.fingerprint["dtype"],
             memory_bytes=engine.memory_bytes,
             fingerprints={loaded: fingerprint_of(one) for loaded, one in engines.items()},
         )
         logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
     return engines
+
+
+def end_group() -> None:
+    """End the processes that hold parts of this worker's base models, where there are any."""
+    global _group
+    group, _group = _group, None
+    if group is not None:
+        group.close()
 
 
 def resolve(directory_or_name: str) -> Path:
@@ -76,6 +91,34 @@ def resolve(directory_or_name: str) -> Path:
         raise BaseModelError(
             f"{directory_or_name!r} is no folder here and could not be downloaded: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _load(name: str, directory: Path) -> Engine:
+    memory = _adapter_memory()
+    if _group is None or name == _NEVER_SPLIT:
+        return Engine.load(directory, device=settings.DEVICE, dtype=settings.DTYPE, adapter_memory=memory)
+    return _group.load(directory.resolve(), dtype=settings.DTYPE, adapter_memory=memory)
+
+
+def _devices() -> list[str]:
+    """Return the device of each process of the group, this one first."""
+    size = settings.TENSOR_PARALLEL
+    if settings.DEVICES:
+        return list(settings.DEVICES[:size])
+    return ["cpu" if settings.DEVICE == "cpu" else f"cuda:{index}" for index in range(size)]
+
+
+def _device_words(engine: Engine) -> str:
+    if _group is None:
+        return engine.fingerprint["device"]
+    first, *_, last = _devices()
+    return f"{settings.TENSOR_PARALLEL} devices: {first if first == last else f'{first} to {last}'}"
+
+
+def _end_process(reason: str) -> None:
+    """End at once: this thread or another may be waiting for a process that is gone."""
+    logger.critical("%s; the process ends so that a fresh group starts", reason)
+    os._exit(3)
 
 
 def _adapter_memory() -> AdapterMemory:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 
 from mintweb import embedded
 
@@ -123,7 +124,15 @@ def web() -> Program:
 
 
 def gpu_workers() -> list[Program]:
-    """Return one solo worker per GPU, which sees only its own device, or one per item of MINTWEB_DEVICES."""
+    """Return one solo worker per GPU, which sees only its own device, or one per item of MINTWEB_DEVICES.
+
+    With MINTWEB_TENSOR_PARALLEL each has so many devices.
+
+    Raises:
+        ImproperlyConfigured: there are fewer GPUs than one worker is to have.
+    """
+    if settings.TENSOR_PARALLEL > 1:
+        return _groups(settings.TENSOR_PARALLEL)
     if settings.DEVICES:
         return [
             _gpu_worker(f"gpu{index}", {"MINTWEB_DEVICE": device}, share=len(settings.DEVICES))
@@ -188,6 +197,27 @@ def visible_gpus() -> list[str]:
 
 # Neither is of use to workers that never speak to each other, and looking for neighbours costs a second.
 _QUIET = ("--without-mingle", "--without-gossip", "--without-heartbeat")
+
+
+def _groups(size: int) -> list[Program]:
+    """Return a worker for each group of so many devices; GPUs that are left over stay idle."""
+    devices = settings.DEVICES
+    if not devices:
+        is_cpu = settings.DEVICE == "cpu"
+        devices = ["cpu"] * size if is_cpu else [f"cuda:{index}" for index in range(len(visible_gpus()))]
+    groups = [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+    if not groups:
+        raise ImproperlyConfigured(
+            f"MINTWEB_TENSOR_PARALLEL is {size}, but only {len(devices)} GPUs are visible"
+        )
+    return [
+        _gpu_worker(
+            f"gpu{index}" if len(groups) > 1 else "gpu",
+            {"MINTWEB_DEVICE": group[0], "MINTWEB_DEVICES": ",".join(group)},
+            share=len(groups) * size,
+        )
+        for index, group in enumerate(groups)
+    ]
 
 
 def _gpu_worker(name: str, env: dict[str, str], *, share: int = 1) -> Program:

@@ -298,6 +298,13 @@ DEVICES = env_list("MINTWEB_DEVICES")
 for device in DEVICES:
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ImproperlyConfigured(f"MINTWEB_DEVICES has {device!r}; each item is cpu or cuda:0, cuda:1, ...")
+# One worker for so many of these, or of the GPUs, in their order: each base model is split over them.
+TENSOR_PARALLEL = env_int("MINTWEB_TENSOR_PARALLEL", 1, minimum=1, maximum=64)
+if len(DEVICES) % TENSOR_PARALLEL:
+    raise ImproperlyConfigured(
+        f"MINTWEB_DEVICES names {len(DEVICES)} devices; MINTWEB_TENSOR_PARALLEL is {TENSOR_PARALLEL}, so it must be a "
+        "multiple of that."
+    )
 # How many workers of this machine share its memory; `mintweb/programs.py` tells them.
 NUM_LOCAL_WORKERS = env_int("MINTWEB_NUM_LOCAL_WORKERS", 1, minimum=1, maximum=1024)
 # 0: one thread for small models, whose matrix products are too short to share, all cores for others.

@@ -19,6 +19,8 @@ from gpuworker.engine.types import LoraSpec
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROWWISE_PROJECTIONS = ("o_proj", "down_proj")
+"""Those that several processes split by input features; they split the others by output features."""
 UNEMBED = "lm_head"
 
 
@@ -49,11 +51,34 @@ class LoraWeights(NamedTuple):
     scaling: float
 
 
+class Share(NamedTuple):
+    """Which of `size` equal parts of every split projection a process computes."""
+
+    position: int
+    size: int
+
+    def of(self, module: ModuleShape, pair: LoraPair) -> LoraPair:
+        """Return what the part needs of two factors, (..., R, D) and (..., F, R), as views."""
+        if module.projection in ROWWISE_PROJECTIONS:
+            return LoraPair(pair.a[..., self._part(module.in_features)], pair.b)
+        if module.name == UNEMBED:
+            return pair
+        return LoraPair(pair.a, pair.b[..., self._part(module.out_features), :])
+
+    def _part(self, num_features: int) -> slice:
+        length = num_features // self.size
+        return slice(self.position * length, (self.position + 1) * length)
+
+
+WHOLE = Share(0, 1)
+
+
 class Layout(NamedTuple):
     """Where each factor of an adapter lies in its flat buffers: all A and B, module after module."""
 
     rank: int
     modules: tuple[ModuleShape, ...]
+    share: Share = WHOLE
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +98,13 @@ class Layout(NamedTuple):
             )
             for module in self.modules
         }
+
+    def own_views(self, flat_P: Tensor) -> dict[str, LoraPair]:
+        """Return the factors as `views` does, of split projections only what this process computes with."""
+        views = self.views(flat_P)
+        if self.share == WHOLE:
+            return views
+        return {module.name: self.share.of(module, views[module.name]) for module in self.modules}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +132,16 @@ class AdapterState:
     optimizer: OptimizerState | None
     gradient: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the host memory that the copy takes."""
+        moments = (self.optimizer.exp_avg, self.optimizer.exp_avg_sq) if self.optimizer is not None else ()
+        return sum(one.nbytes for one in (self.weights, *moments, self.gradient) if one is not None)
 
-def select_modules(spec: LoraSpec, modules: tuple[ModuleShape, ...], *, max_rank: int) -> Layout:
+
+def select_modules(
+    spec: LoraSpec, modules: tuple[ModuleShape, ...], *, max_rank: int, share: Share = WHOLE
+) -> Layout:
     """Return the layout of an adapter on the given base model projections.
 
     Raises:
@@ -117,7 +157,7 @@ def select_modules(spec: LoraSpec, modules: tuple[ModuleShape, ...], *, max_rank
     wanted.update((UNEMBED,) if spec.train_unembed else ())
     if not wanted:
         raise LoraSpecError("at least one of train_attn, train_mlp and train_unembed must be true")
-    return Layout(spec.rank, tuple(module for module in modules if module.projection in wanted))
+    return Layout(spec.rank, tuple(module for module in modules if module.projection in wanted), share)
 
 
 def held_bytes(layout: Layout, dtype: torch.dtype) -> int:
@@ -167,7 +207,7 @@ class Adapter:
 
     def _work_with(self, working_P: Tensor) -> None:
         self.working_P = working_P
-        self.weights = LoraWeights(self.layout.views(working_P), self.spec.alpha / self.spec.rank)
+        self.weights = LoraWeights(self.layout.own_views(working_P), self.spec.alpha / self.spec.rank)
 
     def initialize(self) -> None:
         """Set B to zero and A to the random numbers that `spec.seed` fixes on every device.
@@ -197,7 +237,7 @@ class Adapter:
 
     def freeze(self) -> LoraWeights:
         """Return a copy of the working weights that later steps do not touch."""
-        return LoraWeights(self.layout.views(self.working_P.clone()), self.weights.scaling)
+        return LoraWeights(self.layout.own_views(self.working_P.clone()), self.weights.scaling)
 
     def export(self, *, optimizer: bool, gradients: bool) -> AdapterState:
         """Return a host copy; moments and accumulated gradient only where asked for."""
@@ -217,15 +257,20 @@ class Adapter:
     def restore(self, state: AdapterState, *, optimizer: bool) -> None:
         """Take over a host copy; without `optimizer` the moments and the step count start afresh.
 
+        After an error, a lack of memory too, the adapter is as before.
+
         Raises:
             CheckpointError: the state does not fit this adapter, or lacks the wanted moments.
         """
         check_fit(state, self.layout)
         if optimizer and state.optimizer is None:
             raise CheckpointError("the checkpoint holds weights only: no optimizer state to restore")
+        gradient_P = None
+        if optimizer and state.gradient is not None:
+            gradient_P = state.gradient.to(self.master_P.device, copy=True)
         self.master_P.copy_(state.weights)
         self.refresh()
-        self.gradient_P = None
+        self.gradient_P = gradient_P
         self.step = 0
         self.exp_avg_P.zero_()
         self.exp_avg_sq_P.zero_()
@@ -233,8 +278,6 @@ class Adapter:
             self.step = state.step
             self.exp_avg_P.copy_(state.optimizer.exp_avg)
             self.exp_avg_sq_P.copy_(state.optimizer.exp_avg_sq)
-            if state.gradient is not None:
-                self.gradient_P = state.gradient.to(self.master_P.device, copy=True)
 
 
 def check_fit(state: AdapterState, layout: Layout) -> None:

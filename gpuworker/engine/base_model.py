@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpuworker.engine import attention, norms
+from gpuworker.engine import attention, norms, tensor_parallel
 from gpuworker.engine.adapters import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, UNEMBED, ModuleShape
 from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.batching import PackedRows, pack_rows
@@ -29,6 +29,7 @@ from gpuworker.engine.lora import Attention, Products, Route, RoutedLinear, Samp
 from gpuworker.engine.precision import plain_logprobs, probe_sequences, read_fitting
 from gpuworker.engine.products import frozen_linear
 from gpuworker.engine.row_probe import find_row_step
+from gpuworker.engine.tensor_parallel import ALONE, ProcessGroup
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -48,11 +49,18 @@ _DTYPES = {
 
 
 class BaseModel:
-    """A causal language model whose projections are routed to adapters row by row."""
+    """A causal language model whose projections are routed to adapters row by row.
 
-    def __init__(self, model: nn.Module, directory: Path, *, precision: str) -> None:
+    Args:
+        group: the processes that hold a part of the projections each.
+    """
+
+    def __init__(
+        self, model: nn.Module, directory: Path, *, precision: str, group: ProcessGroup = ALONE
+    ) -> None:
         self.directory = directory
         self.precision = precision
+        self.group = group
         config: Any = model.config
         self.config = config
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -67,11 +75,15 @@ class BaseModel:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight_VD: Tensor = head.weight
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.has_softcapped_attention = getattr(config, "attn_logit_softcapping", None) is not None
         self.vocab_size = int(self.head_weight_VD.shape[0])
         self.max_context = int(config.max_position_embeddings)
         self.end_tokens = _read_end_tokens(directory, config)
         routed = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-        self.row_step = find_row_step([*(module.weight for module in routed), head.weight], frozen_linear)
+        tensor_parallel.keep_share(routed, group)
+        self.num_held_parameters = sum(parameter.numel() for parameter in model.parameters())
+        weights = [*(module.weight for module in routed), head.weight]
+        self.row_step = group.most(find_row_step(weights, frozen_linear))
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named buffers of the decoder, such as rotary frequencies."""
@@ -94,7 +106,7 @@ class BaseModel:
         config = self.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        num_values = 2 * config.num_hidden_layers * num_heads * size
+        num_values = 2 * config.num_hidden_layers * num_heads * size // self.group.share.size
         return int(num_values) * dtype.itemsize
 
     def place(self, values: npt.NDArray[Any]) -> Tensor:
@@ -119,22 +131,27 @@ class BaseModel:
         return hidden_TD
 
 
-def load(directory: Path, *, device: str, dtype: str) -> BaseModel:
+def load(directory: Path, *, device: str, dtype: str, group: ProcessGroup = ALONE) -> BaseModel:
     """Load a Hugging Face causal language model from a directory of safetensors and JSON.
 
     Args:
         device: a torch device, or "auto" for CUDA where there is one.
-        dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA, on a CPU what `precision` finds fitting.
+        dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA, on a CPU what `precision` finds fitting, but
+            float32 in a group, whose processes need not find the same.
+        group: the processes that load this model together, each a part.
     Raises:
         BaseModelError: the directory is no such model, or the model has a part that the engine
             cannot reproduce; the message names it.
     """
     target = _choose_device(device)
-    wanted = _choose_dtype(dtype, target)
-    read = partial(_read_model, directory, _read_config(directory), device=target)
-    model, reason = read_fitting(read) if wanted is None else (read(wanted), _reason(dtype, wanted))
+    wanted = _choose_dtype(dtype, target) or (None if group.is_alone else torch.float32)
+    config = _read_config(directory)
+    if not group.is_alone:
+        tensor_parallel.check_config(config, group.share, str(directory), device=target)
+    read = partial(_read_model, directory, config, device=target, group=group)
+    model, reason = read_fitting(read) if wanted is None else (read(wanted), _reason(dtype, wanted, target))
     probe = _Probe(model)
-    base = BaseModel(model, directory, precision=reason)
+    base = BaseModel(model, directory, precision=reason, group=group)
     probe.compare(base)
     return base
 
@@ -160,9 +177,11 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _reason(asked: str, dtype: torch.dtype) -> str:
+def _reason(asked: str, dtype: torch.dtype, device: torch.device) -> str:
     name = str(dtype).removeprefix("torch.")
-    return f"{name}: the rule on CUDA" if asked == "auto" else f"{name}: as configured"
+    if asked != "auto":
+        return f"{name}: as configured"
+    return f"{name}: the rule on {'CUDA' if device.type == 'cuda' else 'several CPU processes'}"
 
 
 def _read_config(directory: Path) -> Any:
@@ -188,7 +207,9 @@ def _rope_settings(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
 
 
-def _read_model(directory: Path, config: Any, dtype: torch.dtype, *, device: torch.device) -> nn.Module:
+def _read_model(
+    directory: Path, config: Any, dtype: torch.dtype, *, device: torch.device, group: ProcessGroup
+) -> nn.Module:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -199,6 +220,7 @@ def _read_model(directory: Path, config: Any, dtype: torch.dtype, *, device: tor
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **tensor_parallel.reading_options(group.share),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"the weights of {directory} cannot be loaded: {error}") from error

@@ -33,8 +33,11 @@ _RUNS_BEFORE_RECORDING = 3
 
 
 def can_record(base: BaseModel) -> bool:
-    """Return whether the device has the grouped kernels that a recorded step needs: CUDA has them in bfloat16."""
-    return base.device.type != "cuda" or base.dtype == torch.bfloat16
+    """Return whether the device has the grouped kernels that a recorded step needs: CUDA has them in bfloat16.
+
+    Sums over a group are not recorded.
+    """
+    return base.group.is_alone and (base.device.type != "cuda" or base.dtype == torch.bfloat16)
 
 
 class NewToken(NamedTuple):
@@ -147,7 +150,6 @@ class DecodeGraphs:
         self._steps: dict[tuple[int, int], _Step] = {}
         self._cache_version = cache.version
         self._bank: AdapterBank | None = None
-        self._pool: Any = None
 
     def has_room(self, rows: Sequence[NewToken]) -> bool:
         """Return whether such a step keeps to `max_bytes`; others are for the plain path."""
@@ -233,12 +235,14 @@ class DecodeGraphs:
         """Record a step; all share one pool of memory, as none is running while another does."""
         with torch.cuda.device(self._cache.device):
             torch.cuda.synchronize()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
                 logits_SV = self._compute(step)
         step.graph, step.logits_SV = graph, logits_SV
+
+    def _pool(self) -> Any:
+        """Return the pool of a graph that is still held: one whose graphs are all gone cannot be used again."""
+        return next((step.graph.pool() for step in self._steps.values() if step.graph is not None), None)
 
     def _compute(self, step: _Step) -> Tensor:
         tokens_S, positions_S, slots_S = step.rows_3S

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -29,16 +29,17 @@ from gpuworker.engine.adapters import (
 )
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.exceptions import (
-    AdapterNotLoaded,
     CheckpointError,
     EngineError,
     LoraSpecError,
     OutOfMemory,
 )
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.memory import free_bytes, free_cache, total_bytes
+from gpuworker.engine.memory import Made, free_bytes, free_cache, total_bytes, with_room
 from gpuworker.engine.residency import AdapterMemory, Residency
 from gpuworker.engine.sampling import Sampler
+from gpuworker.engine.tensor_parallel import ALONE, ProcessGroup
+from gpuworker.engine.train_graphs import TrainGraphs
 from gpuworker.engine.training import Trainer
 from gpuworker.engine.types import (
     ForwardBackward,
@@ -59,32 +60,39 @@ class Engine:
     def __init__(self, base: BaseModel, *, adapter_memory: AdapterMemory) -> None:
         on_gpu = base.device.type == "cuda"
         self._base = base
-        self._adapter_memory = adapter_memory.resolved(base.device)
+        self._adapter_memory = adapter_memory.resolved(base.device).agreed(base.group.least)
         self._adapters = Residency(base.device, device_bytes=self._adapter_memory.device_bytes)
         self._sampler_bytes: OrderedDict[str, int] = OrderedDict()
         head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
         self._token_budget = _token_budget(base)
         self._head = head
-        self._trainer = Trainer(base, head, token_budget=self._token_budget)
+        self._trainer = Trainer(base, head, token_budget=self._token_budget, graphs=_train_graphs(base))
         self.sampler = Sampler(
             base,
             head,
             max_slots=256 if on_gpu else 64,
             prompt_budget=16384 if on_gpu else 2048,
-            cache_bytes=free_bytes(base.device) // 3 if on_gpu else 4 * _GIB,
+            cache_bytes=base.group.least(free_bytes(base.device) // 3 if on_gpu else 4 * _GIB),
             grouped=on_gpu,
         )
 
     @classmethod
     def load(
-        cls, directory: Path, *, device: str, dtype: str, adapter_memory: AdapterMemory = _AUTOMATIC
+        cls,
+        directory: Path,
+        *,
+        device: str,
+        dtype: str,
+        adapter_memory: AdapterMemory = _AUTOMATIC,
+        group: ProcessGroup = ALONE,
     ) -> Engine:
         """Load a base model directory; see `base_model.load`.
 
         Raises:
             BaseModelError: the directory holds no model that the engine can run.
         """
-        return cls(base_model.load(directory, device=device, dtype=dtype), adapter_memory=adapter_memory)
+        base = base_model.load(directory, device=device, dtype=dtype, group=group)
+        return cls(base, adapter_memory=adapter_memory)
 
     @property
     def vocab_size(self) -> int:
@@ -128,6 +136,7 @@ class Engine:
             "torch": torch.__version__,
             "device": str(self._base.device),
             "device_name": _device_name(self._base.device),
+            "num_devices": str(self._base.group.share.size),
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "threads": str(torch.get_num_threads()),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -140,13 +149,13 @@ class Engine:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Return what training takes: bytes of weights, of a token's activations and of a piece of logits.
+        """Return what training takes of one device: bytes of weights, of a token's activations, of a piece of logits.
 
         The widths are adapter parameters for each unit of rank.
         """
         itemsize = self._base.dtype.itemsize
         return {
-            "weight_bytes": self.num_parameters * itemsize,
+            "weight_bytes": self._base.num_held_parameters * itemsize,
             "attn_width": self._width(ATTENTION_PROJECTIONS),
             "mlp_width": self._width(MLP_PROJECTIONS),
             "unembed_width": self._width((UNEMBED,)),
@@ -161,10 +170,9 @@ class Engine:
 
         Raises:
             LoraSpecError: the base model cannot carry such an adapter.
+            OutOfMemory: it has no room on the device; one of this id that was held is as before.
         """
-        adapter = self._new_adapter(spec)
-        adapter.initialize()
-        self._adapters.put(adapter_id, adapter)
+        self._adapters.put(adapter_id, self._with_room(partial(self._initialized, spec), "the adapter"))
 
     def has_adapter(self, adapter_id: str) -> bool:
         """Return whether the adapter is held."""
@@ -182,7 +190,7 @@ class Engine:
     def adapter_bytes(self, spec: LoraSpec) -> int:
         """Return the memory that an adapter of this spec takes; 0 where the base model cannot carry it."""
         try:
-            layout = select_modules(spec, self._base.modules, max_rank=self.max_rank)
+            layout = self._select_modules(spec)
         except LoraSpecError:
             return 0
         return held_bytes(layout, self._base.dtype)
@@ -202,12 +210,9 @@ class Engine:
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | EngineError]:
         """Apply and clear the accumulated gradients; one outcome per step, in order."""
         outcomes: list[OptimStepResult | EngineError] = []
-        for step in steps:
-            try:
-                adapter = self._present(self._bring([step.adapter_id]), step.adapter_id)
-                outcomes.append(optimizer.step(adapter, step.params))
-            except (AdapterNotLoaded, OutOfMemory) as error:
-                outcomes.append(error)
+        for part in self._adapters.fitting([step.adapter_id for step in steps]):
+            refused = self._bring([step.adapter_id for step in steps[part]])
+            outcomes += optimizer.run(steps[part], partial(self._present, refused), free=self._free)
         return outcomes
 
     def export_state(self, adapter_id: str, *, optimizer: bool, gradients: bool) -> AdapterState:
@@ -215,8 +220,13 @@ class Engine:
 
         Raises:
             AdapterNotLoaded: the adapter is not held.
+            GroupDiffers: another process of the group has come to other weights.
         """
-        return self._adapters.get(adapter_id).export(optimizer=optimizer, gradients=gradients)
+        adapter = self._adapters.get(adapter_id)
+        self._base.group.check_same(
+            [adapter.master_P, adapter.exp_avg_P, adapter.exp_avg_sq_P, adapter.gradient_P]
+        )
+        return adapter.export(optimizer=optimizer, gradients=gradients)
 
     def import_state(self, adapter_id: str, state: AdapterState, *, optimizer: bool) -> None:
         """Put a state into an adapter, or into a new one of the state's spec if it is not held.
@@ -226,13 +236,14 @@ class Engine:
 
         Raises:
             CheckpointError: the state fits neither the adapter nor the base model.
+            OutOfMemory: it has no room on the device.
         """
         if adapter_id in self._adapters:
-            self._adapters.get(adapter_id).restore(state, optimizer=optimizer)
+            held = self._adapters.get(adapter_id)
+            self._with_room(partial(held.restore, state, optimizer=optimizer), "the state")
             return
-        adapter = self._new_adapter(state.spec, checked=state)
-        adapter.restore(state, optimizer=optimizer)
-        self._adapters.put(adapter_id, adapter)
+        made = self._with_room(partial(self._restored, state, optimizer=optimizer), "the adapter")
+        self._adapters.put(adapter_id, made)
 
     def keep_sampler(self, sampler_id: str, adapter_id: str) -> None:
         """Keep a copy of an adapter's present weights for sampling.
@@ -242,17 +253,20 @@ class Engine:
             OutOfMemory: it has no room on the device.
         """
         adapter = self._present(self._bring([adapter_id]), adapter_id)
-        self._hold_sampler(sampler_id, adapter.freeze(), adapter.layout)
+        weights = self._with_room(adapter.freeze, "the sampler's weights")
+        self._hold_sampler(sampler_id, weights, adapter.layout)
 
     def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
         """Hold the weights of a state for sampling.
 
         Raises:
             CheckpointError: the state does not fit the base model.
+            OutOfMemory: it has no room on the device.
         """
         layout = self._layout_of(state)
-        flat_P = state.weights.to(device=self._base.device, dtype=self._base.dtype, copy=True)
-        weights = LoraWeights(layout.views(flat_P), state.spec.alpha / state.spec.rank)
+        copy = partial(state.weights.to, device=self._base.device, dtype=self._base.dtype, copy=True)
+        flat_P = self._with_room(copy, "the sampler's weights")
+        weights = LoraWeights(layout.own_views(flat_P), state.spec.alpha / state.spec.rank)
         self._hold_sampler(sampler_id, weights, layout)
 
     def has_sampler(self, sampler_id: str) -> bool:
@@ -272,12 +286,20 @@ class Engine:
         self._adapters.reserved_bytes = sum(self._sampler_bytes.values())
 
     def _bring(self, adapter_ids: Collection[str]) -> Mapping[str, OutOfMemory]:
-        """Have adapters on the device, in the place of what sampling keeps for later if need be; returns who stays away."""
+        """Have adapters on the device, in the place of what is kept for later if need be; returns who stays away."""
         if not self._adapters.bring(adapter_ids):
             return {}
+        self._free()
+        return self._adapters.bring(adapter_ids)
+
+    def _free(self) -> None:
+        """Give back what training, sampling and torch keep for later."""
+        self._trainer.release_unused()
         self.sampler.release_unused()
         free_cache(self._base.device)
-        return self._adapters.bring(adapter_ids)
+
+    def _with_room(self, action: Callable[[], Made], what: str) -> Made:
+        return with_room(action, free=self._free, what=what)
 
     def _present(self, refused: Mapping[str, OutOfMemory], adapter_id: str) -> Adapter:
         if adapter_id in refused:
@@ -298,18 +320,29 @@ class Engine:
         chosen = [module for module in self._base.modules if module.projection in projections]
         return sum(module.in_features + module.out_features for module in chosen)
 
+    def _initialized(self, spec: LoraSpec) -> Adapter:
+        adapter = self._new_adapter(spec)
+        adapter.initialize()
+        return adapter
+
+    def _restored(self, state: AdapterState, *, optimizer: bool) -> Adapter:
+        adapter = self._new_adapter(state.spec, checked=state)
+        adapter.restore(state, optimizer=optimizer)
+        return adapter
+
     def _new_adapter(self, spec: LoraSpec, *, checked: AdapterState | None = None) -> Adapter:
-        if checked is not None:
-            layout = self._layout_of(checked)
-        else:
-            layout = select_modules(spec, self._base.modules, max_rank=self.max_rank)
+        layout = self._select_modules(spec) if checked is None else self._layout_of(checked)
         self._adapters.make_room(held_bytes(layout, self._base.dtype))
         return Adapter(spec, layout, device=self._base.device, dtype=self._base.dtype)
+
+    def _select_modules(self, spec: LoraSpec) -> Layout:
+        base = self._base
+        return select_modules(spec, base.modules, max_rank=self.max_rank, share=base.group.share)
 
     def _layout_of(self, state: AdapterState) -> Layout:
         """Return the layout of a state on this base model, or raise CheckpointError."""
         try:
-            layout = select_modules(state.spec, self._base.modules, max_rank=self.max_rank)
+            layout = self._select_modules(state.spec)
         except LoraSpecError as error:
             raise CheckpointError(f"the checkpoint does not suit this base model: {error}") from error
         check_fit(state, layout)
@@ -337,8 +370,17 @@ def _token_budget(base: BaseModel) -> int:
     """
     if base.device.type != "cuda":
         return 2048
-    fitting = max(1, free_bytes(base.device) // 2 // _row_bytes(base))
+    fitting = max(1, base.group.least(free_bytes(base.device)) // 2 // _row_bytes(base))
     return min(16384, max(1024, 1 << (fitting.bit_length() - 1)))
+
+
+def _train_graphs(base: BaseModel) -> TrainGraphs | None:
+    """Return recorded passes where the device has the kernels they need: CUDA has them in bfloat16."""
+    if base.device.type != "cuda" or base.dtype != torch.bfloat16 or base.has_softcapped_attention:
+        return None
+    if not base.group.is_alone:  # sums over a group are not recorded
+        return None
+    return TrainGraphs(base, row_bytes=_row_bytes(base), max_bytes=free_bytes(base.device) // 6)
 
 
 def _row_bytes(base: BaseModel) -> int:

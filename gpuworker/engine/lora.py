@@ -7,7 +7,7 @@ Axes: T rows of the packed batch, D input features, F output features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -143,6 +143,9 @@ class RoutedLinear(nn.Module):
 
     `group` holds the layers that read the same input, this one included: their products are one
     step of autograd, so that the gradient of the input is summed within the matmuls.
+
+    `add_up_output` and `add_up_input_gradient` add what the other processes of a group computed, in place, where
+    this layer is split among them.
     """
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
@@ -153,6 +156,8 @@ class RoutedLinear(nn.Module):
         self.route = route
         self.group: tuple[RoutedLinear, ...] = (self,)
         self.anchor = torch.zeros((), device=base.weight.device, requires_grad=True)
+        self.add_up_output: Callable[[Tensor], Tensor] | None = None
+        self.add_up_input_gradient: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the layer's output.
@@ -221,6 +226,9 @@ class _GroupProduct(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = {layer: layer.base_product(rows_TD) for layer in group}
         inner = [some.add(outputs[layer], rows_TD, layer.name) for some, layer in own]
+        for layer in group:
+            if layer.add_up_output is not None:
+                layer.add_up_output(outputs[layer])
         ctx.save_for_backward(rows_TD)
         ctx.group, ctx.own, ctx.inner = group, own, inner
         return tuple(outputs.values())
@@ -234,6 +242,9 @@ class _GroupProduct(torch.autograd.Function):
             some.backward(
                 layer.name, grad_of[layer], inner_TR=inner_TR, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD
             )
+        add_up = ctx.group[0].add_up_input_gradient
+        if grad_rows_TD is not None and add_up is not None:
+            add_up(grad_rows_TD)
         ctx.group = ctx.own = ctx.inner = None
         return grad_rows_TD, None, None, None
 

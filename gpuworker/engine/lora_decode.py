@@ -42,6 +42,8 @@ class SampledProducts:
         rows_TD = inputs[0]
         output_TF = frozen_linear(rows_TD, layer.weight, layer.bias)
         self.add(output_TF, rows_TD, layer.name)
+        if layer.add_up_output is not None:
+            layer.add_up_output(output_TF)
         return output_TF[None]
 
     def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None:

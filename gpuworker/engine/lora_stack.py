@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from gpuworker.engine.adapter_bank import ALIGNMENT
-from gpuworker.engine.adapters import Adapter, LoraPair
+from gpuworker.engine.adapters import WHOLE, Adapter, LoraPair
 from gpuworker.engine.lora import Products, Segment
 
 _MAX_BYTES = 1 << 30
@@ -33,22 +33,33 @@ class AdapterRows(NamedTuple):
     gradient_P: Tensor | None
 
 
-class Stack:
-    """Adjacent rows of several jobs whose adapters have one layout."""
+class GroupedProducts:
+    """The products of adapters that lie side by side; `gradients` is None where none is wanted.
 
-    def __init__(self, rows: Sequence[AdapterRows]) -> None:
-        layout = rows[0].adapter.layout
-        flat_GP = torch.stack([some.adapter.working_P for some in rows])
-        counts = torch.tensor([some.segment.stop - some.segment.start for some in rows])
-        scalings = torch.tensor([some.adapter.weights.scaling for some in rows])
-        self.pairs: Mapping[str, LoraPair] = layout.views(flat_GP)
-        self.is_trained = rows[0].gradient_P is not None
-        self._jobs = rows
-        self._rows = slice(rows[0].segment.start, rows[-1].segment.stop)
-        self._ends_G = counts.cumsum(0).to(flat_GP.device, torch.int32)
-        self._scaling_N1 = scalings.repeat_interleave(counts)[:, None].to(flat_GP.device)
-        self._gradient_GP = torch.zeros(flat_GP.shape if self.is_trained else 0, device=flat_GP.device)
-        self._gradients = layout.views(self._gradient_GP) if self.is_trained else {}
+    Shapes:
+        pairs, gradients: (G, R, D) and (G, F, R) each; ends_G: int32, where each adapter's rows end, counted
+            from the first of `rows`; scaling_N1: alpha / rank of each row.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, LoraPair],
+        gradients: Mapping[str, LoraPair] | None,
+        *,
+        rows: slice,
+        ends_G: Tensor,
+        scaling_N1: Tensor,
+    ) -> None:
+        self.pairs = pairs
+        self._gradients = gradients
+        self._rows = rows
+        self._ends_G = ends_G
+        self._scaling_N1 = scaling_N1
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether gradients are wanted."""
+        return self._gradients is not None
 
     def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
         """Add the products of one module in place and return the scaled inner product of shape (N, R)."""
@@ -63,7 +74,7 @@ class Stack:
         """Keep the gradients of A and B; add that of the input rows in place where it is wanted."""
         pair, grad_NF = self.pairs[name], grad_TF[self._rows]
         grad_inner_NR = self._product(grad_NF, pair.b).mul_(self._scaling_N1)
-        if self.is_trained:
+        if self._gradients is not None:
             gradient = self._gradients[name]
             gradient.a.add_(self._product(grad_inner_NR.t(), rows_TD[self._rows]))
             gradient.b.add_(self._product(grad_NF.t(), inner_TR))
@@ -71,14 +82,36 @@ class Stack:
             grad_rows_TD[self._rows].add_(self._product(grad_inner_NR, pair.a))
 
     def finish(self) -> None:
-        """Hand the gradients over to the jobs; once, after the backward pass."""
-        for job, gradient_P in zip(self._jobs, self._gradient_GP, strict=False):
-            if job.gradient_P is not None:
-                job.gradient_P.add_(gradient_P)
+        """Nothing is handed over: the gradients are where the caller wanted them."""
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply every adapter's rows: (N, .) by (G, ., .), or (., N) by (N, .), which gives (G, ., .)."""
         return grouped_mm(left, right, offs=self._ends_G)
+
+
+class Stack(GroupedProducts):
+    """Adjacent rows of several jobs whose adapters have one layout."""
+
+    def __init__(self, rows: Sequence[AdapterRows]) -> None:
+        layout, is_trained = rows[0].adapter.layout, rows[0].gradient_P is not None
+        flat_GP = torch.stack([some.adapter.working_P for some in rows])
+        counts = torch.tensor([some.segment.stop - some.segment.start for some in rows])
+        scalings = torch.tensor([some.adapter.weights.scaling for some in rows])
+        self._jobs = rows
+        self._gradient_GP = torch.zeros(flat_GP.shape if is_trained else 0, device=flat_GP.device)
+        super().__init__(
+            layout.views(flat_GP),
+            layout.views(self._gradient_GP) if is_trained else None,
+            rows=slice(rows[0].segment.start, rows[-1].segment.stop),
+            ends_G=counts.cumsum(0).to(flat_GP.device, torch.int32),
+            scaling_N1=scalings.repeat_interleave(counts)[:, None].to(flat_GP.device),
+        )
+
+    def finish(self) -> None:
+        """Hand the gradients over to the jobs; once, after the backward pass."""
+        for job, gradient_P in zip(self._jobs, self._gradient_GP, strict=False):
+            if job.gradient_P is not None:
+                job.gradient_P.add_(gradient_P)
 
 
 def combine(rows: Sequence[AdapterRows]) -> list[Products]:
@@ -98,4 +131,4 @@ def _gains(rows: Sequence[AdapterRows]) -> bool:
     working_P, layout = rows[0].adapter.working_P, rows[0].adapter.layout
     num_bytes = len(rows) * layout.num_parameters * (torch.float32.itemsize + working_P.itemsize)
     is_served = working_P.is_cuda and working_P.dtype == torch.bfloat16 and layout.rank % ALIGNMENT == 0
-    return is_served and len(rows) > 1 and num_bytes <= _MAX_BYTES
+    return is_served and layout.share == WHOLE and len(rows) > 1 and num_bytes <= _MAX_BYTES

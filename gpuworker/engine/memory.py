@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+
+from gpuworker.engine.exceptions import OutOfMemory
+
+Made = TypeVar("Made")
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CONTAINER_USE = Path("/sys/fs/cgroup/memory.current")
@@ -16,8 +23,35 @@ _HOST_MARKS = ("DefaultCPUAllocator", "not enough memory")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch raised the error because the device or the host had no room."""
+    """Return whether torch raised the error because the device or the host had no room, and it can be tried otherwise.
+
+    In a group it cannot: the other processes may have had room, and go on in step with this one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return False
     return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in _HOST_MARKS)
+
+
+def with_room(action: Callable[[], Made], *, free: Callable[[], None], what: str) -> Made:
+    """Return what an action makes; where memory runs out it is tried once more after `free`.
+
+    The action must leave nothing half done when an allocation fails.
+
+    Raises:
+        OutOfMemory: there is no room even then.
+    """
+    try:
+        return action()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    free()
+    try:
+        return action()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"no room for {what}: {error}") from error
 
 
 def free_cache(device: torch.device) -> None:

@@ -7,8 +7,8 @@ either is for the worker to keep on the disk.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,10 @@ class AdapterMemory:
         sixth = max(free_bytes(device) // 6, total_bytes(device) // _SMALLEST_PART)
         device_bytes = self.device_bytes or sixth // self.num_engines
         return AdapterMemory(device_bytes=device_bytes, host_bytes=host_bytes)
+
+    def agreed(self, least: Callable[[int], int]) -> AdapterMemory:
+        """Return the room that each process of a group has: all must move the same adapters."""
+        return replace(self, device_bytes=least(self.device_bytes), host_bytes=least(self.host_bytes))
 
     @property
     def total_bytes(self) -> int:
@@ -98,17 +102,18 @@ class Residency:
         known = [adapter_id for adapter_id in dict.fromkeys(adapter_ids) if adapter_id in self._held]
         for adapter_id in known:
             self._held.move_to_end(adapter_id)
-        absent = [self._held[adapter_id] for adapter_id in known if not self._is_here(adapter_id)]
-        try:
-            self.make_room(sum(adapter.num_bytes for adapter in absent), keeping=set(known))
-            for adapter in absent:
-                adapter.move(self._device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            refusal = OutOfMemory(f"no room for the adapter: {error}")
-            return {adapter_id: refusal for adapter_id in known if not self._is_here(adapter_id)}
-        return {}
+        refused: dict[str, OutOfMemory] = {}
+        for adapter_id in known:
+            if self._is_here(adapter_id):
+                continue
+            try:
+                self.make_room(self._bytes_of([adapter_id]), keeping=set(known))
+                self._held[adapter_id].move(self._device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                refused[adapter_id] = OutOfMemory(f"no room for the adapter: {error}")
+        return refused
 
     def make_room(self, num_bytes: int, *, keeping: Collection[str] = ()) -> None:
         """Move the least recently used adapters to the host until so many bytes fit on the device."""

@@ -92,7 +92,7 @@ class Sampler:
         factors = {factor.shape: factor for pair in weights.pairs.values() for factor in pair}
         unknown = [factor for shape, factor in factors.items() if shape not in self._probed]
         self._probed.update(factors)
-        self._row_step = max(self._row_step, find_factor_step(unknown))
+        self._row_step = max(self._row_step, self._base.group.most(find_factor_step(unknown)))
 
     def holds(self, sampler_id: str) -> bool:
         """Return whether an id is known."""
@@ -304,7 +304,7 @@ class Sampler:
 
     def _choose(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
         draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]
-        tokens, logprobs = choose(logits_SV, draws)
+        tokens, logprobs = self._base.group.agree(*choose(logits_SV, draws))
         outcomes: list[SampleOutcome] = []
         ended: set[int] = set()
         failed: set[str] = set()

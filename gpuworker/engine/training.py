@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from gpuworker.engine.adapters import Adapter, LoraPair
-from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.base_model import BaseModel
-from gpuworker.engine.batching import cut_into_blocks, fill_batches, pack_rows
+from gpuworker.engine.batching import PackedRows, cut_into_blocks, fill_batches, pack_rows
 from gpuworker.engine.exceptions import DatumError, EngineError, NonFiniteError, OutOfMemory
 from gpuworker.engine.logprobs import Head, HeadPiece, LossTerms, PieceScore
 from gpuworker.engine.lora import Segment
-from gpuworker.engine.lora_stack import AdapterRows, combine
+from gpuworker.engine.lora_stack import AdapterRows
 from gpuworker.engine.losses import BoundLoss, bind
 from gpuworker.engine.memory import free_cache, is_out_of_memory
+from gpuworker.engine.passes import Pass, PlainPass
+from gpuworker.engine.train_graphs import TrainGraphs
 from gpuworker.engine.types import Datum, Float32Array, ForwardBackward, ForwardBackwardResult, Int64Array
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -81,7 +82,7 @@ class Job:
         """Return the job's own gradient views, None for a forward only."""
         if self.request.backward and self.gradients is None:
             self.gradient_P = torch.zeros_like(self.adapter.master_P)
-            self.gradients = self.adapter.layout.views(self.gradient_P)
+            self.gradients = self.adapter.layout.own_views(self.gradient_P)
         return self.gradients
 
     def finish(self) -> ForwardBackwardResult:
@@ -127,12 +128,16 @@ class Trainer:
 
     Args:
         token_budget: rows of one batch and of one block.
+        graphs: recorded passes, for a device that waits for launches.
     """
 
-    def __init__(self, base: BaseModel, head: Head, *, token_budget: int) -> None:
+    def __init__(
+        self, base: BaseModel, head: Head, *, token_budget: int, graphs: TrainGraphs | None = None
+    ) -> None:
         self._base = base
         self._head = head
         self._token_budget = token_budget
+        self._graphs = graphs
 
     def run(
         self, requests: Sequence[ForwardBackward], find_adapter: Callable[[str], Adapter]
@@ -149,6 +154,11 @@ class Trainer:
             chosen = {index: job for index, job in jobs.items() if job.request.backward is backward}
             outcomes.update(self._run_jobs(chosen))
         return [outcomes[index] for index in range(len(requests))]
+
+    def release_unused(self) -> None:
+        """Give back what is kept for later passes."""
+        if self._graphs is not None:
+            self._graphs.release()
 
     def _prepare(self, request: ForwardBackward, adapter: Adapter, token_budget: int | None = None) -> Job:
         loss = bind(request.loss_fn, request.loss_config)
@@ -172,6 +182,7 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            self.release_unused()
             left = {index: job for index, job in jobs.items() if index not in outcomes}
             for job in left.values():
                 job.reset()
@@ -211,6 +222,7 @@ class Trainer:
             self._run_batch([(job, block) for _, job, block in part])
             for index, job, _ in part:
                 if job.is_done and index not in outcomes:
+                    self._base.group.add_up_gradient(job.adapter.layout, job.gradient_P)
                     try:
                         outcomes[index] = job.finish()
                     except EngineError as error:
@@ -229,17 +241,16 @@ class Trainer:
                 owners.append((len(own_rows) - 1, own))
             start = stop
         backward = parts[0][0].request.backward
-        attend = PackedAttention(rows.lengths, device=base.device)
-        products = combine(own_rows)
-        with torch.set_grad_enabled(backward), base.routed(products, attend):
-            hidden_TD = base.hidden(rows)
-            grad_TD = torch.zeros_like(hidden_TD, requires_grad=False) if backward else None
-            scores = self._head.score(hidden_TD.detach(), pieces, grad_TD)
-            if hidden_TD.requires_grad:
-                torch.autograd.backward(hidden_TD, grad_TD)
-        for some in products:
-            some.finish()
+        through = self._pass(rows, own_rows)
+        hidden_TD = through.forward()
+        scores = self._head.score(hidden_TD, pieces, through.zero_gradient() if backward else None)
+        if backward:
+            through.backward()
         _collect(parts, owners, scores)
+
+    def _pass(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> Pass:
+        recorded = None if self._graphs is None else self._graphs.find(rows, parts)
+        return recorded or PlainPass(self._base, rows, parts)
 
 
 def check_datum(datum: Datum, index: int, *, vocab_size: int, max_context: int) -> None:

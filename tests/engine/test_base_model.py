@@ -60,6 +60,7 @@ def test_the_fingerprint_names_what_changes_bits(engine: Engine) -> None:
         "torch": torch.__version__,
         "device": "cpu",
         "device_name": processor_name(),
+        "num_devices": "1",
         "dtype": "float32",
         "threads": str(torch.get_num_threads()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -6,7 +6,7 @@ A machine that has torch and transformers but not the rest of the product runs t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,14 @@ import torch
 
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import EngineError, OutOfMemory
-from gpuworker.engine.types import AdamParams, OptimStep, SampleRequest, SampleResult
+from gpuworker.engine.types import (
+    AdamParams,
+    ForwardBackward,
+    ForwardBackwardResult,
+    OptimStep,
+    SampleRequest,
+    SampleResult,
+)
 
 from .conftest import CONFIGS, VOCAB_SIZE
 from .jobs import make_job, results, take_gradient
@@ -175,6 +182,55 @@ def test_bfloat16_samples_repeat_and_score_as_a_forward_pass_would(
         ]
         scores = _prompt_logprobs(engine, request, result)
         np.testing.assert_allclose(result.sequences[0].logprobs, scores, atol=0.15)
+
+
+def test_more_adapters_than_before_are_recorded_again(
+    load_gpu_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bank of another size drops what was recorded with the smaller one, and the memory behind it."""
+    engine = load_gpu_engine(dtype="bfloat16")
+    requests = mixed_requests(engine)
+    for chosen in (requests[:1], requests, requests[:1]):
+        for _ in range(2):
+            sample(engine, chosen)
+    assert not caplog.records
+    assert engine.sampler._graphs is not None
+    assert any(step.graph is not None for step in engine.sampler._graphs._steps.values())
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "gemma2"])
+def test_recorded_passes_give_what_the_plain_way_gives(
+    architecture: str, load_gpu_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches of other runs and sizes take turns with sampling; new weights reach what is recorded."""
+    engine = load_gpu_engine(architecture, dtype="bfloat16")
+    graphs = engine._trainer._graphs
+    assert graphs is not None
+    jobs = [make_job(f"way-{i}", np.random.default_rng(i), LENGTHS[i % 3 :]) for i in range(len(ALL_SPECS))]
+    for seed in (0, 100):
+        for job, spec in zip(jobs, ALL_SPECS, strict=True):
+            make_adapter(engine, job.adapter_id, replace(spec, seed=spec.seed + seed))
+        for chosen in (jobs, jobs[:1], jobs[1:3]):
+            engine._trainer._graphs = None
+            expected = _trained(engine, chosen)
+            engine._trainer._graphs = graphs
+            for _ in range(4):
+                actual = _trained(engine, chosen)
+                sample(engine, mixed_requests(engine)[:1])
+            for (ours, ours_P), (theirs, theirs_P) in zip(actual, expected, strict=True):
+                gaps = [np.abs(a - b).mean() for a, b in zip(ours.logprobs, theirs.logprobs, strict=True)]
+                assert float(np.mean(gaps)) < 0.1
+                assert cosine(ours_P, theirs_P) > 0.99
+    assert sum(one.pool is not None for one in graphs._passes.values()) == 3
+    assert not caplog.records
+
+
+def _trained(
+    engine: Engine, jobs: Sequence[ForwardBackward]
+) -> list[tuple[ForwardBackwardResult, torch.Tensor]]:
+    """Return what every job answers, and its gradient."""
+    outcomes = results(engine.forward_backward(jobs))
+    return [(one, take_gradient(engine, job.adapter_id)) for job, one in zip(jobs, outcomes, strict=True)]
 
 
 def _prompt_logprobs(engine: Engine, request: SampleRequest, result: SampleResult) -> np.ndarray:

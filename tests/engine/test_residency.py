@@ -93,6 +93,13 @@ class _Homeless(Adapter):
         torch.empty(2**50)
 
 
+class _Distant(Adapter):
+    """An adapter on a device that nothing can be copied from."""
+
+    def move(self, device: torch.device) -> None:
+        self.master_P = torch.zeros(self.layout.num_parameters, device=device)
+
+
 class _Refused(torch.Tensor):
     """A buffer that finds no room where it should go."""
 
@@ -109,6 +116,14 @@ def test_an_adapter_that_finds_no_room_half_way_stays_whole(buffer: str) -> None
         one.move(torch.device("meta"))
     assert {held.device.type for held in (one.master_P, one.exp_avg_P, one.exp_avg_sq_P)} == {"cpu"}
     assert one.working_P is working
+
+
+def test_those_behind_one_without_room_are_brought() -> None:
+    residency = Residency(CPU, device_bytes=BYTES)
+    residency.put("away", _Homeless(SPEC, LAYOUT, device=torch.device("meta"), dtype=torch.float32))
+    residency.put("behind", _Distant(SPEC, LAYOUT, device=torch.device("meta"), dtype=torch.float32))
+    assert list(residency.bring(["away", "behind"])) == ["away"]
+    assert residency.get("behind").device == CPU
 
 
 def test_an_adapter_without_room_fails_alone(model_directory: Callable[[str], Path]) -> None:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 from pytest_django import Settings
 from supervisor.options import ServerOptions
 
@@ -51,6 +52,29 @@ def test_each_named_device_gets_a_worker(settings: Settings) -> None:
     assert {worker.env["MINTWEB_NUM_LOCAL_WORKERS"] for worker in workers} == {"2"}
 
 
+def test_a_group_has_one_worker_for_several_named_devices(settings: Settings) -> None:
+    settings.DEVICES, settings.TENSOR_PARALLEL = ["cuda:2", "cuda:3", "cuda:0", "cuda:1"], 2
+    workers = programs.gpu_workers()
+    assert [worker.name for worker in workers] == ["gpu0", "gpu1"]
+    assert [worker.env["MINTWEB_DEVICES"] for worker in workers] == ["cuda:2,cuda:3", "cuda:0,cuda:1"]
+    assert [worker.env["MINTWEB_DEVICE"] for worker in workers] == ["cuda:2", "cuda:0"]
+    assert {worker.env["MINTWEB_NUM_LOCAL_WORKERS"] for worker in workers} == {"4"}
+
+
+def test_groups_are_made_of_the_visible_gpus_in_their_order(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,1,3,4,5")
+    settings.DEVICE, settings.TENSOR_PARALLEL = "auto", 2
+    assert [worker.env["MINTWEB_DEVICES"] for worker in programs.gpu_workers()] == [
+        "cuda:0,cuda:1",
+        "cuda:2,cuda:3",
+    ]
+    settings.TENSOR_PARALLEL = 8
+    with pytest.raises(ImproperlyConfigured, match="MINTWEB_TENSOR_PARALLEL is 8, but only 5 GPUs"):
+        programs.gpu_workers()
+
+
 def test_only_the_gpu_worker_serves_the_gpu_queue() -> None:
     serving = [program.name for program in programs.services() if "--queues=gpu" in program.command]
     assert serving == ["gpu"]
@@ -62,6 +86,7 @@ def test_supervisord_reads_each_command_as_it_is(settings: Settings, tmp_path: P
     settings.LOG_DIR = settings.DATA_DIR / "logs"
     settings.EMBEDDED_REDIS, settings.EMBEDDED_POSTGRES = True, False
     settings.DATA_DIR.mkdir(mode=0o700)
+    settings.DEVICE, settings.TENSOR_PARALLEL = "cpu", 2
     file = Path(programs.supervisord()[-1])
     assert file.stat().st_mode & 0o777 == 0o600
     options = ServerOptions()

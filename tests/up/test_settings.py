@@ -25,6 +25,7 @@ from .instances import ROOT, clean_environment
         ("MINTWEB_ALLOW_PUBLIC", "maybe", "MINTWEB_ALLOW_PUBLIC is 'maybe'; it must be 1 or 0."),
         ("MINTWEB_DEVICE", "tpu", "MINTWEB_DEVICE is 'tpu'"),
         ("MINTWEB_DEVICES", "cpu,tpu", "MINTWEB_DEVICES has 'tpu'; each item is cpu or cuda:0, cuda:1, ..."),
+        ("MINTWEB_TENSOR_PARALLEL", "0", "MINTWEB_TENSOR_PARALLEL is 0; it must be between 1 and 64."),
         ("MINTWEB_DTYPE", "int8", "MINTWEB_DTYPE is 'int8'"),
         ("MINTWEB_BASE_MODELS", "a=/nowhere", "the directory /nowhere, which does not exist."),
         ("MINTWEB_BASE_MODELS", "=x", "each item is name or name=directory."),
@@ -44,6 +45,15 @@ def test_a_wrong_value_is_named(
     with pytest.raises(ImproperlyConfigured) as caught:
         runpy.run_path(settings.__file__)
     assert sentence in str(caught.value)
+
+
+def test_devices_that_do_not_make_up_groups_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = {"MINTWEB_DEVICES": "cuda:0,cuda:1,cuda:2", "MINTWEB_TENSOR_PARALLEL": "2"}
+    monkeypatch.setattr(os, "environ", clean_environment(MINTWEB_DATA_DIR=str(tmp_path), **devices))
+    with pytest.raises(ImproperlyConfigured, match="names 3 devices; MINTWEB_TENSOR_PARALLEL is 2"):
+        runpy.run_path(settings.__file__)
 
 
 def test_the_command_line_shows_the_sentence_alone(tmp_path: Path) -> None:

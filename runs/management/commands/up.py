@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import BaseCommand
 from django.db import DatabaseError, connections
@@ -56,7 +57,12 @@ class Command(BaseCommand):
                 probes.check_port()
                 self._say(f"starting; data and logs are in {settings.DATA_DIR}")
                 self._run()
-        except (embedded.EmbeddedServerError, probes.NotAnswering, StartFailed) as error:
+        except (
+            ImproperlyConfigured,
+            embedded.EmbeddedServerError,
+            probes.NotAnswering,
+            StartFailed,
+        ) as error:
             self.stderr.write(f"mintweb: {error}.")
             sys.exit(2)
         except KeyboardInterrupt:

@@ -1,0 +1,272 @@
+"""A training batch in two launches: the decoder and its way back recorded as CUDA graphs.
+
+A pass over a batch of a few hundred tokens is some ten thousand small kernels, and a GPU waits for their launches.
+Batches are padded to one of eight sizes an octave, so that what was recorded for a size serves all batches of
+that size whichever runs they come from: tokens, bounds of sequences and the adapters' weights are copied
+into fixed buffers. Head and loss lie between the two launches and stay as they are, because each job has its own.
+Without a CUDA device the same pass runs unrecorded, for tests.
+Axes: T rows of the recorded batch, K places of the bank, S most sequences, D hidden features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpuworker.engine.adapter_bank import fitting_rank
+from gpuworker.engine.attention import PackedAttention
+from gpuworker.engine.base_model import BaseModel
+from gpuworker.engine.batching import PackedRows
+from gpuworker.engine.lora_stack import AdapterRows, GroupedProducts
+from gpuworker.engine.memory import is_out_of_memory
+from gpuworker.engine.training_bank import TrainingBank
+
+logger = logging.getLogger(__name__)
+
+_MIN_ROWS: Final = 64
+_SIZES_AN_OCTAVE: Final = 8
+_MIN_SEQUENCES: Final = 8
+_MIN_LENGTH: Final = 128
+_RUNS_BEFORE_RECORDING: Final = 2
+"""Recording costs about two plain passes: sizes that are met only in passing are not worth it."""
+_MAX_RECORDED: Final = 32
+
+
+class Size(NamedTuple):
+    """What a recorded pass has room for: rows, sequences and tokens of each, adapters and their rank."""
+
+    num_rows: int
+    num_sequences: int
+    max_length: int
+    num_places: int
+    rank: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], num_places: int, rank: int) -> Size:
+        """Return the smallest size for a batch of such sequences."""
+        num_rows = recorded_rows(sum(lengths))
+        max_length = max(_MIN_LENGTH, _power_of_two(max(lengths)))
+        num_sequences = len(lengths) + len(_padding(num_rows - sum(lengths), max_length))
+        octaves = (_power_of_two(max(num_sequences, _MIN_SEQUENCES)) - 1).bit_length()
+        return cls(num_rows, 1 << (octaves | 1), max_length, _power_of_two(num_places), rank)
+
+
+class TrainGraphs:
+    """Knows the recorded passes of one base model.
+
+    Args:
+        row_bytes: about what autograd keeps for one row.
+        max_bytes: what the activations of the largest recorded batch may take, and what its bank may.
+    """
+
+    def __init__(self, base: BaseModel, *, row_bytes: int, max_bytes: int) -> None:
+        self._base = base
+        self._row_bytes = row_bytes
+        self._max_bytes = max_bytes
+        self._banks: dict[tuple[int, int], TrainingBank] = {}
+        self._passes: OrderedDict[Size, RecordedPass] = OrderedDict()
+
+    def find(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> RecordedPass | None:
+        """Return a pass for these rows, loaded with them; None where they had better go the plain way."""
+        rank = fitting_rank([part.adapter.weights for part in parts])
+        size = Size.of(rows.lengths, len(parts), rank)
+        if not self._has_room(size):
+            return None
+        found = self._pass(size)
+        try:
+            if not found.is_ready(self._pool()):
+                return None
+            found.load(rows, parts)
+        except RuntimeError as error:
+            self._give_up(found, error)
+            return None
+        return found
+
+    def release(self) -> None:
+        """Let go of everything recorded, and of its memory."""
+        self._passes.clear()
+        self._banks.clear()
+
+    def _give_up(self, found: RecordedPass, error: RuntimeError) -> None:
+        """Take the plain way from now on: for batches of this size or, where memory is short, for all large ones."""
+        if is_out_of_memory(error):
+            self._max_bytes //= 2
+            self.release()
+        else:
+            found.give_up(error)
+
+    def _has_room(self, size: Size) -> bool:
+        base = self._base
+        bank_bytes = TrainingBank.num_bytes(
+            base.modules, num_places=size.num_places, rank=size.rank, dtype=base.dtype
+        )
+        return max(size.num_rows * self._row_bytes, bank_bytes) <= self._max_bytes
+
+    def _pass(self, size: Size) -> RecordedPass:
+        if size not in self._passes:
+            self._passes[size] = RecordedPass(self._base, size, self._bank(size.num_places, size.rank))
+        self._passes.move_to_end(size)
+        while len(self._passes) > _MAX_RECORDED:
+            self._passes.popitem(last=False)
+        return self._passes[size]
+
+    def _bank(self, num_places: int, rank: int) -> TrainingBank:
+        key, base = (num_places, rank), self._base
+        if key not in self._banks:
+            self._banks[key] = TrainingBank(
+                base.modules, num_places=num_places, rank=rank, device=base.device, dtype=base.dtype
+            )
+        return self._banks[key]
+
+    def _pool(self) -> Any:
+        """Return the memory that all share, as none is under way while another is: that of any recorded pass."""
+        return next((some.pool for some in self._passes.values() if some.pool is not None), None)
+
+
+class RecordedPass:
+    """The fixed buffers of one size of batch, and the graphs of both directions once they are recorded."""
+
+    def __init__(self, base: BaseModel, size: Size, bank: TrainingBank) -> None:
+        num_rows = size.num_rows
+        self._base = base
+        self._bank = bank
+        self._num_rows = num_rows
+        self._rows_2T = torch.zeros(2, num_rows, dtype=torch.int64, device=base.device)
+        self._ends_K = torch.zeros(bank.num_places + 1, dtype=torch.int32, device=base.device)
+        self._scaling_T1 = torch.zeros(num_rows, 1, device=base.device)
+        self._gradient_TD = torch.zeros(
+            num_rows, base.config.hidden_size, device=base.device, dtype=base.dtype
+        )
+        self._attend = _FixedAttention(size, base.device)
+        self._parts: Sequence[AdapterRows] = ()
+        self._num_runs = 0
+        self._is_recordable = base.device.type == "cuda"
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._hidden_TD = torch.empty(0)
+
+    @property
+    def pool(self) -> Any:
+        """Return the memory pool of what is recorded, None where nothing is."""
+        return None if self._graphs is None else self._graphs[0].pool()
+
+    def is_ready(self, pool: Any) -> bool:
+        """Count one more batch of this size, record the pass once there were enough, and return whether it can run."""
+        if not self._is_recordable:
+            return self._base.device.type != "cuda"
+        self._num_runs += 1
+        if self._graphs is None and self._num_runs > _RUNS_BEFORE_RECORDING:
+            self._record(pool)
+        return self._graphs is not None
+
+    def give_up(self, error: RuntimeError) -> None:
+        """Leave this size to the plain way for good."""
+        self._is_recordable, self._graphs = False, None
+        logger.warning("a training pass of %s rows cannot be recorded: %s", self._num_rows, error)
+
+    def load(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> None:
+        """Say what the next run is about: the rows, whose they are, and with which weights."""
+        num_rows, bank = len(rows.tokens_T), self._bank
+        rows_2T = np.zeros((2, self._num_rows), dtype=np.int64)
+        rows_2T[:, :num_rows] = rows.tokens_T, rows.positions_T
+        ends = [part.segment.stop for part in parts]
+        missing = bank.num_places - len(parts)
+        scaling_T1 = np.zeros((self._num_rows, 1), dtype=np.float32)
+        for place, part in enumerate(parts):
+            bank.put(place, part)
+            scaling_T1[part.segment.start : part.segment.stop] = part.adapter.weights.scaling
+        self._rows_2T.copy_(torch.from_numpy(rows_2T), non_blocking=True)
+        self._ends_K.copy_(torch.tensor([*ends, *[ends[-1]] * missing, self._num_rows]), non_blocking=True)
+        self._scaling_T1.copy_(torch.from_numpy(scaling_T1), non_blocking=True)
+        self._attend.load(rows.lengths)
+        self._parts, self._num_loaded = parts, num_rows
+
+    def forward(self) -> Tensor:
+        """Return the last hidden states (T, D) of the rows that were loaded."""
+        if self._graphs is None:
+            self._hidden_TD = self._compute()
+        else:
+            self._replay(self._graphs[0])
+        return self._hidden_TD.detach()[: self._num_loaded]
+
+    def zero_gradient(self) -> Tensor:
+        """Return zeros (T, D)."""
+        return self._gradient_TD.zero_()[: self._num_loaded]
+
+    def backward(self) -> None:
+        """Add the adapters' gradients to those of the jobs."""
+        if self._graphs is None:
+            torch.autograd.backward(self._hidden_TD, self._gradient_TD)
+        else:
+            self._replay(self._graphs[1])
+        for place, part in enumerate(self._parts):
+            self._bank.hand_over(place, part)
+        self._parts = ()
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        with torch.cuda.device(self._base.device):
+            graph.replay()
+
+    def _record(self, pool: Any) -> None:
+        with torch.cuda.device(self._base.device):
+            torch.cuda.synchronize()
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+                hidden_TD = self._compute()
+            with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+                torch.autograd.backward(hidden_TD, self._gradient_TD)
+        self._graphs, self._hidden_TD = (forward, backward), hidden_TD.detach()
+
+    def _compute(self) -> Tensor:
+        bank = self._bank
+        bank.gradients_KP.zero_()
+        products = GroupedProducts(
+            bank.pairs,
+            bank.gradients,
+            rows=slice(0, self._num_rows),
+            ends_G=self._ends_K,
+            scaling_N1=self._scaling_T1,
+        )
+        tokens_T, positions_T = self._rows_2T
+        with torch.enable_grad(), self._base.routed((products,), self._attend):
+            return self._base.hidden_of(tokens_T, positions_T)
+
+
+class _FixedAttention(PackedAttention):
+    """Attention over at most S sequences of a limited length, whose bounds are read when the kernel runs."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        super().__init__([size.num_rows], device=device)
+        self.max_length = size.max_length
+        self.bounds = torch.zeros(size.num_sequences + 1, dtype=torch.int32, device=device)
+        self._num_rows = size.num_rows
+
+    def load(self, lengths: Sequence[int]) -> None:
+        """Take the lengths of the next batch; what is missing to T rows attends to itself."""
+        self.lengths = [*lengths, *_padding(self._num_rows - sum(lengths), self.max_length)]
+        ends = np.full(len(self.bounds), self._num_rows, dtype=np.int32)
+        ends[0] = 0
+        ends[1 : len(self.lengths) + 1] = np.cumsum(self.lengths)
+        self.bounds.copy_(torch.from_numpy(ends), non_blocking=True)
+
+
+def _padding(num_rows: int, max_length: int) -> list[int]:
+    """Return the lengths of sequences that so many rows of padding make up."""
+    full, rest = divmod(num_rows, max_length)
+    return [max_length] * full + [rest] * (rest > 0)
+
+
+def recorded_rows(num_rows: int) -> int:
+    """Return the size that a batch is padded to: the next of eight steps between two powers of two."""
+    step = max(_MIN_ROWS, _power_of_two(num_rows) // 2) // _SIZES_AN_OCTAVE
+    return max(_MIN_ROWS, -(-num_rows // step) * step)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
