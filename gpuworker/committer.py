@@ -1,5 +1,6 @@
 """The last of the three stages: serialise results, write checkpoints, commit, in the order computed.
 
+A save that only feeds a sampling session is answered first and written then; what comes after it waits for the file.
 Runs in a thread of its own while the next cycle computes. A database that is away is waited for, with what
 was written to storage before: only the commit is tried again. A run that another worker owns by now is given up.
 """
@@ -8,35 +9,44 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from gpuworker import failpoints, payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
+from gpuworker.engine.memory import available_bytes
 from gpuworker.engine.types import OptimStep, SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
 from gpuworker.seats import Seat
 from gpuworker.snapshots import StorageError
 from runs.models import TrainingRun
-from runs.services import blobs, commits
+from runs.services import blobs, claims, commits, early_answers
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
 from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 8
+# Host copies of states that wait to be written may take so much together, and no more than a part of what is free.
+_MAX_STATE_BYTES: Final = 1 << 30
+_STATE_PART: Final = 8
 # What a snapshot that could not be written counts as in its seat's replay cost: half of what asks for the next one.
 _UNWRITTEN_COST_S: Final = 10.0
+# A file that was promised is tried again so often before its checkpoint is given up; others wait meanwhile.
+_WRITE_AGAIN_S: Final = (0.1, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What one cycle did to one seat."""
+    """What one cycle did to one seat, or a part of it."""
 
     seat: Seat
     from_seq: int
     outcomes: Sequence[Outcome]
+    is_last: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +70,47 @@ class SnapshotOutcome:
 Item = Sequence[RunOutcome] | SampleOutcome | SnapshotOutcome
 
 
-class Committer:
-    """Takes outcomes from the compute stage and makes them true, one item after the other."""
+def saved_bytes(outcomes: Iterable[Outcome]) -> int:
+    """Return what the states take that are to be written with these outcomes."""
+    return sum(one.checkpoint.state.num_bytes for one in outcomes if one.checkpoint is not None)
 
-    def __init__(self, *, on_lost: Callable[[], None], on_sample_end: Callable[[int], None]) -> None:
+
+class Committer:
+    """Takes outcomes from the compute stage and makes them true, one item after the other.
+
+    Args:
+        state_bytes: memory of the states that wait to be written; a single item may exceed it.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_lost: Callable[[], None],
+        on_sample_end: Callable[[int], None],
+        state_bytes: int | None = None,
+    ) -> None:
         self._on_lost = on_lost
         self._on_sample_end = on_sample_end
+        self.state_bytes = _default_state_bytes() if state_bytes is None else state_bytes
+        self._unwritten: set[str] = set()
+        self._held_bytes = 0
+        self._changed = threading.Condition()
         self._items: queue.Queue[Item | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._thread = database_thread("committer", self._loop)
         self._thread.start()
 
     def put(self, item: Item) -> None:
-        """Hand over an item; blocks while too many wait, so that compute cannot run away from the log."""
+        """Hand over an item; blocks while too many wait, or too large ones: compute cannot run away from the log."""
+        num_bytes = _state_bytes(item)
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(num_bytes))
+            self._held_bytes += num_bytes
         self._items.put(item)
+
+    @property
+    def unwritten(self) -> list[str]:
+        """The folders of the weights that may be sampled from in memory while their files are being written."""
+        return list(self._unwritten.copy())
 
     def flush(self) -> None:
         """Wait until everything handed over is committed or given up."""
@@ -83,11 +121,19 @@ class Committer:
         self._items.put(None)
         self._thread.join()
 
+    def _has_room(self, num_bytes: int) -> bool:
+        return not (self._held_bytes and num_bytes) or self._held_bytes + num_bytes <= self.state_bytes
+
     def _loop(self) -> None:
         while (item := self._items.get()) is not None:
+            num_bytes = _state_bytes(item)
             try:
                 self._commit(item)
             finally:
+                del item  # while nothing comes its state would stay in memory
+                with self._changed:
+                    self._held_bytes -= num_bytes
+                    self._changed.notify_all()
                 self._items.task_done()
         self._items.task_done()
 
@@ -98,11 +144,42 @@ class Committer:
         elif isinstance(item, SnapshotOutcome):
             if not self._attempt(lambda: _commit_snapshot(item)):
                 item.seat.replay_cost_s += _UNWRITTEN_COST_S
-        elif not self._attempt(lambda: _commit_cycle(item)):
+        elif not self._attempt(lambda: self._commit_cycle(item)):
             for run in item:
-                run.seat.is_lost |= not self._attempt(lambda run=run: _commit_cycle([run]))  # type: ignore[misc]
+                run.seat.is_lost |= not self._attempt(lambda run=run: self._commit_cycle([run]))  # type: ignore[misc]
         if not isinstance(item, SampleOutcome | SnapshotOutcome) and any(run.seat.is_lost for run in item):
             self._on_lost()
+
+    def _commit_cycle(self, runs: Sequence[RunOutcome]) -> None:
+        parts = [_parts_of(run) for run in runs if not run.seat.is_lost]
+        _commit_together([first for first, *_ in parts if not _is_early(first)])
+        for run in parts:
+            for part in run if _is_early(run[0]) else run[1:]:
+                if part.seat.is_lost:
+                    break
+                if _is_early(part):
+                    self._commit_early(part)
+                else:
+                    _commit_together([part])
+
+    def _commit_early(self, run: RunOutcome) -> None:
+        """Answer a save, write its file, and only then count it as applied."""
+        (outcome,) = run.outcomes
+        pending = outcome.checkpoint
+        assert pending is not None
+        commit = _run_commit(replace(run, outcomes=[replace(outcome, checkpoint=None)]))
+        self._unwritten.add(pending.directory)
+        try:
+            if not until_reachable(
+                partial(early_answers.give, commit, _new_checkpoint(pending, size_bytes=0))
+            ):
+                run.seat.is_lost = True
+                return
+            failpoints.reach("after_answer")
+            _write_owed(run.seat, pending)
+        finally:
+            self._unwritten.discard(pending.directory)
+        _commit_all([run], [commit])
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         """Do what an item asks; false, with the reason logged, when that fails."""
@@ -114,6 +191,17 @@ class Committer:
         return True
 
 
+def _default_state_bytes() -> int:
+    return min(_MAX_STATE_BYTES, available_bytes() // _STATE_PART)
+
+
+def _state_bytes(item: Item) -> int:
+    """Return what an item holds in copies of adapters."""
+    if isinstance(item, SnapshotOutcome):
+        return item.state.num_bytes
+    return 0 if isinstance(item, SampleOutcome) else sum(saved_bytes(run.outcomes) for run in item)
+
+
 def _commit_sample(item: SampleOutcome) -> None:
     answer = item.answer
     if isinstance(answer, SampleResult):
@@ -121,9 +209,11 @@ def _commit_sample(item: SampleOutcome) -> None:
     until_reachable(partial(commits.commit_sample, item.operation_pk, answer))
 
 
-def _commit_cycle(runs: Sequence[RunOutcome]) -> None:
-    runs = [run for run in runs if not run.seat.is_lost]
-    batch = [_run_commit(run) for run in runs]
+def _commit_together(runs: Sequence[RunOutcome]) -> None:
+    _commit_all(runs, [_run_commit(run) for run in runs])
+
+
+def _commit_all(runs: Sequence[RunOutcome], batch: Sequence[RunCommit]) -> None:
     failpoints.reach("before_commit")
     were_committed = until_reachable(partial(commits.commit_all, batch))
     failpoints.reach("after_commit")
@@ -149,10 +239,16 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
         directory=directory,
         size_bytes=size,
     )
-    for old in until_reachable(register):
-        blobs.delete_folder(old)
-    seat.snapshot_directory = directory
-    seat.snapshot_seq = item.seq
+    useless = until_reachable(register)
+    for folder in useless:
+        blobs.delete_folder(folder)
+    kept = {item.seq: directory}
+    if directory in useless:
+        rows = until_reachable(partial(claims.latest_snapshots, seat.run.pk, up_to_seq=item.seq))
+        kept = dict(reversed(rows))
+    if item.seq in kept:
+        seat.snapshot_directory = kept[item.seq]
+        seat.snapshot_seq = item.seq
 
 
 def _run_commit(run: RunOutcome) -> RunCommit:
@@ -173,15 +269,15 @@ def _run_commit(run: RunOutcome) -> RunCommit:
         num_tokens=sum(one.num_tokens for one in run.outcomes),
         loss=steps[-1].loss if steps else None,
         tokens_per_s=steps[-1].metrics.get("tokens_per_s") if steps else None,
-        state=_state(run.seat, failed_run),
+        state=_state(run, failed_run),
         error=failed_run,
     )
 
 
-def _state(seat: Seat, failed_run: str) -> TrainingRun.State:
+def _state(run: RunOutcome, failed_run: str) -> TrainingRun.State:
     if failed_run:
         return TrainingRun.State.FAILED
-    return TrainingRun.State.CLOSED if seat.is_closed else TrainingRun.State.OPEN
+    return TrainingRun.State.CLOSED if run.seat.is_closed and run.is_last else TrainingRun.State.OPEN
 
 
 def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
@@ -206,14 +302,71 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
     )
 
 
+def _parts_of(run: RunOutcome) -> list[RunOutcome]:
+    """Divide what a cycle did to a run where a save is to be answered before its file is written."""
+    parts: list[list[Outcome]] = []
+    was_early = True
+    for one in run.outcomes:
+        is_early = _may_be_early(one)
+        if is_early or was_early:
+            parts.append([])
+        parts[-1].append(one)
+        was_early = is_early
+    from_seqs = [run.from_seq, *(part[-1].operation.seq for part in parts)]
+    return [
+        replace(run, from_seq=from_seq, outcomes=part, is_last=part is parts[-1])
+        for from_seq, part in zip(from_seqs, parts, strict=False)
+    ]
+
+
+def _is_early(part: RunOutcome) -> bool:
+    return len(part.outcomes) == 1 and _may_be_early(part.outcomes[0])
+
+
+def _may_be_early(outcome: Outcome) -> bool:
+    """Say whether this is a save for sampling that there is room for, or that was answered already."""
+    pending, taken = outcome.checkpoint, outcome.operation.taken
+    if pending is None or taken is None or not pending.save.is_ephemeral:
+        return False
+    return taken.is_answered or blobs.has_room(pending.directory, 2 * pending.state.num_bytes)
+
+
+def _write_owed(seat: Seat, pending: PendingCheckpoint) -> None:
+    """Write a file that was promised, unless nobody wants it any more; one that storage keeps refusing is given up."""
+    directory = pending.directory
+    if not until_reachable(partial(early_answers.is_owed, directory)):
+        return
+    try:
+        size = _written_patiently(seat, pending)
+    except StorageError:
+        logger.exception("weights of run %s to sample from are given up", seat.run.public_id)
+        until_reachable(partial(early_answers.withdraw, directory))
+        return
+    if not until_reachable(partial(early_answers.settle, directory, size)):
+        blobs.delete_folder(directory)
+
+
+def _written_patiently(seat: Seat, pending: PendingCheckpoint) -> int:
+    for pause_s in _WRITE_AGAIN_S:
+        try:
+            return snapshots.store(pending.state, pending.directory, seat)
+        except StorageError as error:
+            logger.warning("weights to sample from are not written yet, trying again: %s", error)
+            time.sleep(pause_s)
+    return snapshots.store(pending.state, pending.directory, seat)
+
+
 def _written(seat: Seat, pending: PendingCheckpoint) -> NewCheckpoint:
-    size = snapshots.store(pending.state, pending.directory, seat)
+    return _new_checkpoint(pending, size_bytes=snapshots.store(pending.state, pending.directory, seat))
+
+
+def _new_checkpoint(pending: PendingCheckpoint, *, size_bytes: int) -> NewCheckpoint:
     save = pending.save
     return NewCheckpoint(
         kind=save.kind,
         name=save.name,
         directory=pending.directory,
-        size_bytes=size,
+        size_bytes=size_bytes,
         is_ephemeral=save.is_ephemeral,
         overwrite=save.overwrite,
         ttl_seconds=save.ttl_seconds,

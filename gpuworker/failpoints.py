@@ -16,6 +16,7 @@ NAMES: Final = (
     "before_compute",
     "after_compute",
     "before_commit",
+    "after_answer",
     "after_commit",
     "snapshot_written",
     "snapshot_renamed",

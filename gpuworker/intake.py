@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import psycopg
@@ -21,9 +21,10 @@ from gpuworker.engine.engine import Engine
 from gpuworker.seats import PreparedOperation, Seat
 from runs import events
 from runs.models import Worker
-from runs.services import claims, placement, workers
-from runs.services.claims import HeldRun, TakenOperation, TakenSample
+from runs.services import claims, placement, sample_claims, workers
+from runs.services.claims import HeldRun, TakenOperation
 from runs.services.operations import GAP_PATIENCE_S
+from runs.services.sample_claims import TakenSample
 from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,21 @@ _MAX_SAMPLES: Final = 1024
 class Intake:
     """Fills the seats' queues and the list of samples; `ready` is set when compute has something to do."""
 
-    def __init__(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        engines: Mapping[str, Engine],
+        *,
+        unwritten: Callable[[], Collection[str]] = list,
+    ) -> None:
         self.ready = threading.Event()
         self.seats: dict[int, Seat] = {}
         self.samples: list[TakenSample] = []
         self._held_samples: set[int] = set()
         self._has_company = False
+        self._is_drained = False
         self._looked_at = 0.0
+        self._unwritten = unwritten
         self._worker = worker
         self._engines = engines
         self._wake = threading.Event()
@@ -106,6 +115,7 @@ class Intake:
                     workers.bury_dead(sparing=self._worker)
                     self._give_up_deleted()
                     self._balance()
+                    self._claim_owing()
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:
@@ -127,16 +137,18 @@ class Intake:
                 time.sleep(1.0)
 
     def _collect(self) -> None:
+        self._look()
         with self._lock:
             held, held_samples = list(self.seats), list(self._held_samples)
-        for run in self._claim(held):
-            with self._lock:
-                self.seats[run.pk] = Seat(run, self._engines[run.base_model])
-        taken = claims.take_operations(self._worker, self._room(), limit=AHEAD)
-        self._fill(taken)
-        if len(held_samples) < _MAX_SAMPLES:
-            samples = claims.take_samples(
-                self._worker, list(self._engines), limit=_SAMPLES_AHEAD, held=held_samples
+        self._seat(self._claim(held))
+        self._take()
+        if len(held_samples) < _MAX_SAMPLES and not self._is_drained:
+            samples = sample_claims.take_samples(
+                self._worker,
+                list(self._engines),
+                limit=_SAMPLES_AHEAD,
+                held=held_samples,
+                unwritten=self._unwritten(),
             )
             with self._lock:
                 self.samples += samples
@@ -144,12 +156,44 @@ class Intake:
             if samples:
                 self.ready.set()
 
+    def _seat(self, runs: Sequence[HeldRun]) -> None:
+        for run in runs:
+            with self._lock:
+                self.seats[run.pk] = Seat(run, self._engines[run.base_model])
+
+    def _claim_owing(self) -> None:
+        """Take runs whose former worker died over a file that it had promised."""
+        with self._lock:
+            held = list(self.seats)
+        self._seat(claims.claim_owing(self._worker, list(self._engines), held=held))
+
+    def _take(self) -> None:
+        """Take the next operations of all runs, as many as may be decoded ahead of compute."""
+        open_seats, num_tokens = self._room()
+        taken_seqs = {seat.run.pk: seat.taken_seq for seat in open_seats}
+        taken = claims.take_operations(self._worker, taken_seqs, limit=AHEAD, max_tokens=num_tokens)
+        self._fill(taken)
+        if sum(operation.num_tokens for operation in taken) >= num_tokens:
+            for seat in open_seats:
+                seat.may_have_more = True
+
+    def _look(self) -> None:
+        """See now and then who else is there, and whether an operator wants this worker empty."""
+        if time.monotonic() - self._looked_at <= _LOOK_S:
+            return
+        found = placement.look(self._worker, list(self._engines))
+        self._looked_at = time.monotonic()
+        self._has_company, self._is_drained = found.has_company, found.is_drained
+        if found.is_drained:
+            with self._lock:
+                seats = list(self.seats.values())
+            self._let_leave(seats)
+
     def _claim(self, held: Sequence[int]) -> list[HeldRun]:
         """Take free runs: all, or beside other workers a fair share and what nobody else wants."""
         served = list(self._engines)
-        if time.monotonic() - self._looked_at > _LOOK_S:
-            self._looked_at = time.monotonic()
-            self._has_company = placement.has_company(self._worker, served)
+        if self._is_drained:
+            return []
         if not self._has_company:
             return claims.claim_runs(self._worker, served, held=held)
         runs: list[HeldRun] = []
@@ -175,7 +219,11 @@ class Intake:
         staying = [seat for seat in seats if not (seat.is_leaving or seat.is_lost)]
         number -= sum(seat.is_leaving for seat in seats)
         movable = [seat for seat in staying if seat.claimed_at < settled]
-        for seat in sorted(movable, key=lambda seat: seat.last_used_at, reverse=True)[: max(number, 0)]:
+        self._let_leave(sorted(movable, key=lambda seat: seat.last_used_at, reverse=True)[: max(number, 0)])
+
+    def _let_leave(self, seats: Sequence[Seat]) -> None:
+        """Have compute let go of runs at the next operation boundary, each with its state kept."""
+        for seat in seats:
             seat.is_leaving = True
             self.ready.set()
 
@@ -189,14 +237,15 @@ class Intake:
         if missing:
             self.ready.set()
 
-    def _room(self) -> dict[int, int]:
+    def _room(self) -> tuple[list[Seat], int]:
+        """Return who may have further operations decoded, and how many tokens they may have together."""
         with self._lock:
             seats = list(self.seats.values())
         num_tokens = sum(operation.num_tokens for seat in seats for operation in list(seat.queue))
         for seat in seats:
             seat.may_have_more = len(seat.queue) >= AHEAD or num_tokens >= AHEAD_TOKENS
         open_seats = [seat for seat in seats if not (seat.may_have_more or seat.is_lost or seat.is_leaving)]
-        return {seat.run.pk: seat.taken_seq for seat in open_seats}
+        return open_seats, AHEAD_TOKENS - num_tokens
 
     def _fill(self, taken: Sequence[TakenOperation]) -> None:
         waiting: set[int] = set()

@@ -37,8 +37,9 @@ from gpuworker.seats import (
 from runs.models import Checkpoint, Operation
 from runs.schemas import forward_backward, requests, results
 from runs.schemas.sampling import StoredSample
-from runs.services.claims import TakenOperation, TakenSample
+from runs.services.claims import TakenOperation
 from runs.services.commits import Result
+from runs.services.sample_claims import TakenSample
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.restore import restore
 from gpuworker.seats import Seat
 from gpuworker.snapshots import StorageError
+from runs.services import holdups
 from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Residents:
                 raise
             _put_off(seat, error)
         else:
-            seat.put_off_s = 0.0
+            _let_on(seat)
             seat.restored_at = time.monotonic()
 
     def _take_back(self, seat: Seat) -> None:
@@ -125,9 +126,19 @@ class Residents:
         seat.is_shelved = False
 
 
+def _let_on(seat: Seat) -> None:
+    seat.put_off_s = 0.0
+    if seat.put_off_reason:
+        until_reachable(partial(holdups.clear, seat.run.pk, seat.put_off_reason))
+        seat.put_off_reason = ""
+
+
 def _put_off(seat: Seat, error: Exception) -> None:
     seat.engine.drop_adapter(seat.adapter_id)
     seat.put_off()
+    problem = str(error) if isinstance(error, StorageError) else "the worker's memory has no room for the run"
+    seat.put_off_reason = holdups.put_off(problem)
+    until_reachable(partial(holdups.enter, seat.run.pk, seat.put_off_reason))
     logger.warning(
         "run %s cannot be brought back, trying again in %.0f s: %s",
         seat.run.public_id,

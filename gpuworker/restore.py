@@ -223,7 +223,9 @@ def _read(taken: TakenOperation) -> TakenOperation:
     except FileNotFoundError:
         return taken
     except Exception as error:
-        raise StorageError(f"the payload of operation {taken.seq} cannot be read: {error}") from error
+        reason = (error.strerror or "") if isinstance(error, OSError) else type(error).__name__
+        message = f"the payload of operation {taken.seq} cannot be read: {reason.lower()}"
+        raise StorageError(message) from error
 
 
 def _tell_divergence(seat: Seat, found: _Diverged) -> None:

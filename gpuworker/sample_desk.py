@@ -16,8 +16,8 @@ from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import SampleResult
 from gpuworker.partials import Partials
 from runs.schemas.sampling import StoredSample
-from runs.services.claims import TakenSample
 from runs.services.commits import Result
+from runs.services.sample_claims import TakenSample
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ class SampleDesk:
             return
         key = (taken.base_model, directory)
         if not engine.use_sampler(directory):
+            if directory in self._committer.unwritten:
+                self._committer.flush()
             engine.load_sampler(directory, snapshots.fetch(directory))
         self._used[key] = None
         self._used.move_to_end(key)

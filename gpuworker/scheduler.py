@@ -18,7 +18,7 @@ from typing import Final
 
 from gpuworker import failpoints, handlers
 from gpuworker.busy import BusyMeter
-from gpuworker.committer import Committer, RunOutcome
+from gpuworker.committer import Committer, RunOutcome, saved_bytes
 from gpuworker.device_share import DeviceShare
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
@@ -60,7 +60,7 @@ class Scheduler:
         self._share = DeviceShare()
         self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
-        self._stopping = threading.Event()
+        self._is_stopping = False
         self._checked_at = time.monotonic()
 
     @property
@@ -91,20 +91,23 @@ class Scheduler:
                 self._draining.release()
 
     def end_soon(self) -> None:
-        """Begin no further cycle."""
-        self._stopping.set()
-        self._intake.ready.set()
+        """Begin no further cycle; `drain` returns once it has waited, if there is nothing to do.
+
+        Safe in a signal handler: it takes no lock, as an event would, which the thread it interrupts may hold.
+        """
+        self._is_stopping = True
 
     def stop(self) -> None:
         """Let the running cycle end, keep every seat's state, and set the runs free."""
         self.end_soon()
+        self._intake.ready.set()
         with self._draining:
             for seat in list(self._intake.seats.values()):
                 self._let_go(seat)
             self._committer.flush()
 
     def _drain(self, deadline: float, idle_s: float) -> None:
-        while not self._stopping.is_set() and time.monotonic() < deadline:
+        while not self._is_stopping and time.monotonic() < deadline:
             if not self.has_work and not self._intake.ready.wait(idle_s):
                 return
             self._intake.ready.clear()
@@ -129,7 +132,7 @@ class Scheduler:
             self._share.settle()
 
     def _decode_while(self, may_decode: Callable[[], bool]) -> None:
-        while self._desk.has_work and may_decode() and not self._stopping.is_set():
+        while self._desk.has_work and may_decode() and not self._is_stopping:
             started_at = time.monotonic()
             self._busy.beat()
             self._desk.step()
@@ -158,7 +161,8 @@ class Scheduler:
         self._apply_singles(seats, done)
         if not done:
             return False
-        self._hand_over([seat for seat in seats if seat.run.pk in done], done, before)
+        by_run = {seat.run.pk: seat for seat in seats}
+        self._hand_over([by_run[pk] for pk in done], done, before)  # in turn, which decides who is next
         return True
 
     def _usable_seats(self) -> list[Seat]:
@@ -213,13 +217,18 @@ class Scheduler:
             done[turn.seat.run.pk].append(outcome)
 
     def _apply_singles(self, seats: Sequence[Seat], done: dict[int, list[Outcome]]) -> None:
-        for seat in seats:
+        for seat in sorted(seats, key=lambda seat: seat.last_used_at):
             while (
                 (head := seat.head) is not None
                 and not isinstance(head.request, ForwardBackward | OptimStep)
                 and not head.is_suspicious
+                and not (isinstance(head.request, Save) and self._is_full(done))
             ):
                 self._apply_single(seat, head, done)
+
+    def _is_full(self, done: Mapping[int, list[Outcome]]) -> bool:
+        """Say whether further states are to be copied in the next cycle: when those of this one are being written."""
+        return sum(saved_bytes(outcomes) for outcomes in done.values()) >= self._committer.state_bytes
 
     def _apply_single(self, seat: Seat, operation: PreparedOperation, done: dict[int, list[Outcome]]) -> None:
         self._busy.beat()

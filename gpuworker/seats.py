@@ -160,7 +160,7 @@ class Seat:
 
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
     `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
-    when the run is to go to another worker. `failure` says why nothing can be applied any more.
+    when the run is to go to another worker, or anywhere but here. `failure` says why nothing can be applied any more.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
@@ -182,6 +182,7 @@ class Seat:
         self.restored_at = 0.0
         self.due_at = 0.0
         self.put_off_s = 0.0
+        self.put_off_reason = ""
         self.may_have_more = False
         self.is_lost = False
         self.is_leaving = False

@@ -54,7 +54,7 @@ class GpuWorker:
             on_lost=lambda: self._intake.ready.set(),
             on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
         )
-        self._intake = Intake(self.row, engines)
+        self._intake = Intake(self.row, engines, unwritten=lambda: self._committer.unwritten)
         self.scheduler = Scheduler(
             engines, self._intake, self._committer, release=self._release, busy=self._busy
         )
@@ -85,6 +85,7 @@ class GpuWorker:
         workers.stop(self.row)
         self._lease.stop()
         self._fallback.join()
+        boot.end_group()
 
     def _drive_without_celery(self) -> None:
         while not self._stopping.is_set():

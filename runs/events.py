@@ -82,6 +82,12 @@ def done_payload(operation_ids: Iterable[int]) -> str:
     return json.dumps(list(operation_ids)[:_NOTIFY_LIMIT], separators=(",", ":"))
 
 
+def ring_workers() -> None:
+    """Have the GPU workers look for work, and for what they are asked, when the current transaction commits."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_notify(%s, '')", [WORK_CHANNEL])
+
+
 def ring_drain() -> None:
     """Send Celery's drain task soon after the current transaction commits."""
     transaction.on_commit(_drain_doorbell.ring)

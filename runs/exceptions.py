@@ -3,6 +3,7 @@
 MintError                500  server
 + RequestInvalid         422  user    the body or a value in it is wrong; `place` says where
 + NotAuthenticated       401  user    no key, a malformed key, or one that was revoked
++ OperatorsOnly          403  user    only a person with staff rights may do this
 + NotFound               404  user    no such object, or not yours: both look the same
 + MethodNotAllowed       405  user
 + PayloadTooLarge        413  user
@@ -81,6 +82,14 @@ class NotAuthenticated(MintError):
 
     code = "not_authenticated"
     http_status = 401
+    category = "user"
+
+
+class OperatorsOnly(MintError):
+    """only an operator may do this: a person whose account has staff rights"""
+
+    code = "operators_only"
+    http_status = 403
     category = "user"
 
 

@@ -14,6 +14,7 @@ from runs.services import (
     disk,
     expired_operations,
     idempotency,
+    lockout,
     payload_files,
     state_folders,
     tallies,
@@ -46,6 +47,7 @@ def housekeeping() -> None:
     tokens.remove_unused()
     webhooks.forget_old()
     idempotency.forget_old()
+    lockout.forget_old()
     tallies.add_up()
     uploads.clean_up()
     datasets.remove_orphans()

@@ -20,11 +20,14 @@ from django.urls import URLPattern, URLResolver, get_resolver
 from mintweb import asgi
 from runs import urls
 from runs.api.decorators import Endpoint
+from runs.models import User
+from runs.services import keys, workers
 
 PUBLIC_PAGES = {"health", "health-ready", "login", "login-link", "logout", "rest-schema", "rest-docs"}
 OPEN_ENDPOINTS = {"client/config", "client/dynamic_config", "healthz", "telemetry", "archives/<str:token>"}
 application: Any = asgi.application
-POLICIES = {"public", "owner", "key"}
+POLICIES = {"public", "owner", "key", "operator", "operator key"}
+OPERATORS_PAGES = {"worker-drain", "worker-resume", "drain_worker", "resume_worker"}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -61,9 +64,10 @@ def test_there_are_routes_of_every_sort() -> None:
 @pytest.mark.parametrize(("address", "pattern"), PAGES, ids=[address or "/" for address, _ in PAGES])
 def test_every_page_declares_its_policy(address: str, pattern: URLPattern) -> None:
     assert policy_of(pattern) in POLICIES
-    assert (policy_of(pattern) == "key") == (
+    assert policy_of(pattern).endswith("key") == (
         address.startswith("rest/v1/") and pattern.name not in PUBLIC_PAGES
     )
+    assert policy_of(pattern).startswith("operator") == (pattern.name in OPERATORS_PAGES)
     assert (policy_of(pattern) == "public") == (pattern.name in PUBLIC_PAGES)
 
 
@@ -85,7 +89,7 @@ def test_every_socket_declares_its_policy(address: str, consumer: Any) -> None:
 def test_a_stranger_is_sent_to_the_login_by_every_page_that_is_not_public(method: str) -> None:
     stranger = Client(raise_request_exception=False)
     for address, pattern in PAGES:
-        if policy_of(pattern) != "owner":
+        if policy_of(pattern) not in ("owner", "operator"):
             continue
         reply = stranger.generic(method, "/" + filled(address))
         assert reply.status_code in (302, 403), address
@@ -97,12 +101,33 @@ def test_a_stranger_is_sent_to_the_login_by_every_page_that_is_not_public(method
 @pytest.mark.django_db
 def test_a_stranger_gets_401_from_every_address_that_needs_a_key(method: str) -> None:
     stranger = Client(raise_request_exception=False, headers={"cookie": "mintweb_session=x; csrftoken=y"})
-    addresses = [address for address, pattern in PAGES if policy_of(pattern) == "key"]
+    addresses = [address for address, pattern in PAGES if policy_of(pattern).endswith("key")]
     assert len(addresses) > 30
     for address in addresses:
         reply = stranger.generic(method, "/" + filled(address))
         assert reply.status_code in (401, 404, 405), address
         assert reply.status_code != 404 or address == "rest/v1/", address
+
+
+@pytest.mark.parametrize("pk", [1, 2**31])
+@pytest.mark.django_db
+def test_who_is_no_operator_gets_403_whether_there_is_such_a_row_or_not(pk: int) -> None:
+    person = User.objects.create(username="person")
+    _, key = keys.create_key(person, "test")
+    worker = workers.register(device="cpu", dtype="float32")
+    browser = Client(raise_request_exception=False)
+    browser.force_login(person)
+    closed = [(address, policy_of(pattern)) for address, pattern in PAGES]
+    closed = [(address, policy) for address, policy in closed if policy.startswith("operator")]
+    assert len(closed) == len(OPERATORS_PAGES)
+    for address, policy in closed:
+        script = Client(headers={"x-api-key": key}, raise_request_exception=False)
+        reply = (browser if policy == "operator" else script).post(
+            "/" + filled(address).replace("/1/", f"/{worker.pk if pk == 1 else pk}/")
+        )
+        assert reply.status_code == 403, address
+    worker.refresh_from_db()
+    assert worker.drain_asked_at is None
 
 
 @pytest.mark.django_db
@@ -121,7 +146,7 @@ def test_no_page_takes_a_post_without_its_token() -> None:
         if pattern.name not in ("health", "health-ready") and not address.startswith("rest/v1/"):
             reply = stranger.post("/" + filled(address))
             assert reply.status_code in (302, 403), address
-            assert reply.status_code == 403 or policy_of(pattern) == "owner", address
+            assert reply.status_code == 403 or policy_of(pattern) in ("owner", "operator"), address
 
 
 async def test_a_stranger_gets_401_from_every_endpoint_that_needs_a_key() -> None:

@@ -1,6 +1,6 @@
 """Rows: the truth about people, runs, operations and what they made. Written by `runs.services` alone."""
 
-from runs.models.accounts import ApiKey, LoginLink, ServerClock, Session, User
+from runs.models.accounts import ApiKey, LoginLink, ServerClock, Session, SignInTries, User
 from runs.models.checkpoints import Checkpoint, SamplingSession, Snapshot
 from runs.models.datasets import Dataset, DatasetVersion, Upload
 from runs.models.operations import Operation
@@ -28,6 +28,7 @@ __all__ = [
     "SamplingSession",
     "ServerClock",
     "Session",
+    "SignInTries",
     "Snapshot",
     "TrainingRun",
     "Upload",

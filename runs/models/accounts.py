@@ -42,6 +42,17 @@ class LoginLink(models.Model):
         return f"login link of {self.user_id}"
 
 
+class SignInTries(models.Model):
+    """How often somebody has tried to sign in lately, by a digest of whom from where; see `services/lockout.py`."""
+
+    key = models.CharField(max_length=64, primary_key=True)
+    num_tries = models.PositiveIntegerField()
+    until = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.num_tries} tries"
+
+
 class ServerClock(models.Model):
     """One row: how long this server was up to hear its clients, in seconds; outages do not count."""
 

@@ -23,7 +23,8 @@ class Checkpoint(models.Model):
     """Saved weights. The row appears in the same commit as the operation that made it.
 
     `directory` is a storage prefix built from an id, never from the user's name for it.
-    An ephemeral checkpoint has no name of the user's: it feeds one sampling session.
+    An ephemeral checkpoint has no name of the user's: it feeds one sampling session, and is there before its
+    file is; until then its size is 0 (see `services/early_answers.py`).
     """
 
     class Kind(models.TextChoices):
@@ -64,6 +65,11 @@ class Checkpoint(models.Model):
                 name="checkpoint_by_kind",
             ),
             models.Index(fields=["run", "-created_at", "-id"], name="checkpoint_of_run"),
+            models.Index(
+                fields=["run"],
+                condition=models.Q(is_ephemeral=True, size_bytes=0),
+                name="checkpoint_owed",
+            ),
             models.Index(
                 fields=["expires_at"],
                 condition=models.Q(expires_at__isnull=False),

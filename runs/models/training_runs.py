@@ -16,8 +16,9 @@ class TrainingRun(models.Model):
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
     A fork names the run, step and checkpoint it started from. `num_to_replay` is above 0 while a worker
     that took the run over brings it back; `lost_at` is its former worker's last sign of life, from when that
-    worker was lost until the run is back; `free_since` is when a worker last let it go. Payloads and results of operations up to `payloads_gone_seq` and
-    `results_gone_seq` were deleted.
+    worker was lost until the run is back; `free_since` is when a worker last let it go. `held_up` says what
+    keeps it from going on for now, and `held_up_at` when somebody last met that. Payloads and results of
+    operations up to `payloads_gone_seq` and `results_gone_seq` were deleted.
     """
 
     class Source(models.TextChoices):
@@ -60,6 +61,8 @@ class TrainingRun(models.Model):
     num_to_replay = models.PositiveIntegerField(default=0)
     lost_at = models.DateTimeField(null=True)
     free_since = models.DateTimeField(null=True)
+    held_up = models.TextField(blank=True, db_default="")
+    held_up_at = models.DateTimeField(null=True)
 
     payloads_gone_seq = models.BigIntegerField(default=-1)
     results_gone_seq = models.BigIntegerField(default=-1)

@@ -11,7 +11,8 @@ class Worker(models.Model):
 
     `lease_until` is set and compared with the database's clock only. A run belongs to the worker
     its row names; who finds that worker dead may take the run by raising its fence. `fingerprint` says
-    what it computes with, for each base model it has loaded.
+    what it computes with, for each base model it has loaded. `drain_asked_at` is when an operator had it take
+    nothing new and let go of what it holds.
     """
 
     host = models.CharField(max_length=200)
@@ -24,6 +25,7 @@ class Worker(models.Model):
     lease_until = models.DateTimeField()
     stopped_at = models.DateTimeField(null=True)
     busy_share = models.FloatField(null=True)
+    drain_asked_at = models.DateTimeField(null=True)
 
     class Meta:
         ordering = ["-started_at"]

@@ -12,9 +12,8 @@ from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_http_methods, require_POST
 
 from runs.exceptions import NotFound
-from runs.pages import lockout
 from runs.pages.policies import public
-from runs.services import accounts
+from runs.services import accounts, lockout
 
 _BACKEND = "django.contrib.auth.backends.ModelBackend"
 
@@ -30,7 +29,7 @@ def password(request: HttpRequest) -> HttpResponseBase:
         return redirect(target) if request.user.is_authenticated else _form(request, target)
     name = request.POST.get("username", "")[:150]
     attempt = lockout.Attempt(name=name, address=request.META.get("REMOTE_ADDR", ""))
-    wait_s = attempt.wait_s()
+    wait_s = attempt.begin()
     if wait_s:
         minutes = max(1, round(wait_s / 60))
         return _form(
@@ -38,9 +37,8 @@ def password(request: HttpRequest) -> HttpResponseBase:
         )
     user = authenticate(request, username=name, password=request.POST.get("password", "")[:4096])
     if user is None:
-        attempt.note_failure()
         return _form(request, target, name=name, status=403, problem="This name and password do not match.")
-    attempt.forget()
+    attempt.succeed()
     login(request, user)
     return redirect(target)
 

@@ -11,6 +11,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonRespons
 from django.shortcuts import render
 
 from runs.exceptions import MintError
+from runs.models import User
+from runs.services import access
 
 View = TypeVar("View", bound=Callable[..., HttpResponseBase])
 
@@ -33,6 +35,20 @@ def signed_in(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
             return _error_page(request, error)
 
     guarded.policy = "owner"  # type: ignore[attr-defined]
+    return guarded
+
+
+def operator(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+    """Ask for a login with staff rights."""
+
+    @wraps(view)
+    def checked(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        user: User = request.user  # type: ignore[assignment]
+        access.check_operator(user)
+        return view(request, *args, **kwargs)
+
+    guarded = signed_in(checked)
+    guarded.policy = "operator"  # type: ignore[attr-defined]
     return guarded
 
 

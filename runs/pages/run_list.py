@@ -118,7 +118,7 @@ def _server_state() -> dict[str, Any]:
     return {
         "failed_models": [model for model in models if model.error],
         "models": models,
-        "has_worker": workers.live().exists(),
+        "outlook": workers.outlook(),
     }
 
 

@@ -135,7 +135,7 @@ def _disk(disk: Disk) -> Line:
 
 def _start(turn: Turn) -> Line:
     if not turn.has_worker:
-        note = "no worker is running; the run starts when one is back"
+        note = "no worker takes runs now; the run starts when one does"
         return Line(label="Starts", value="waits for a worker", note=note, tone="warn")
     if not turn.position:
         return Line(label="Starts", value="at once")

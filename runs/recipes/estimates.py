@@ -283,4 +283,4 @@ def _free_bytes() -> int | None:
 
 def _turn() -> Turn:
     position, starts_in_s = recipe_status.outlook()
-    return Turn(position=position, starts_in_s=starts_in_s, has_worker=workers.live().exists())
+    return Turn(position=position, starts_in_s=starts_in_s, has_worker=workers.serving().exists())

@@ -14,13 +14,13 @@ from typing import Final
 
 from django.db import InterfaceError, OperationalError
 
-from runs.exceptions import MintError, RequestInvalid
+from runs.exceptions import DiskFull, MintError, RequestInvalid
 from runs.models import DatasetVersion, Recipe
 from runs.recipes import defaults, materials, rendering, sft
 from runs.recipes.materials import Materials
 from runs.recipes.sft import Material
 from runs.schemas.recipes import SftConfig
-from runs.services import base_models, recipe_steps
+from runs.services import base_models, blobs, holdups, recipe_steps
 from runs.services.recipe_rows import State
 from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Work in the log beyond what the worker has done: enough that the device never waits for a turn of the loop.
 AHEAD_S: Final = 2.0
 MIN_AHEAD, MAX_AHEAD = 4, 256
+# A run that has no room on the disk is tried again after so long.
+NO_ROOM_S: Final = 5.0
 
 
 class RecipeLoop:
@@ -37,16 +39,23 @@ class RecipeLoop:
     def __init__(self) -> None:
         self.materials = Materials()
         self._paces: dict[int, _Pace] = {}
+        self._held_until: dict[int, float] = {}
 
     def turn(self) -> bool:
         """Look after every active recipe once; false when there is none."""
         recipes = recipe_steps.active()
         self.materials.keep_only(recipes)
         for recipe in recipes:
+            if time.monotonic() < self._held_until.get(recipe.pk, 0.0):
+                continue
             try:
-                self._advance(recipe)
+                with blobs.room():
+                    self._advance(recipe)
+                self._let_on(recipe)
             except (OperationalError, InterfaceError):
                 raise
+            except DiskFull:
+                self._hold_up(recipe)
             except (MintError, OSError) as error:
                 logger.warning("run %s cannot go on: %s", recipe.run.public_id, error)
                 recipe_steps.fail(recipe, str(error))
@@ -54,6 +63,18 @@ class RecipeLoop:
                 logger.exception("run %s cannot go on", recipe.run.public_id)
                 recipe_steps.fail(recipe, f"the server failed: {type(error).__name__}")
         return any(recipe.state != State.PAUSED for recipe in recipes)
+
+    def _hold_up(self, recipe: Recipe) -> None:
+        """Try again later what found no room on the disk: no run ends for that."""
+        logger.warning("run %s is held up: the disk is full", recipe.run.public_id)
+        self._held_until[recipe.pk] = time.monotonic() + NO_ROOM_S
+        self.materials.forget_failed(recipe)
+        holdups.enter(recipe.run_id, holdups.NO_ROOM_FOR_STEP)
+
+    def _let_on(self, recipe: Recipe) -> None:
+        self._held_until.pop(recipe.pk, None)
+        if recipe.run.held_up == holdups.NO_ROOM_FOR_STEP:
+            holdups.clear(recipe.run_id, holdups.NO_ROOM_FOR_STEP)
 
     def _advance(self, recipe: Recipe) -> None:
         if recipe.state == State.PREPARING:

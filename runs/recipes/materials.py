@@ -45,6 +45,12 @@ class Materials:
             future = self._futures[recipe.pk] = self._pool.submit(_in_thread, recipe)
         return future.result() if future.done() else None
 
+    def forget_failed(self, recipe: Recipe) -> None:
+        """Let data that could not be read be read again."""
+        future = self._futures.get(recipe.pk)
+        if future is not None and future.done() and future.exception() is not None:
+            del self._futures[recipe.pk]
+
     def keep_only(self, recipes: list[Recipe]) -> None:
         """Let go of the data of every other recipe."""
         wanted = {recipe.pk for recipe in recipes}

@@ -101,7 +101,8 @@ def _patterns() -> Iterator[URLPattern | URLResolver]:
     yield path("docs", docs_page, name="rest-docs")
     for pattern in api.urls[0]:
         if isinstance(pattern, URLPattern) and pattern.name != "api-root":
-            pattern.callback = boundary.outer(pattern.callback)
+            policy = boundary.policy_of(pattern.name or "")
+            pattern.callback = boundary.outer(pattern.callback, policy=policy)
             yield pattern
     yield re_path("", boundary.outer(boundary.nowhere), name="rest-nowhere")
 

@@ -24,11 +24,12 @@ from runs.models import User
 from runs.rest import bodies, errors
 from runs.rest.rendering import etag_of, etag_of_model
 from runs.schemas.problems import show
-from runs.services import idempotency, keys
+from runs.services import access, idempotency, keys
 from runs.services.idempotency import Answer
 
 View = Callable[..., HttpResponseBase]
 Run = Callable[..., HttpResponseBase]
+_operators_views: Final[set[str]] = set()
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _IDEMPOTENCY_KEY: Final = re.compile(r"[!-~]{1,255}")
 
@@ -75,6 +76,17 @@ def tells_secret(view: Callable[..., Any]) -> Callable[..., Any]:
     return view
 
 
+def operators_only(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark an operation that asks for the key of a person with staff rights."""
+    _operators_views.add(view.__name__)
+    return view
+
+
+def policy_of(view_name: str) -> str:
+    """Return who may use the operation of this name."""
+    return "operator key" if view_name in _operators_views else "key"
+
+
 def outer(view: View, *, policy: str = "key") -> View:
     """Wrap an address."""
 
@@ -108,6 +120,8 @@ def checked(run: Run) -> Run:
     @wraps(run)
     def guarded(request: HttpRequest, **path_args: Any) -> HttpResponseBase:
         request.META["mintweb.caller"] = _authenticated(request)
+        if view.__name__ in _operators_views:
+            access.check_operator(caller(request))
         if any("\0" in str(arg) for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
         _check_query(request, names, lists)

@@ -31,6 +31,7 @@ _EXAMPLE_IDS: Final = {
     "webhook_id": "wh-0123456789ab",
     "sample_id": "op-17",
     "key_id": "3",
+    "worker_id": "3",
     "number": "1",
     "kind": "weights",
     "name": "final",

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 HINTS: Final[Mapping[str, str]] = {
     "not_authenticated": "send a key as Authorization: Bearer tml-..., made on the settings page",
+    "operators_only": "use the key of the first user, admin, or of another account with staff rights",
     "not_found": "what belongs to somebody else looks as if it did not exist",
     "method_not_allowed": "the header Allow lists the methods of this address",
     "payload_too_large": "large files go to POST /rest/v1/datasets or, in parts, to /rest/v1/uploads/",

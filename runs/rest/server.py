@@ -1,32 +1,42 @@
-"""The server: its GPU workers and the base models they hold."""
+"""The server: its GPU workers, which an operator may drain, and the base models they hold."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Annotated
 
 from django.http import HttpRequest
 from ninja import Router
 from pydantic import BaseModel, Field
 
+from runs.models import Worker
+from runs.rest.boundary import caller, operators_only
 from runs.rest.rendering import Number
-from runs.services import base_models, workers
+from runs.services import access, base_models, workers
+from runs.services.workers import WorkerState
 
 router = Router(tags=["server"])
 
 _MAX_WORKERS = 100
+WorkerNumber = Annotated[int, Field(ge=1, le=2**62)]
 
 
 class WorkerOut(BaseModel):
     """A GPU worker, alive or ended."""
 
     id: int
+    state: WorkerState = Field(
+        description="`draining` until it has let go of what it holds, then `drained`: it takes nothing new."
+    )
     host: str
     device: str
     dtype: str
     is_alive: bool
     num_runs: int = Field(description="How many runs it holds.")
+    num_samples: int = Field(description="How many samples it draws.")
     busy_share: Number = Field(description="How much of the time the device computes, 0 to 1.")
     started_at: datetime
+    drain_asked_at: datetime | None
     stopped_at: datetime | None
 
 
@@ -58,21 +68,41 @@ class BaseModels(BaseModel):
 @router.get("/workers", response=Workers, summary="List workers")
 def list_workers(request: HttpRequest) -> Workers:
     """Return the GPU workers."""
-    return Workers(
-        items=[
-            WorkerOut(
-                id=row.pk,
-                host=row.host,
-                device=row.device,
-                dtype=row.dtype,
-                is_alive=row.is_alive,  # type: ignore[attr-defined]
-                num_runs=row.num_runs,  # type: ignore[attr-defined]
-                busy_share=row.busy_share,
-                started_at=row.started_at,
-                stopped_at=row.stopped_at,
-            )
-            for row in workers.recent(limit=_MAX_WORKERS)
-        ]
+    return Workers(items=[_worker(row) for row in workers.recent(limit=_MAX_WORKERS)])
+
+
+@router.post("/workers/{worker_id}/drain", response=WorkerOut, summary="Drain a worker")
+@operators_only
+def drain_worker(request: HttpRequest, worker_id: WorkerNumber) -> WorkerOut:
+    """Have a worker take nothing new, finish what it computes and let its runs go to others; it stays alive."""
+    user = caller(request)
+    workers.drain(access.get_worker(user, worker_id))
+    return _worker(access.get_worker(user, worker_id))
+
+
+@router.post("/workers/{worker_id}/resume", response=WorkerOut, summary="Resume a worker")
+@operators_only
+def resume_worker(request: HttpRequest, worker_id: WorkerNumber) -> WorkerOut:
+    """Let a drained worker take runs again."""
+    user = caller(request)
+    workers.resume(access.get_worker(user, worker_id))
+    return _worker(access.get_worker(user, worker_id))
+
+
+def _worker(row: Worker) -> WorkerOut:
+    return WorkerOut(
+        id=row.pk,
+        state=workers.state_of(row),
+        host=row.host,
+        device=row.device,
+        dtype=row.dtype,
+        is_alive=row.is_alive,  # type: ignore[attr-defined]
+        num_runs=row.num_runs,  # type: ignore[attr-defined]
+        num_samples=row.num_samples,  # type: ignore[attr-defined]
+        busy_share=row.busy_share,
+        started_at=row.started_at,
+        drain_asked_at=row.drain_asked_at,
+        stopped_at=row.stopped_at,
     )
 
 

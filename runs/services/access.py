@@ -7,7 +7,7 @@ from typing import TypeVar
 from django.db.models import Model, Q, QuerySet
 
 from runs import ids
-from runs.exceptions import NotFound, SessionFinished
+from runs.exceptions import NotFound, OperatorsOnly, SessionFinished
 from runs.models import (
     ApiKey,
     Checkpoint,
@@ -21,10 +21,28 @@ from runs.models import (
     Upload,
     User,
     Webhook,
+    Worker,
 )
-from runs.services import keys
+from runs.services import keys, workers
 
 Row = TypeVar("Row", bound=Model)
+
+
+def check_operator(user: User) -> None:
+    """Refuse whoever may not steer what all people share.
+
+    Raises:
+        OperatorsOnly: the account has no staff rights.
+    """
+    # By the row: a key's owner is remembered for some seconds, and rights that were taken away are gone at once.
+    if not User.objects.filter(pk=user.pk, is_active=True, is_staff=True).exists():
+        raise OperatorsOnly
+
+
+def get_worker(user: User, pk: int) -> Worker:
+    """Return a worker for an operator, as `workers.with_state` gives it."""
+    check_operator(user)
+    return _one(workers.with_state().filter(pk=pk), f"worker {pk}")
 
 
 def runs_of(user: User) -> QuerySet[TrainingRun]:

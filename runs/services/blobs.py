@@ -26,6 +26,7 @@ PAYLOADS: Final = "payloads"
 # Payloads are deleted only when nobody stored the same bytes for so long: the row that names them comes later.
 GRACE_S: Final = 3600.0
 _READ_AGAIN_S: Final = (0.05, 0.5)
+_SPARE_BYTES: Final = 64 << 20
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -138,6 +139,15 @@ def delete_folder(directory: str) -> None:
     _, names = default_storage.listdir(directory)
     for name in names:
         default_storage.delete(f"{directory}/{name}")
+
+
+def has_room(name: str, size_bytes: int) -> bool:
+    """Return whether a file of this size has room where a name of storage lies, with something to spare."""
+    if not isinstance(storages["default"], FileSystemStorage):
+        return True
+    path = Path(default_storage.path(name))
+    folder = next(parent for parent in path.parents if parent.exists())
+    return shutil.disk_usage(folder).free > size_bytes + _SPARE_BYTES
 
 
 @contextlib.contextmanager

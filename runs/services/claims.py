@@ -6,9 +6,9 @@ owner still computes can be committed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Final
 
 from django.db import connection, transaction
@@ -16,13 +16,13 @@ from django.db.models import F, Max
 from django.db.models.functions import Coalesce, Greatest, Now
 
 from runs import events
-from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, Snapshot, TrainingRun, Worker
+from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, Worker
 from runs.services import operations, workers
 
 # Free is a run without a worker, one that names a dead worker (it may have claimed before it noticed its
 # burial), and one that names this worker, which knows nothing of it (an answer was lost, or it gave the run up).
 # A volatile clock_timestamp() inside EXISTS would have the database look at every run there is.
-_CLAIM = """
+_FREE = """
 UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
   lost_at = COALESCE(taken.lost_at, free.lost_at) FROM (
   SELECT run.id, CASE WHEN run.worker_id IS NOT NULL THEN
@@ -31,13 +31,25 @@ UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
   WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL
          OR (run.worker_id = %s AND NOT run.id = ANY(%s::bigint[])))
     AND run.base_model = ANY(%s)
-    AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)
+    AND EXISTS (SELECT 1 FROM runs_worker me
+                WHERE me.id = %s AND me.stopped_at IS NULL AND me.drain_asked_at IS NULL)
+"""
+_HAS_WORK = """
     AND EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = run.id AND op.state = 'queued'
                 AND GREATEST(op.created_at, run.free_since, w.stopped_at)
                   <= statement_timestamp() - make_interval(secs => %s))
+"""
+_TAKE_FREE = """
   ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED) free WHERE taken.id = free.id
 RETURNING taken.id
 """
+_CLAIM = _FREE + _HAS_WORK + _TAKE_FREE
+# A run whose save was answered by a worker that died before it wrote the file; see `services.early_answers`.
+_IS_OWING = """
+    AND EXISTS (SELECT 1 FROM runs_checkpoint c WHERE c.run_id = run.id AND c.is_ephemeral AND c.size_bytes = 0
+                AND c.seq > run.applied_seq)
+"""
+_CLAIM_OWING = _FREE + _IS_OWING + _TAKE_FREE
 # The run is back: since its former worker's last sign of life, or since somebody waits for it if that is later.
 _END_RECOVERY = """
 UPDATE runs_trainingrun run SET lost_at = NULL, num_replayed = 0, num_to_replay = 0
@@ -49,30 +61,22 @@ WHERE run.id = was.id RETURNING CASE WHEN was.lost_at IS NOT NULL THEN
 """
 # A statement that only counts attempts need not wait for the disk: a count lost in a power cut means one more try.
 # Taking one again that this worker has taken before (it was behind a gap) is no further attempt.
+# The first operations of all runs come before the second ones, so that what is left out is not all of one run.
 _TAKE = """
 UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,
   started_at = COALESCE(started_at, clock_timestamp())
 FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, (SELECT %s::bigint AS id) AS me
 WHERE runs_operation.id IN (
-  SELECT op.id FROM unnest(%s::bigint[], %s::bigint[]) AS held(run_id, taken_seq)
-  CROSS JOIN LATERAL (
-    SELECT id FROM runs_operation WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
-  ) op)
+  SELECT id FROM (
+    SELECT op.id, sum(op.num_tokens) OVER (ORDER BY op.place, op.id) - op.num_tokens AS tokens_before
+    FROM unnest(%s::bigint[], %s::bigint[]) AS held(run_id, taken_seq)
+    CROSS JOIN LATERAL (
+      SELECT id, num_tokens, row_number() OVER (ORDER BY seq) AS place FROM runs_operation
+      WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
+    ) op) ranked
+  WHERE tokens_before < %s)
 RETURNING runs_operation.id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, lone_attempts,
   EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
-"""
-_TAKE_SAMPLES = """
-UPDATE runs_operation SET attempts = attempts + 1, worker_id = %s,
-  started_at = COALESCE(started_at, clock_timestamp())
-FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed
-WHERE id IN (
-  SELECT op.id FROM runs_operation op JOIN runs_samplingsession s ON s.id = op.sampling_session_id
-  LEFT JOIN runs_worker w ON w.id = op.worker_id
-  WHERE op.state = 'queued' AND op.sampling_session_id IS NOT NULL AND s.base_model = ANY(%s)
-    AND (op.worker_id IS NULL OR w.stopped_at IS NOT NULL
-         OR (op.worker_id = %s AND NOT op.id = ANY(%s::bigint[])))
-  ORDER BY op.id LIMIT %s FOR UPDATE OF op SKIP LOCKED)
-RETURNING id, sampling_session_id, payload, payload_file, attempts
 """
 MAX_CLAIMS: Final = 256
 
@@ -100,7 +104,7 @@ class HeldRun:
 
 @dataclass(frozen=True, kw_only=True)
 class TakenOperation:
-    """The next operation of a held run. A rejected one only takes up its seq."""
+    """The next operation of a held run. A rejected one only takes up its seq; an answered one is applied once more."""
 
     pk: int
     run_pk: int
@@ -114,28 +118,7 @@ class TakenOperation:
     lone_attempts: int
     waited_s: float
     result: bytes | None = None
-
-    @property
-    def payload(self) -> bytes:
-        """What the client asked for; read from storage when it is large."""
-        return operations.payload_of(self.inline, self.payload_file)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TakenSample:
-    """A sample request this worker answers, with where its weights are.
-
-    `checkpoint_directory` is empty for the bare base model; `is_lost` when the weights were deleted.
-    """
-
-    pk: int
-    session_pk: int
-    inline: bytes | None
-    payload_file: str
-    base_model: str
-    checkpoint_directory: str
-    is_lost: bool
-    attempts: int
+    is_answered: bool = False
 
     @property
     def payload(self) -> bytes:
@@ -168,11 +151,21 @@ def claim_runs(
         waited_s,
         limit,
     ]
-    pks = [row[0] for row in _rows(_CLAIM, values)]
+    return _claimed(worker, _CLAIM, values)
+
+
+def _claimed(worker: Worker, statement: str, values: list[Any]) -> list[HeldRun]:
+    pks = [row[0] for row in _rows(statement, values)]
     if not pks:
         return []
     rows = TrainingRun.objects.filter(pk__in=pks, worker=worker).select_related("session")
     return [_held(row) for row in rows]
+
+
+def claim_owing(worker: Worker, base_models: Sequence[str], *, held: Collection[int] = ()) -> list[HeldRun]:
+    """Take free runs with a save that was answered but is not applied yet, so that its file is written."""
+    values = [worker.pk, workers.LEASE_S, worker.pk, list(held), list(base_models), worker.pk, MAX_CLAIMS]
+    return _claimed(worker, _CLAIM_OWING, values)
 
 
 def release_run(run_pk: int, worker: Worker, *, fence: int, is_lost: bool = False) -> None:
@@ -188,6 +181,7 @@ def release_run(run_pk: int, worker: Worker, *, fence: int, is_lost: bool = Fals
         elif held.update(worker=None, free_since=Now()):
             waiting = Operation.objects.filter(run_id=run_pk, worker=worker, state=Operation.State.QUEUED)
             waiting.update(worker=None, attempts=Greatest(F("attempts") - 1, 0))
+            events.ring_workers()
 
 
 def missing_among(run_pks: Collection[int]) -> set[int]:
@@ -195,22 +189,29 @@ def missing_among(run_pks: Collection[int]) -> set[int]:
     return set(run_pks) - set(TrainingRun.objects.filter(pk__in=run_pks).values_list("pk", flat=True))
 
 
-def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int) -> list[TakenOperation]:
+def take_operations(
+    worker: Worker, taken_seqs: Mapping[int, int], *, limit: int, max_tokens: int = sys.maxsize
+) -> list[TakenOperation]:
     """Return the operations after each held run's last taken seq, in order of run and seq.
 
     Attempts are counted before anything is computed: the scheduler tries one that several workers took in
     vain alone.
+
+    Args:
+        limit: operations of each run.
+        max_tokens: input tokens of all together, beyond which no further one is taken.
     """
     if not taken_seqs:
         return []
-    rows = _rows(_TAKE, [worker.pk, list(taken_seqs), list(taken_seqs.values()), limit])
+    rows = _rows(_TAKE, [worker.pk, list(taken_seqs), list(taken_seqs.values()), limit, max_tokens])
     taken = [
         TakenOperation(
             pk=row[0],
             run_pk=row[1],
             seq=row[2],
             kind=row[3],
-            is_rejected=row[4] != Operation.State.QUEUED,
+            is_rejected=row[4] == Operation.State.FAILED,
+            is_answered=row[4] == Operation.State.DONE,
             inline=None if row[5] is None else bytes(row[5]),
             payload_file=row[6],
             num_tokens=row[7],
@@ -221,34 +222,6 @@ def take_operations(worker: Worker, taken_seqs: Mapping[int, int], *, limit: int
         for row in rows
     ]
     return sorted(taken, key=lambda op: (op.run_pk, op.seq))
-
-
-def take_samples(
-    worker: Worker, base_models: Sequence[str], *, limit: int, held: Collection[int] = ()
-) -> list[TakenSample]:
-    """Return sample requests that no live worker has, oldest first; `held` are those this one knows it has."""
-    if not Operation.objects.filter(state=Operation.State.QUEUED, sampling_session__isnull=False).exists():
-        return []
-    rows = _rows(_TAKE_SAMPLES, [worker.pk, list(base_models), worker.pk, list(held), limit])
-    found = SamplingSession.objects.filter(pk__in={row[1] for row in rows}).select_related("checkpoint")
-    sessions = {session.pk: session for session in found}
-    taken = []
-    for pk, session_pk, payload, payload_file, attempts in sorted(rows, key=itemgetter(0)):
-        session = sessions[session_pk]
-        checkpoint = session.checkpoint
-        taken.append(
-            TakenSample(
-                pk=pk,
-                session_pk=session_pk,
-                inline=None if payload is None else bytes(payload),
-                payload_file=payload_file,
-                base_model=session.base_model,
-                checkpoint_directory=checkpoint.directory if checkpoint else "",
-                is_lost=bool(session.model_path) and checkpoint is None,
-                attempts=attempts,
-            )
-        )
-    return taken
 
 
 def count_applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> int:

@@ -164,16 +164,18 @@ def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
 def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size_bytes: int) -> list[str]:
     """Register a snapshot already in storage; returns the folders that are of no use (any more).
 
-    Under a fence that is no longer the run's that is the snapshot's own. Repeating it changes nothing.
+    Under a fence that is no longer the run's, and beside another one after the same operation, that is the
+    snapshot's own. Repeating it changes nothing.
     """
     with transaction.atomic():
         if not TrainingRun.objects.select_for_update().filter(pk=run_pk, fence=fence).exists():
             return [directory]
         values = {"directory": directory, "size_bytes": size_bytes}
-        Snapshot.objects.get_or_create(run_id=run_pk, seq=seq, fence=fence, defaults=values)
+        kept, _ = Snapshot.objects.get_or_create(run_id=run_pk, seq=seq, fence=fence, defaults=values)
         old = list(Snapshot.objects.filter(run_id=run_pk).order_by("-seq", "-fence")[NUM_SNAPSHOTS_KEPT:])
         Snapshot.objects.filter(pk__in=[row.pk for row in old]).delete()
-    return [row.directory for row in old]
+    loser = [] if kept.directory == directory else [directory]
+    return [*loser, *(row.directory for row in old)]
 
 
 def commit_sample(operation_pk: int, result: Result) -> None:
@@ -272,10 +274,11 @@ def _enter_events(run: RunCommit) -> None:
 def _register_checkpoints(run: RunCommit) -> None:
     for op in run.operations:
         if op.checkpoint is not None:
-            _register(run, op, op.checkpoint)
+            register_checkpoint(run, op, op.checkpoint)
 
 
-def _register(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:
+def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:
+    """Enter a checkpoint of an operation, and open the sampling session that it was made for, if any."""
     if new.overwrite:
         _delete_namesakes(run, new)
     checkpoint = Checkpoint.objects.create(

@@ -14,9 +14,16 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from runs import events
-from runs.exceptions import MintError, RateLimited, RequestInvalid, SequenceConflict, SessionFinished
+from runs.exceptions import (
+    DiskFull,
+    MintError,
+    RateLimited,
+    RequestInvalid,
+    SequenceConflict,
+    SessionFinished,
+)
 from runs.models import Operation, SamplingSession, TrainingRun
-from runs.services import blobs
+from runs.services import blobs, holdups
 
 GAP_PATIENCE_S: Final = 120
 MAX_QUEUED_PER_RUN: Final = 10_000
@@ -64,6 +71,7 @@ def submit(run: TrainingRun, submission: Submission) -> int:
         RateLimited: too many operations of the run are waiting.
         RequestInvalid: the run has ended.
         SessionFinished: its client closed the session a while ago.
+        DiskFull: there is no room for a large payload.
     """
     if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
@@ -74,7 +82,14 @@ def submit(run: TrainingRun, submission: Submission) -> int:
         )
     if _is_too_late(run, submission) and not _is_known(run, submission.seq):
         raise SessionFinished
-    return _insert(run.owner_id, run, None, submission)
+    try:
+        pk = _insert(run.owner_id, run, None, submission)
+    except DiskFull:
+        holdups.enter(run.pk, holdups.NO_ROOM_FOR_REQUEST)
+        raise
+    if run.held_up == holdups.NO_ROOM_FOR_REQUEST:
+        holdups.clear(run.pk, holdups.NO_ROOM_FOR_REQUEST)
+    return pk
 
 
 def submit_sample(sampling_session: SamplingSession, submission: Submission) -> int:

@@ -3,7 +3,7 @@
 Each worker decides for itself from rows that all of them see, for each base model among those that have loaded
 it: a fair share is what it may claim at once, and a worker with clearly more active runs than another gives
 some away. No run is left over: one that nobody
-took for `PATIENCE_S` goes to whoever serves its base model.
+took for `PATIENCE_S` goes to whoever serves its base model. A worker that is drained counts for nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from django.db import connection
+from django.db.models import Exists
 
 from runs.models import Worker
-from runs.services.workers import live
+from runs.services.workers import serving
 
 # A run counts as active for so long after its last operation, so that clients that think do not look like ended ones.
 ACTIVE_S: Final = 60
@@ -23,11 +24,15 @@ PATIENCE_S: Final = 3
 # Fewer runs more than another worker are no reason to move one: that would only go to and fro.
 HYSTERESIS: Final = 2
 
+# Workers of earlier versions entered one fingerprint without its base model's name: they count for every one.
+_UNNAMED: Final = "torch"
+
 _COUNT = """
 SELECT w.id, (SELECT count(*) FROM runs_trainingrun r WHERE r.worker_id = w.id AND r.base_model = %s
   AND (r.last_applied_at > clock_timestamp() - make_interval(secs => %s)
        OR EXISTS (SELECT 1 FROM runs_operation op WHERE op.run_id = r.id AND op.state = 'queued')))
-FROM runs_worker w WHERE w.stopped_at IS NULL AND w.lease_until > clock_timestamp() AND w.fingerprint ? %s
+FROM runs_worker w WHERE w.stopped_at IS NULL AND w.lease_until > clock_timestamp() AND w.fingerprint ?| %s
+  AND w.drain_asked_at IS NULL
 UNION ALL
 SELECT NULL, (SELECT count(DISTINCT op.run_id) FROM runs_operation op JOIN runs_trainingrun r ON r.id = op.run_id
   LEFT JOIN runs_worker w ON w.id = r.worker_id
@@ -64,9 +69,21 @@ class Loads:
         return difference // 2 if difference >= HYSTERESIS else 0
 
 
-def has_company(worker: Worker, base_models: Sequence[str]) -> bool:
-    """Return whether other workers live that have loaded one of these base models."""
-    return live().exclude(pk=worker.pk).filter(fingerprint__has_any_keys=list(base_models)).exists()
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Whether others serve the same base models, and whether the worker itself is to let its runs go."""
+
+    has_company: bool
+    is_drained: bool
+
+
+def look(worker: Worker, base_models: Sequence[str]) -> Surroundings:
+    """Return what a worker that serves these base models has to know before it takes runs."""
+    others = serving().exclude(pk=worker.pk).filter(fingerprint__has_any_keys=[*base_models, _UNNAMED])
+    me = Worker.objects.filter(pk=worker.pk).annotate(has_company=Exists(others))
+    found = me.values_list("has_company", "drain_asked_at").first()
+    has_company, drain_asked_at = found or (False, None)
+    return Surroundings(has_company=has_company, is_drained=drain_asked_at is not None)
 
 
 def wanted(base_models: Sequence[str]) -> list[str]:
@@ -79,7 +96,7 @@ def wanted(base_models: Sequence[str]) -> list[str]:
 def loads(worker: Worker, base_model: str) -> Loads:
     """Return how the runs of a base model are spread now."""
     with connection.cursor() as cursor:
-        cursor.execute(_COUNT, [base_model, ACTIVE_S, base_model, base_model])
+        cursor.execute(_COUNT, [base_model, ACTIVE_S, [base_model, _UNNAMED], base_model])
         counts: dict[int | None, int] = dict(cursor.fetchall())
     num_free = counts.pop(None)
     mine = counts.pop(worker.pk, 0)

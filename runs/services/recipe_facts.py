@@ -25,6 +25,7 @@ _TONES: Final = {
     State.DISCARDED: "done",
     State.FAILED: "bad",
 }
+_HELD_UP: Final = (DisplayState.WAITING_FOR_WORKER, DisplayState.HELD_UP)
 _UNITS: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))
 _VALIDATION_LOSS: Final = "validation_loss"
 
@@ -63,7 +64,7 @@ def progress_of(run: TrainingRun, recipe: Recipe, shown: DisplayState) -> Progre
     return Progress(
         status=status,
         phase=_capitalised(_phase(status, shown)),
-        tone="warn" if shown == DisplayState.WAITING_FOR_WORKER else _TONES[State(recipe.state)],
+        tone="warn" if shown in _HELD_UP else _TONES[State(recipe.state)],
         percent=_percent(recipe, status),
         is_over=status.ended_at is not None,
         step=status.step,
@@ -94,6 +95,8 @@ def time_range(low_s: float, high_s: float) -> str:
 def _phase(status: RecipeStatus, shown: DisplayState) -> str:
     if shown == DisplayState.WAITING_FOR_WORKER:
         return f"waiting for a GPU worker, {status.phase}"
+    if shown == DisplayState.HELD_UP:
+        return f"held up, {status.phase}"
     if status.state == State.FAILED:
         return f"failed at step {status.step}"
     if status.position is not None and status.starts_in_s:

@@ -25,6 +25,7 @@ _TONES: Final = {
     DisplayState.PREPARING: "busy",
     DisplayState.PAUSED: "warn",
     DisplayState.RECOVERING: "warn",
+    DisplayState.HELD_UP: "warn",
     DisplayState.STOPPED: "done",
     DisplayState.WAITING_FOR_WORKER: "warn",
     DisplayState.WAITING_FOR_CLIENT: "idle",
@@ -32,7 +33,7 @@ _TONES: Final = {
     DisplayState.CLOSED: "done",
     DisplayState.FAILED: "bad",
 }
-_HELD_UP: Final = (DisplayState.WAITING_FOR_WORKER, DisplayState.QUEUED)
+_GIVES_REASON: Final = (DisplayState.WAITING_FOR_WORKER, DisplayState.QUEUED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def facts_of(run: TrainingRun) -> RunFacts:
     return RunFacts(
         row=_row(run, None),
         progress=None if recipe is None else recipe_facts.progress_of(run, recipe, shown),
-        reason=waiting.reason_of_run(run) if shown in _HELD_UP else "",
+        reason=_reason(run, shown),
         rank=run.lora_rank,
         alpha=run.lora_alpha,
         seed=run.lora_seed,
@@ -124,6 +125,12 @@ def facts_of(run: TrainingRun) -> RunFacts:
         user_metadata={str(key): str(value) for key, value in run.user_metadata.items()},
         last_applied_at=run.last_applied_at,
     )
+
+
+def _reason(run: TrainingRun, shown: DisplayState) -> str:
+    if run.is_held_up:  # type: ignore[attr-defined]
+        return run.held_up
+    return waiting.reason_of_run(run) if shown in _GIVES_REASON else ""
 
 
 def title_of(run: TrainingRun) -> str:

@@ -28,7 +28,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import base_models, blobs, operations, payload_files, sessions, workers
+from runs.services import base_models, blobs, holdups, operations, payload_files, sessions, workers
 from runs.services.operations import Submission
 
 LORA_ALPHA: Final = 32.0
@@ -78,6 +78,7 @@ class DisplayState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     RECOVERING = "recovering"
+    HELD_UP = "held up"
     WAITING_FOR_WORKER = "waiting for worker"
     WAITING_FOR_CLIENT = "waiting for client"
     PARKED = "parked"
@@ -172,8 +173,9 @@ def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
         has_work=Exists(waiting),
         has_worker=Exists(workers.live().filter(pk=OuterRef("worker"))),
         is_recent=is_recent,
+        is_held_up=holdups.is_held_up(),
         recipe_state=F("recipe__state"),
-        is_served=Exists(workers.live()),
+        is_served=Exists(workers.serving()),
         has_diverged=Exists(diverged),
         is_abandoned=Exists(sessions.silent().filter(pk=OuterRef("session"))),
         client_ended=F("session__finish_reason"),
@@ -189,6 +191,8 @@ def display_state(run: TrainingRun) -> DisplayState:
         return _OF_RECIPE[run.recipe_state]  # type: ignore[attr-defined]
     if run.state == TrainingRun.State.CLOSED:
         return DisplayState.CLOSED
+    if run.is_held_up:  # type: ignore[attr-defined]
+        return DisplayState.HELD_UP
     is_served: bool = run.is_served  # type: ignore[attr-defined]
     if run.has_work and run.has_worker:  # type: ignore[attr-defined]
         return DisplayState.RECOVERING if run.num_to_replay else DisplayState.RUNNING
@@ -213,7 +217,8 @@ def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QueryS
     of_recipe = [recipe for recipe, shown in _OF_RECIPE.items() if shown == state]
     has_failed = Q(state=TrainingRun.State.FAILED)
     follows_operations = ~has_failed & (Q(recipe=None) | Q(recipe__state__in=_TRAINING))
-    is_open = Q(state=TrainingRun.State.OPEN)
+    is_held_up = follows_operations & Q(state=TrainingRun.State.OPEN, is_held_up=True)
+    is_open = Q(state=TrainingRun.State.OPEN, is_held_up=False)
     held = is_open & Q(has_work=True, has_worker=True)
     free = is_open & Q(has_work=True, has_worker=False)
     of_loop = is_open & Q(has_work=False, recipe__isnull=False)
@@ -236,6 +241,8 @@ def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QueryS
     found = Q(recipe__state__in=of_recipe) & ~has_failed
     if state == DisplayState.FAILED:
         found |= has_failed
+    elif state == DisplayState.HELD_UP:
+        found |= is_held_up
     elif state in conditions:
         found |= follows_operations & conditions[state]
     return runs.filter(found)

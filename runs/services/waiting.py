@@ -7,25 +7,35 @@ from typing import Final
 from django.db.models import Exists, OuterRef
 
 from runs.models import Operation, TrainingRun
-from runs.services import base_models, operations, workers
+from runs.services import base_models, holdups, operations, workers
 
 NO_WORKER: Final = "no GPU worker is running; the operation is safe and starts when one is back"
+ALL_DRAINED: Final = (
+    "every GPU worker that has the base model is drained and takes no runs; "
+    "the operation is safe and starts when one is resumed or another comes"
+)
 
 
 def reason_of(operation: Operation) -> str:
     """Return why an operation has no answer yet; empty when it is just its turn."""
     run, session = operation.run, operation.sampling_session
     base_model = run.base_model if run is not None else session.base_model if session is not None else ""
-    reason = _without_worker(base_model)
-    if reason or run is None:
-        return reason
+    if run is None:
+        return _without_worker(base_model) or _drained(base_model, operation.worker_id)
     run.refresh_from_db(fields=["applied_seq", "num_replayed", "num_to_replay", "worker"])
-    return _recovering(run) or _gap_before(run, operation.seq) or _queued(run)
+    return (
+        _without_worker(base_model)
+        or _drained(base_model, run.worker_id)
+        or holdups.reason_of(run)
+        or _recovering(run)
+        or _gap_before(run, operation.seq)
+        or _queued(run)
+    )
 
 
 def reason_of_run(run: TrainingRun) -> str:
     """Return why a run with waiting operations does not go on; empty when it does."""
-    return _without_worker(run.base_model) or _queued(run)
+    return _without_worker(run.base_model) or _drained(run.base_model, run.worker_id) or _queued(run)
 
 
 def _without_worker(base_model: str) -> str:
@@ -36,6 +46,15 @@ def _without_worker(base_model: str) -> str:
         error = f": {info.error}" if info and info.error else ""
         return f"no worker has the base model {base_model!r}{error}"
     return ""
+
+
+def _drained(base_model: str, holder_pk: int | None) -> str:
+    """What a live worker has it finishes, or lets go in a moment."""
+    holders = workers.live().filter(fingerprint__has_key=base_model)
+    found = list(holders.values_list("pk", "drain_asked_at"))
+    if not found or any(pk == holder_pk or asked_at is None for pk, asked_at in found):
+        return ""
+    return ALL_DRAINED
 
 
 def _recovering(run: TrainingRun) -> str:

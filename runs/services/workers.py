@@ -9,14 +9,29 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from typing import Final
 
 from django.db import connection, transaction
-from django.db.models import BooleanField, Count, ExpressionWrapper, F, Q, QuerySet, Value
+from django.db.models import (
+    BooleanField,
+    Count,
+    Exists,
+    ExpressionWrapper,
+    F,
+    OuterRef,
+    Q,
+    QuerySet,
+    Subquery,
+    Value,
+)
 from django.db.models.functions import Coalesce, Greatest, Now
 
-from runs.models import TrainingRun, Worker
+from runs import events
+from runs.exceptions import RequestInvalid
+from runs.models import Operation, TrainingRun, Worker
 
 LEASE_S: Final = 15
 HEARTBEAT_S: Final = 3
@@ -25,6 +40,16 @@ DOUBT_S: Final = 6
 LOCK_CLASS: Final = 7_767_101
 # A worker takes its lock just after its row is there; until then only its lease says that it lives.
 LOCK_GRACE_S: Final = 2
+
+
+class WorkerState(StrEnum):
+    """What people see; derived from the row and what it holds, never stored."""
+
+    ALIVE = "alive"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    LOST = "lost"
+    ENDED = "ended"
 
 
 def register(*, device: str, dtype: str) -> Worker:
@@ -80,9 +105,57 @@ def bury_dead(*, sparing: Worker | None = None) -> list[Worker]:
     ]
 
 
+def drain(worker: Worker) -> None:
+    """Have a worker take nothing new, finish what it computes and let its runs go; it stays alive.
+
+    Raises:
+        RequestInvalid: it has ended.
+    """
+    _steer(worker, Worker.objects.filter(drain_asked_at=None), drain_asked_at=Now())
+
+
+def resume(worker: Worker) -> None:
+    """Let a drained worker take runs again.
+
+    Raises:
+        RequestInvalid: it has ended.
+    """
+    _steer(worker, Worker.objects.exclude(drain_asked_at=None), drain_asked_at=None)
+
+
 def live() -> QuerySet[Worker]:
     """Return the workers that are alive as far as people are told."""
     return Worker.objects.filter(is_alive())
+
+
+def serving() -> QuerySet[Worker]:
+    """Return the live workers that take runs: all but those that are drained."""
+    return live().filter(drain_asked_at=None)
+
+
+def models_of(worker: Worker) -> list[str]:
+    """Return the base models that a worker has loaded."""
+    # Earlier versions entered the fingerprint of one base model, without its name.
+    return [name for name, fingerprint in worker.fingerprint.items() if isinstance(fingerprint, dict)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Whether any worker lives, and what none takes on: base models that drained ones alone have, and runs that wait."""
+
+    has_worker: bool
+    stranded: list[str]
+    num_waiting: int
+
+
+def outlook() -> Outlook:
+    """Return what people should know before they send anything."""
+    alive = list(live())
+    taken = {name for worker in alive if worker.drain_asked_at is None for name in models_of(worker)}
+    stranded = sorted({name for worker in alive for name in models_of(worker)} - taken)
+    waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
+    runs = TrainingRun.objects.filter(Exists(waiting), base_model__in=stranded, worker=None)
+    return Outlook(has_worker=bool(alive), stranded=stranded, num_waiting=runs.count() if stranded else 0)
 
 
 def is_alive() -> Q:
@@ -93,12 +166,43 @@ def is_alive() -> Q:
 def recent(*, limit: int) -> list[Worker]:
     """Return the live workers and then those that ended last, with what each holds.
 
-    Annotates `is_alive`, and `num_runs` (runs it holds).
+    The rows are those of `with_state`.
     """
-    rows = Worker.objects.annotate(
-        is_alive=ExpressionWrapper(is_alive(), output_field=BooleanField()), num_runs=Count("training_runs")
+    return list(with_state().order_by("-is_alive", "-started_at")[:limit])  # type: ignore[misc]
+
+
+def with_state() -> QuerySet[Worker]:
+    """Annotate `is_alive`, `num_runs` (runs it holds) and `num_samples` (samples it draws): what `state_of` needs."""
+    drawn = Operation.objects.filter(
+        worker=OuterRef("pk"), state=Operation.State.QUEUED, sampling_session__isnull=False
     )
-    return list(rows.order_by("-is_alive", "-started_at")[:limit])
+    counted = drawn.order_by().values("worker").annotate(number=Count("pk")).values("number")
+    return Worker.objects.annotate(
+        is_alive=ExpressionWrapper(is_alive(), output_field=BooleanField()),
+        num_runs=Count("training_runs"),
+        num_samples=Coalesce(Subquery(counted), 0),
+    )
+
+
+def state_of(worker: Worker) -> WorkerState:
+    """Return the state a person sees; the row comes from `with_state`."""
+    if not worker.is_alive:  # type: ignore[attr-defined]
+        return WorkerState.ENDED if worker.stopped_at else WorkerState.LOST
+    if worker.drain_asked_at is None:
+        return WorkerState.ALIVE
+    is_holding = worker.num_runs or worker.num_samples  # type: ignore[attr-defined]
+    return WorkerState.DRAINING if is_holding else WorkerState.DRAINED
+
+
+def _steer(worker: Worker, among: QuerySet[Worker], **values: object) -> None:
+    """Change what a worker is asked for and ring it; what it is asked for already changes nothing."""
+    with transaction.atomic():
+        if among.filter(pk=worker.pk, stopped_at=None).update(**values):
+            events.ring_workers()
+        elif not Worker.objects.filter(pk=worker.pk, stopped_at=None).exists():
+            raise RequestInvalid(
+                f"worker {worker.pk} has ended; only one that is alive is drained or resumed", place="id"
+            )
 
 
 def _bury(worker: Worker) -> bool:

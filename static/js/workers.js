@@ -1,15 +1,25 @@
-// Workers and base models: read again every few seconds while somebody looks.
+// Workers and base models: read again every few seconds while somebody looks, more often while a worker is drained.
 import { getPage, replaceParts } from "./api.js";
+import { connectForms } from "./sent_forms.js";
 
 const INTERVAL_MS = 5000;
+const DRAINING_MS = 1000;
+let timer = null;
 
 async function refresh() {
-  if (document.hidden) return;
+  clearTimeout(timer);
   try {
-    replaceParts(await getPage("/workers/?part"));
+    if (!document.hidden) replaceParts(await getPage("/workers/?part"));
   } catch {
     // The next turn tries again.
   }
+  plan();
 }
 
-setInterval(refresh, INTERVAL_MS);
+function plan() {
+  clearTimeout(timer);
+  timer = setTimeout(refresh, document.querySelector("[data-state='draining']") ? DRAINING_MS : INTERVAL_MS);
+}
+
+connectForms(refresh);
+plan();

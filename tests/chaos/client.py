@@ -102,6 +102,8 @@ def submission(op: Op, model_id: str, seq: int) -> tuple[str, Any]:
         return "save_weights", {**ids, "path": op.name}
     if op.kind == "save_for_sampler":
         return "save_weights_for_sampler", {**ids, "path": op.name}
+    if op.kind == "save_for_session":
+        return "save_weights_for_sampler", {**ids, "sampling_session_seq_id": int(op.name)}
     path = f"tinker://{model_id}/weights/{op.name}"
     return "load_weights", {**ids, "path": path, "optimizer": op.optimizer}
 

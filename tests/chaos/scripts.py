@@ -9,7 +9,9 @@ from typing import Final, Literal
 
 from tests.chaos.chain import Example
 
-Kind = Literal["forward_backward", "forward", "optim_step", "save", "save_for_sampler", "load"]
+Kind = Literal[
+    "forward_backward", "forward", "optim_step", "save", "save_for_sampler", "save_for_session", "load"
+]
 _SHARES: Final[dict[Kind, float]] = {
     "forward_backward": 0.55,
     "forward": 0.08,

@@ -30,7 +30,10 @@ Made = TypeVar("Made")
 
 @dataclass(kw_only=True)
 class Note:
-    """One acknowledged operation and what its client was answered; a sample has no seq of the run's."""
+    """One acknowledged operation and what its client was answered; a sample has no seq of the run's.
+
+    The `op` of a sample is the save of its weights, where that was made for it alone.
+    """
 
     kind: str
     request_id: str
@@ -115,6 +118,7 @@ class Scripted:
         fork = self._forked(first)
         self._all(fork, fb(5), step(2))
         self._sampled(first)
+        self._current_sampled(first)
         return first, fork
 
     def _second_half(self, first: RunNotes, fork: RunNotes) -> None:
@@ -165,18 +169,33 @@ class Scripted:
         def sample() -> Note:
             nonlocal number
             number += 1
-            request = {
-                "sampling_session_id": opened,
-                "seq_id": number,
-                "num_samples": NUM_SAMPLES,
-                "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(PROMPT)}]},
-                "sampling_params": {"max_tokens": SAMPLE_TOKENS, "seed": SAMPLE_SEED},
-            }
-            taken = self._client.call("asample", request)
-            self.notes.samples.append(Note(kind="sample", request_id=taken["request_id"]))
-            return self._awaited(self.notes.samples[-1])
+            return self._sample(opened, number)
 
         self._until_done(sample)
+
+    def _current_sampled(self, run: RunNotes) -> None:
+        """Sample from the weights as they are, saved for that alone; where one fails, both are done again."""
+        number = 0
+
+        def sample() -> Note:
+            nonlocal number
+            number += 1
+            save = self._one(run, Op(kind="save_for_session", name=str(number)))
+            return save if save.error else self._sample(f"{self._session}:sample:{number}", 1, of=save.op)
+
+        self._until_done(sample)
+
+    def _sample(self, sampling_session: str, seq: int, *, of: Op | None = None) -> Note:
+        request = {
+            "sampling_session_id": sampling_session,
+            "seq_id": seq,
+            "num_samples": NUM_SAMPLES,
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(PROMPT)}]},
+            "sampling_params": {"max_tokens": SAMPLE_TOKENS, "seed": SAMPLE_SEED},
+        }
+        taken = self._client.call("asample", request)
+        self.notes.samples.append(Note(kind="sample", op=of, request_id=taken["request_id"]))
+        return self._awaited(self.notes.samples[-1])
 
     def _all(self, run: RunNotes, *ops: Op) -> None:
         """Send operations ahead, and then await them."""

@@ -13,6 +13,7 @@ from django.core.files.storage import default_storage
 from django.db import connection
 
 from gpuworker.engine import checkpoints
+from runs import ids
 from runs.models import Checkpoint, Metric, Operation, RunEvent, Snapshot, TrainingRun, Worker
 from runs.schemas import responses, results
 from runs.services import blobs, payload_files, state_folders, workers
@@ -28,7 +29,6 @@ from tests.chaos.sweep_script import (
     PROMPT,
     SAMPLE_SEED,
     SAMPLE_TOKENS,
-    SAMPLER,
     Note,
     Notes,
     RunNotes,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tests.chaos.sweep_case import Outcome
 
 # What may fail, cleanly, when the disk fails for a moment, and when it does for good; nothing else may fail at all.
-FOR_A_MOMENT: Final = frozenset({"save", "save_for_sampler", "load", "fork", "sample"})
+FOR_A_MOMENT: Final = frozenset({"save", "save_for_sampler", "save_for_session", "load", "fork", "sample"})
 WITHOUT_DISK: Final = FOR_A_MOMENT | {"forward_backward"}  # of which a large one is read from a file
 _TOKENS: Final = "tokens:sum"
 
@@ -57,11 +57,15 @@ def empty_database() -> None:
 
 @dataclass(kw_only=True)
 class Expected:
-    """What a run should be: each successful operation's answer by seq, its curve, what it saved, its end."""
+    """What a run should be: each successful operation's answer by seq, its curve, what it saved, its end.
+
+    `frozen` is what samples were drawn from, by the name of the save that was made for them.
+    """
 
     answers: dict[int, bytes] = field(default_factory=dict)
     points: dict[tuple[int, str], float] = field(default_factory=dict)
     saved: dict[tuple[str, str], Chain] = field(default_factory=dict)
+    frozen: dict[str, Chain] = field(default_factory=dict)
     num_tokens: int = 0
     state: Chain
 
@@ -140,8 +144,14 @@ def _expected(run: RunNotes, state: Chain) -> Expected:
             content = responses.to_json(
                 responses.save_weights_result(f"tinker://{run.model_id}/weights/{op.name}")
             )
+        elif op.kind == "save_for_session":
+            expected.saved[Checkpoint.Kind.SAMPLER, f".{note.seq}"] = expected.frozen[op.name] = state
+            session = run.model_id.partition(":")[0]
+            content = responses.to_json(
+                responses.ephemeral_sampler_result(ids.sampling_session_id(session, int(op.name)))
+            )
         else:
-            expected.saved[Checkpoint.Kind.SAMPLER, op.name] = state
+            expected.saved[Checkpoint.Kind.SAMPLER, op.name] = expected.frozen[""] = state
             path = f"tinker://{run.model_id}/sampler_weights/{op.name}"
             content = responses.to_json(responses.save_weights_for_sampler_result(path))
         expected.answers[note.seq] = content
@@ -228,12 +238,21 @@ def _judge_checkpoints(outcome: Outcome, run: TrainingRun, saved: Mapping[tuple[
 
 
 def _judge_samples(outcome: Outcome, samples: Sequence[Note], expected: Expected) -> None:
-    spoke = expected.saved.get((Checkpoint.Kind.SAMPLER, SAMPLER))
-    if spoke is None:
+    if not expected.frozen:
         return
+    rows = {row.request_id: row for row in Operation.objects.filter(sampling_session__isnull=False)}
+    if len(rows) != len(samples):
+        outcome.problems.append(f"{len(rows)} samples in the log, {len(samples)} acknowledged")
+    for note in samples:
+        frozen = expected.frozen["" if note.op is None else note.op.name]
+        _judge_answer(outcome, note, rows.get(note.request_id), _sampled(frozen))
+
+
+def _sampled(frozen: Chain) -> bytes:
+    """Return the answer to a sample of these weights."""
     sequences = []
     for index in range(NUM_SAMPLES):
-        tokens, logprobs = spoken(spoke.weights, PROMPT, SAMPLE_SEED + index, SAMPLE_TOKENS)
+        tokens, logprobs = spoken(frozen.weights, PROMPT, SAMPLE_SEED + index, SAMPLE_TOKENS)
         sequences.append(
             results.SampledSequence(
                 tokens=np.array(tokens, dtype=np.int64),
@@ -241,12 +260,7 @@ def _judge_samples(outcome: Outcome, samples: Sequence[Note], expected: Expected
                 stop_reason="length",
             )
         )
-    answer = results.encode_sample(results.SampleOutput(sequences=tuple(sequences)))
-    rows = {row.request_id: row for row in Operation.objects.filter(sampling_session__isnull=False)}
-    if len(rows) != len(samples):
-        outcome.problems.append(f"{len(rows)} samples in the log, {len(samples)} acknowledged")
-    for note in samples:
-        _judge_answer(outcome, note, rows.get(note.request_id), answer)
+    return results.encode_sample(results.SampleOutput(sequences=tuple(sequences)))
 
 
 # What is left ----------------------------------------------------------------------------------------------------

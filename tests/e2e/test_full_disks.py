@@ -122,6 +122,12 @@ def log_of(product: Instance, program: str) -> str:
     return (product.data_dir / "logs" / f"{program}.log").read_text()
 
 
+def told(product: Instance) -> str:
+    """Return why the client's run is held up, as its page says."""
+    (reason,) = rows(product, "SELECT held_up FROM runs_trainingrun ORDER BY id DESC LIMIT 1")[0]
+    return str(reason)
+
+
 def test_a_large_payload_waits_for_room(client: Client, product: Instance, full: Full) -> None:
     expected = client.does("large 1")
     had = files_in(product, "payloads")
@@ -132,7 +138,9 @@ def test_a_large_payload_waits_for_room(client: Client, product: Instance, full:
         wait_for(lambda: log_of(product, "web").count("disk is full") > num_refused, 30)
         assert not (files_in(product, "payloads") - had)  # nothing half-written is left
         assert rows(product, "SELECT count(*) FROM runs_operation")[0] == (num_before,)
+        wait_for(lambda: "the server's disk is full" in told(product), 10)
     assert client.answer() != expected  # taken in the end, and the weights have moved since
+    assert told(product) == ""
     assert client.does("small") != "failed"
 
 

@@ -41,6 +41,8 @@ POST_ONLY = {
     "key-create",
     "key-revoke",
     "password-change",
+    "worker-drain",
+    "worker-resume",
 }
 POSTS_TOO = {"login", "login-link", "run-new"}
 OF_A_RUN = {
@@ -94,7 +96,7 @@ def policy_of(pattern: URLPattern) -> str:
 
 
 def test_every_route_declares_a_policy() -> None:
-    assert {policy_of(pattern) for pattern in urls.page_urls} == {"public", "owner"}
+    assert {policy_of(pattern) for pattern in urls.page_urls} == {"public", "owner", "operator"}
     assert {policy_of(pattern) for pattern in urls.socket_routes} == {"owner"}
 
 
@@ -147,6 +149,7 @@ def test_a_change_without_a_token_is_refused(alice: User, pattern: URLPattern) -
 
 @pytest.mark.parametrize("pattern", [p for p in urls.page_urls if p.name in POST_ONLY], ids=lambda p: p.name)
 def test_a_change_needs_a_post(page: Client, alice: User, pattern: URLPattern) -> None:
+    User.objects.filter(pk=alice.pk).update(is_staff=True)
     checkpoint = seed.add_checkpoint(seed.make_run(alice), "first")
     assert page.get(address(pattern, checkpoint, 1)).status_code == 405
 

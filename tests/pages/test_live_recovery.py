@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect
 
 from runs import events
 from runs.models import RunEvent, ServerClock, TrainingRun, User, Worker
+from runs.services import holdups
 from tests.pages import seed
 from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
     CHROMIUM,
@@ -117,6 +118,17 @@ def test_a_run_whose_worker_is_late_says_why_it_waits(tab: Page, run: TrainingRu
     expect(status).to_have_text("waiting for worker", timeout=8_000)  # nobody told the page
     expect(tab.locator(".reason")).to_contain_text("no GPU worker is running")
     shoot(tab, "waiting")
+
+
+def test_a_run_that_a_full_disk_holds_up_says_so_for_as_long(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+    open_run(tab, run)
+    holdups.enter(run.pk, holdups.NO_ROOM_FOR_REQUEST)
+    status = tab.locator(".headline-status .status")
+    expect(status).to_have_text("held up", timeout=8_000)
+    expect(tab.locator(".reason")).to_have_text(holdups.NO_ROOM_FOR_REQUEST)
+    shoot(tab, "held-up")
+    holdups.clear(run.pk, holdups.NO_ROOM_FOR_REQUEST)
+    expect(tab.locator(".reason")).to_have_count(0)
 
 
 def test_a_run_without_its_client_is_parked(tab: Page, run: TrainingRun) -> None:  # noqa: F811

@@ -6,8 +6,7 @@ import pytest
 from django.test import Client
 
 from runs.models import LoginLink, User
-from runs.pages import lockout
-from runs.services import accounts
+from runs.services import accounts, lockout
 from tests.pages.conftest import PASSWORD
 
 pytestmark = pytest.mark.django_db

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from django.core.files.storage import default_storage
 from django.db import OperationalError, connection
+from pytest_django.fixtures import Settings
 
 from runs.models import Checkpoint, Evaluation, FixedSample, Metric, Operation, Recipe, RunEvent
 from runs.recipes.loop import RecipeLoop
-from runs.services import recipe_status, recipe_steps
+from runs.services import holdups, recipe_status, recipe_steps, run_rows
 from runs.services.recipe_rows import State
+from tests.no_room import no_room
 from tests.recipes.conftest import Staff, ended, questions, turn_until
 
 Begin = Callable[..., Recipe]
@@ -55,6 +57,26 @@ def test_a_run_trains_measures_saves_and_finishes(begin: Begin) -> None:
     assert all(sample.operation and sample.operation.state == "done" for sample in strip)
     events = set(RunEvent.objects.filter(run=recipe.run).values_list("kind", flat=True))
     assert {"started", "saved", "best", "finished"} <= events
+
+
+@pytest.mark.parametrize(("step", "phase"), [(0, "Reading the dataset"), (2, "Held up, training")])
+def test_a_full_disk_holds_a_run_up_and_does_not_end_it(
+    begin: Begin, settings: Settings, step: int, phase: str
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    recipe = begin(max_length=77)  # tokens of its own: none are kept from another test
+    if step:
+        recipe = turn_until(recipe, lambda row: row.run.step >= step, what="the first steps")
+    with no_room(limit_bytes=100):
+        recipe = turn_until(recipe, lambda row: row.run.held_up, what="the disk is found full")
+        facts = run_rows.facts_of(run_rows.with_facts(recipe.run.owner).get(pk=recipe.run_id))
+    assert facts.progress is not None
+    assert facts.progress.phase.startswith(phase)
+    assert facts.reason == holdups.NO_ROOM_FOR_STEP
+    recipe = ended(recipe)
+    assert (recipe.state, recipe.error, recipe.run.step) == (State.FINISHED, "", 12)
+    assert (recipe.run.held_up, recipe.run.held_up_at) == ("", None)
+    assert [number for number, _ in series(recipe, "loss")] == list(range(1, 13))
 
 
 def test_open_settings_are_decided_and_kept(begin: Begin) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from runs.models import ApiKey, DatasetVersion, TrainingRun, Worker
+from runs.models import ApiKey, DatasetVersion, TrainingRun, User, Worker
 from tests.pages import seed
 from tests.rest.client import Rest
 
@@ -64,6 +64,34 @@ def test_workers_are_listed_the_living_first(alice: Rest, run: TrainingRun) -> N
     assert (second["is_alive"], second["busy_share"]) == (False, None)
     Worker.objects.update(busy_share=math.nan)
     assert alice.get("workers")["items"][0]["busy_share"] is None
+
+
+def test_an_operator_drains_a_worker_and_resumes_it(alice: Rest, run: TrainingRun) -> None:
+    worker = seed.make_worker()
+    TrainingRun.objects.filter(pk=run.pk).update(worker=worker)
+    assert alice.refused("POST", f"workers/{worker.pk}/drain", status=403)["code"] == "operators_only"
+    User.objects.filter(pk=alice.user.pk).update(is_staff=True)
+    for _ in range(2):  # asking again changes nothing
+        drained = alice.post(f"workers/{worker.pk}/drain", status=200)
+        assert (drained["state"], drained["num_runs"], drained["is_alive"]) == ("draining", 1, True)
+    asked_at = drained["drain_asked_at"]
+    TrainingRun.objects.filter(pk=run.pk).update(worker=None)
+    (listed,) = alice.get("workers")["items"]
+    assert (listed["state"], listed["drain_asked_at"]) == ("drained", asked_at)
+    resumed = alice.post(f"workers/{worker.pk}/resume", status=200)
+    assert (resumed["state"], resumed["drain_asked_at"]) == ("alive", None)
+
+
+def test_only_a_worker_that_is_there_and_has_not_ended_is_drained(alice: Rest) -> None:
+    User.objects.filter(pk=alice.user.pk).update(is_staff=True)
+    ended = seed.make_worker(is_alive=False)
+    for verb in ("drain", "resume"):
+        message = alice.refused("POST", f"workers/{ended.pk}/{verb}")["message"]
+        assert message == f"worker {ended.pk} has ended; only one that is alive is drained or resumed"
+        alice.refused("POST", f"workers/{ended.pk + 1}/{verb}", status=404)
+        alice.refused("POST", f"workers/{2**62 + 1}/{verb}")
+    ended.refresh_from_db()
+    assert ended.drain_asked_at is None
 
 
 def test_base_models_are_listed(alice: Rest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from django.core.files.storage import default_storage
@@ -13,6 +13,9 @@ from django.utils import timezone
 from pytest_django import DjangoCaptureOnCommitCallbacks
 
 from runs.models import Checkpoint, DatasetVersion, Operation, Recipe, TrainingRun
+from runs.rest.runs import StateName
+from runs.services import holdups
+from runs.services.training_runs import DisplayState
 from tests.pages import recipe_seed, seed
 from tests.rest.client import Rest
 from tests.rest.conftest import BASE_MODEL
@@ -202,3 +205,11 @@ def test_a_run_is_deleted_with_what_it_holds(
     assert not Checkpoint.objects.exists()
     assert not default_storage.exists(f"{checkpoint.directory}/adapter_model.safetensors")
     alice.refused("GET", f"runs/{run.public_id}", status=404)
+
+
+def test_every_state_that_people_see_has_a_name_here(alice: Rest, run: TrainingRun) -> None:
+    names = {state.value.replace(" ", "_") for state in DisplayState}
+    assert names == set(get_args(StateName))
+    holdups.enter(run.pk, holdups.NO_ROOM_FOR_REQUEST)
+    assert alice.get(f"runs/{run.public_id}")["state"] == "held_up"
+    assert [one["id"] for one in alice.get("runs?state=held_up")["items"]] == [run.public_id]

@@ -10,7 +10,7 @@ from pytest_django.fixtures import Settings
 
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, TrainingRun, User, Worker
-from runs.services import claims, commits, operations, workers
+from runs.services import claims, commits, operations, sample_claims, workers
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
 from tests.services.races import race
@@ -122,6 +122,31 @@ def test_operations_of_several_runs_are_grouped_by_run(
     assert [(op.run_pk, op.seq) for op in taken] == [(run.pk, 2), (run.pk, 3), (other.pk, 1), (other.pk, 2)]
 
 
+def test_tokens_are_shared_by_the_first_operations_of_all_runs(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    """A worker that takes many runs back does not read all that waits of them."""
+    runs = [run, rows.make_run(alice), rows.make_run(alice)]
+    for one in runs:
+        for seq in (1, 2, 3):
+            waiting = operations.Submission(
+                kind=Operation.Kind.FORWARD, seq=seq, payload=b"x", num_tokens=10 * seq
+            )
+            operations.submit(one, waiting)
+
+    def take(max_tokens: int) -> list[int]:
+        taken = claims.take_operations(
+            worker.row, {one.pk: 0 for one in runs}, limit=9, max_tokens=max_tokens
+        )
+        return [sum(op.run_pk == one.pk for op in taken) for one in runs]
+
+    assert take(1) == [1, 0, 0]  # one that is larger than all is taken, too
+    assert take(30) == [1, 1, 1]
+    assert take(31) == [2, 1, 1]
+    assert take(90) == [2, 2, 2]
+    assert take(10**6) == [3, 3, 3]
+
+
 def test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start(
     run: TrainingRun, worker: HandWorker
 ) -> None:
@@ -172,17 +197,19 @@ def test_a_payload_in_storage_is_taken_whole(
 def test_samples_are_taken_once_and_oldest_first(alice: User, worker: HandWorker) -> None:
     session = rows.make_sampling_session(alice)
     pks = [rows.sample(session, seq) for seq in (5, 1, 9)]
-    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=2)] == pks[:2]
-    assert [taken.pk for taken in claims.take_samples(worker.row, MODELS, limit=9, held=pks[:2])] == pks[2:]
-    assert claims.take_samples(HandWorker().row, MODELS, limit=9) == []
-    assert claims.take_samples(worker.row, ["other/model"], limit=9) == []
+    assert [taken.pk for taken in sample_claims.take_samples(worker.row, MODELS, limit=2)] == pks[:2]
+    assert [
+        taken.pk for taken in sample_claims.take_samples(worker.row, MODELS, limit=9, held=pks[:2])
+    ] == pks[2:]
+    assert sample_claims.take_samples(HandWorker().row, MODELS, limit=9) == []
+    assert sample_claims.take_samples(worker.row, ["other/model"], limit=9) == []
 
 
 def test_samples_of_a_dead_worker_are_taken_again(alice: User, worker: HandWorker) -> None:
     pk = rows.sample(rows.make_sampling_session(alice), 0)
-    claims.take_samples(worker.row, MODELS, limit=9)
+    sample_claims.take_samples(worker.row, MODELS, limit=9)
     workers.stop(worker.row)
-    (again,) = claims.take_samples(HandWorker().row, MODELS, limit=9)
+    (again,) = sample_claims.take_samples(HandWorker().row, MODELS, limit=9)
     assert (again.pk, again.attempts) == (pk, 2)
 
 
@@ -191,9 +218,9 @@ def test_racing_workers_take_each_sample_once(alice: User, worker: HandWorker) -
     session = rows.make_sampling_session(alice)
     made = [rows.sample(session, seq) for seq in range(40)]
     rivals = [HandWorker().row for _ in range(4)]
-    taken = race([partial(claims.take_samples, rival, MODELS, limit=20) for rival in rivals])
+    taken = race([partial(sample_claims.take_samples, rival, MODELS, limit=20) for rival in rivals])
     first = [sample.pk for part in taken for sample in part]
-    rest = [sample.pk for sample in claims.take_samples(worker.row, MODELS, limit=99)]
+    rest = [sample.pk for sample in sample_claims.take_samples(worker.row, MODELS, limit=99)]
     assert sorted(first + rest) == made
 
 
@@ -201,7 +228,7 @@ def test_a_sample_knows_where_its_weights_are(alice: User, run: TrainingRun, wor
     checkpoint = rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER)
     rows.sample(rows.make_sampling_session(alice, checkpoint), 0)
     rows.sample(rows.make_sampling_session(alice), 0)
-    of_checkpoint, of_base = claims.take_samples(worker.row, MODELS, limit=9)
+    of_checkpoint, of_base = sample_claims.take_samples(worker.row, MODELS, limit=9)
     assert (of_checkpoint.checkpoint_directory, of_checkpoint.is_lost) == (checkpoint.directory, False)
     assert (of_base.checkpoint_directory, of_base.is_lost) == ("", False)
 
@@ -212,7 +239,7 @@ def test_a_sample_of_deleted_weights_is_marked_lost(
     checkpoint = rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER)
     rows.sample(rows.make_sampling_session(alice, checkpoint), 0)
     checkpoint.delete()
-    (taken,) = claims.take_samples(worker.row, MODELS, limit=9)
+    (taken,) = sample_claims.take_samples(worker.row, MODELS, limit=9)
     assert taken.is_lost
 
 

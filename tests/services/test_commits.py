@@ -331,6 +331,13 @@ def test_two_snapshots_are_kept(run: TrainingRun) -> None:
     assert list(Snapshot.objects.filter(run=run).values_list("directory", flat=True)) == ["s/40", "s/30"]
 
 
+def test_of_two_snapshots_after_one_operation_the_first_stands(run: TrainingRun) -> None:
+    TrainingRun.objects.filter(pk=run.pk).update(fence=1)
+    register = partial(commits.register_snapshot, run.pk, fence=1, seq=10, size_bytes=1)
+    assert [register(directory=name) for name in ("s/one", "s/two", "s/one")] == [[], ["s/two"], []]
+    assert Snapshot.objects.get(run=run).directory == "s/one"
+
+
 def test_a_snapshot_that_comes_late_does_not_push_out_newer_ones(run: TrainingRun) -> None:
     TrainingRun.objects.filter(pk=run.pk).update(fence=2)
     for seq in (20, 30):

@@ -7,7 +7,7 @@ from django.db.models.functions import Now
 
 from runs.exceptions import RequestInvalid
 from runs.models import Operation, TrainingRun, User, Worker
-from runs.services import base_models, claims, placement, workers
+from runs.services import base_models, claims, placement, sample_claims, workers
 from runs.services.placement import Loads
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
@@ -49,10 +49,10 @@ def test_active_runs_of_live_workers_and_free_ones_are_counted(
     alice: User, run: TrainingRun, worker: HandWorker
 ) -> None:
     other = HandWorker()
-    assert not placement.has_company(worker.row, MODELS)  # it loads its models
+    assert not placement.look(worker.row, MODELS).has_company  # it loads its models
     for row in (worker.row, other.row):
         serve(row, *MODELS)
-    assert placement.has_company(worker.row, MODELS)
+    assert placement.look(worker.row, MODELS).has_company
     assert placement.wanted([*MODELS, OTHER_MODEL]) == MODELS
     assert loads_of(worker) == Loads(mine=0, others=(0,), num_free=1)
     assert placement.loads(worker.row, OTHER_MODEL).num_free == 0
@@ -87,9 +87,24 @@ def test_a_worker_that_could_not_load_the_base_model_is_no_company(
     serve(worker.row, rows.BASE_MODEL)
     serve(other.row, OTHER_MODEL)
     worker.hold(run)
-    assert not placement.has_company(worker.row, MODELS)
-    assert placement.has_company(worker.row, [*MODELS, OTHER_MODEL])
+    assert not placement.look(worker.row, MODELS).has_company
+    assert placement.look(worker.row, [*MODELS, OTHER_MODEL]).has_company
     assert loads_of(worker) == Loads(mine=1, others=(), num_free=0)
+
+
+def test_a_worker_of_an_earlier_version_is_company_whatever_it_serves(
+    run: TrainingRun, worker: HandWorker
+) -> None:
+    """It entered one fingerprint without the base model's name; an upgrade goes worker by worker."""
+    serve(worker.row, rows.BASE_MODEL)
+    earlier = HandWorker()
+    Worker.objects.filter(pk=earlier.row.pk).update(fingerprint={"torch": "2", "device": "cpu"})
+    assert placement.look(worker.row, MODELS).has_company
+    earlier.hold(run)
+    assert loads_of(worker) == Loads(mine=0, others=(1,), num_free=0)
+    rows.make_run(run.owner)
+    assert loads_of(worker) == Loads(mine=0, others=(1,), num_free=1)
+    assert loads_of(worker).room == 1
 
 
 def test_a_base_model_stays_on_offer_while_one_worker_serves_it(worker: HandWorker) -> None:
@@ -101,6 +116,33 @@ def test_a_base_model_stays_on_offer_while_one_worker_serves_it(worker: HandWork
     rows.report_base_model(failing, error="no room")
     with pytest.raises(RequestInvalid, match="no room"):
         base_models.get(rows.BASE_MODEL)
+
+
+def test_a_drained_worker_takes_nothing_and_counts_for_nobody(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    other = HandWorker()
+    for row in (worker.row, other.row):
+        serve(row, *MODELS)
+    worker.hold(run)
+    waiting = rows.make_run(alice)
+    pk = rows.sample(rows.make_sampling_session(alice), 0)
+    workers.drain(worker.row)
+    assert placement.look(worker.row, MODELS) == placement.Surroundings(has_company=True, is_drained=True)
+    assert not placement.look(other.row, MODELS).has_company
+    assert loads_of(other) == Loads(mine=0, others=(), num_free=1)
+    assert claims.claim_runs(worker.row, MODELS, held=[run.pk]) == []
+    assert sample_claims.take_samples(worker.row, MODELS, limit=9) == []
+    assert [held.pk for held in claims.claim_runs(other.row, MODELS)] == [waiting.pk]
+    assert [taken.pk for taken in sample_claims.take_samples(other.row, MODELS, limit=9)] == [pk]
+    worker.release(run)
+    assert [held.pk for held in claims.claim_runs(other.row, MODELS, held=[waiting.pk])] == [run.pk]
+
+    workers.resume(worker.row)
+    assert not placement.look(worker.row, MODELS).is_drained
+    assert placement.look(other.row, MODELS).has_company
+    third = rows.make_run(alice)
+    assert [held.pk for held in claims.claim_runs(worker.row, MODELS)] == [third.pk]
 
 
 @pytest.mark.parametrize("way", ["released", "stopped", "stopped over a late claim", "dead"])

@@ -29,7 +29,17 @@ from runs.models import (
     TrainingRun,
     User,
 )
-from runs.services import access, blobs, claims, commits, operations, payload_files, sampling, training_runs
+from runs.services import (
+    access,
+    blobs,
+    claims,
+    commits,
+    operations,
+    payload_files,
+    sample_claims,
+    sampling,
+    training_runs,
+)
 from runs.services.operations import Submission
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
@@ -152,7 +162,7 @@ def test_another_persons_samples_do_not_keep_it_and_stay(rested: TrainingRun, al
     session = rows.make_sampling_session(bob, checkpoint)
     pk = rows.sample(session, 0)
     training_runs.delete(rested)
-    (taken,) = claims.take_samples(HandWorker().row, [rows.BASE_MODEL], limit=1)
+    (taken,) = sample_claims.take_samples(HandWorker().row, [rows.BASE_MODEL], limit=1)
     assert (taken.pk, taken.is_lost) == (pk, True)
 
 

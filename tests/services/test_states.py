@@ -135,3 +135,27 @@ def test_a_run_behind_others_says_behind_how_many(alice: User, run: TrainingRun,
     worker.hold(later)
     later.refresh_from_db()
     assert waiting.reason_of_run(later) == ""
+
+
+def test_a_run_that_only_drained_workers_could_take_waits_and_says_so(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    workers.describe(
+        worker.row, device="cpu", dtype="float32", fingerprints={rows.BASE_MODEL: {"torch": "2"}}
+    )
+    worker.hold(run)
+    operation = Operation.objects.get(run=run)
+    workers.drain(worker.row)
+    assert shown(alice, run) == DisplayState.RUNNING  # until its worker has let it go
+    assert waiting.reason_of(operation) == ""
+    assert workers.outlook() == workers.Outlook(has_worker=True, stranded=[rows.BASE_MODEL], num_waiting=0)
+    worker.release(run)
+    assert shown(alice, run) == DisplayState.WAITING_FOR_WORKER
+    run.refresh_from_db()
+    operation.refresh_from_db()
+    assert waiting.reason_of(operation) == waiting.reason_of_run(run) == waiting.ALL_DRAINED
+    assert workers.outlook().num_waiting == 1
+    workers.resume(worker.row)
+    assert shown(alice, run) == DisplayState.QUEUED
+    assert waiting.reason_of(operation) == ""
+    assert workers.outlook() == workers.Outlook(has_worker=True, stranded=[], num_waiting=0)

@@ -12,8 +12,9 @@ from django.db import connection
 from django.db.models import F
 from django.db.models.functions import Now
 
+from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User, Worker
-from runs.services import claims, workers
+from runs.services import claims, sample_claims, workers
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
 
@@ -141,6 +142,42 @@ def test_a_worker_that_stops_sets_its_runs_free(worker: HandWorker, run: Trainin
     run.refresh_from_db()
     assert run.worker_id is None
     assert not workers.live().exists()
+
+
+def state_of(worker: HandWorker) -> str:
+    return workers.state_of(workers.with_state().get(pk=worker.row.pk))
+
+
+def test_a_worker_is_drained_once_it_holds_nothing(alice: User, run: TrainingRun, worker: HandWorker) -> None:
+    worker.hold(run)
+    pk = rows.sample(rows.make_sampling_session(alice), 0)
+    sample_claims.take_samples(worker.row, [run.base_model], limit=9)
+    assert state_of(worker) == "alive"
+    workers.drain(worker.row)
+    assert state_of(worker) == "draining"
+    worker.release(run)
+    assert state_of(worker) == "draining"
+    rows.answer_sample(pk)
+    assert state_of(worker) == "drained"
+    assert workers.renew(worker.row, busy_share=0.0)
+    assert list(workers.live()) == [worker.row]
+    assert not workers.serving().exists()
+    assert state_of(HandWorker()) == "alive"  # one that starts anew is not drained
+    workers.resume(worker.row)
+    assert state_of(worker) == "alive"
+    assert worker.row in workers.serving()
+
+
+def test_a_worker_that_has_ended_is_neither_drained_nor_resumed(worker: HandWorker) -> None:
+    workers.drain(worker.row)
+    workers.drain(worker.row)
+    let_lease_end(worker)
+    assert state_of(worker) == "lost"
+    workers.stop(worker.row)
+    assert state_of(worker) == "ended"
+    for steer in (workers.drain, workers.resume):
+        with pytest.raises(RequestInvalid, match="has ended"):
+            steer(worker.row)
 
 
 def test_the_living_come_first_with_what_they_hold(worker: HandWorker, run: TrainingRun) -> None:

@@ -10,7 +10,7 @@ from django.test.utils import CaptureQueriesContext
 
 from gpuworker import intake
 from gpuworker.worker import GpuWorker
-from runs.models import Worker
+from runs.models import Operation, Worker
 from runs.services import workers
 from tests.worker.conftest import MODEL, Client, finished, wait_for
 from tests.worker.test_device_share import TOKENS
@@ -53,7 +53,8 @@ def test_what_is_about_to_leave_counts_and_takes_nothing_more(
             held._balance()
         leaving = {pk for pk, seat in held.seats.items() if seat.is_leaving}
         assert len(leaving) == NUM_RUNS // 2
-        assert set(held._room()) == set(held.seats) - leaving
+        open_seats, _ = held._room()
+        assert {seat.run.pk for seat in open_seats} == set(held.seats) - leaving
 
 
 def test_nothing_is_counted_while_no_run_is_free(busy_worker: GpuWorker) -> None:
@@ -61,3 +62,27 @@ def test_nothing_is_counted_while_no_run_is_free(busy_worker: GpuWorker) -> None
     with CaptureQueriesContext(connection) as queries:
         busy_worker._intake._claim(held)
     assert not any("count(" in query["sql"] for query in queries.captured_queries)
+
+
+def test_many_runs_that_come_at_once_are_decoded_as_far_as_any_are(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    for client in clients:
+        finished(client.forward_backward(TOKENS))
+    held, drive = worker._intake, worker.scheduler
+    held.stop()
+    passes = [client.forward_backward(TOKENS) for client in clients for _ in range(3)]
+    size = Operation.objects.get(pk=passes[0]).num_tokens
+    monkeypatch.setattr(intake, "AHEAD_TOKENS", NUM_RUNS * size + 1)
+    with drive._draining:
+        held._collect()
+        num_ahead = sorted(len(seat.queue) for seat in held.seats.values())
+        assert num_ahead == [1] * (NUM_RUNS - 1) + [2]
+        assert all(seat.may_have_more for seat in held.seats.values())
+        while Operation.objects.filter(state=Operation.State.QUEUED).exists():
+            assert drive._cycle()
+            worker._committer.flush()
+            held._collect()
+    assert all(finished(number).state == Operation.State.DONE for number in passes)

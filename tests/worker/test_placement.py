@@ -21,14 +21,14 @@ from tests.worker.conftest import MODEL, Client, finished, losses_of, wait_for
 ROOT = Path(__file__).parents[2]
 NUM_RUNS = 8
 LONG_S = 120.0
-Start = Callable[[], subprocess.Popen[bytes]]
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
 def start_process(
     transactional_db: None, base_model: str, model_directory: Path, settings: Settings, tmp_path: Path
 ) -> Iterator[Start]:
-    """Return a function that starts a worker process on the test's database; what still runs is killed at the end."""
+    """Return a function that starts a worker process on the test's database, with further settings; what still runs is killed at the end."""
     Worker.objects.all().delete()
     parameters = connection.get_connection_params()
     address = f"host={parameters['host']}&port={parameters.get('port', 5432)}"
@@ -45,10 +45,10 @@ def start_process(
     command += ["--concurrency=1", "--queues=gpu", "--include=gpuworker.tasks", "--without-mingle"]
     started: list[subprocess.Popen[bytes]] = []
 
-    def start() -> subprocess.Popen[bytes]:
+    def start(**extra: str) -> subprocess.Popen[bytes]:
         log = (tmp_path / f"worker{len(started)}.log").open("wb")
         hostname = f"--hostname=gpu{len(started)}@%h"
-        process = subprocess.Popen([*command, hostname], cwd=ROOT, env=env, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, hostname], cwd=ROOT, env=env | extra, stdout=log, stderr=log)
         log.close()
         started.append(process)
         wait_for(

@@ -16,10 +16,13 @@ from pytest_django.fixtures import Settings
 from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun
+from runs.services import run_rows, waiting
+from runs.services.run_rows import RunFacts
 from tests.worker.conftest import Client, finished, losses_of, wait_for
 
 Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
+UNREADABLE = "the checkpoint cannot be read: is a directory"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 
 
@@ -43,11 +46,21 @@ def trained(client: Client) -> int:
     return client.optim_step()
 
 
-def wait_until_put_off(worker: GpuWorker, client: Client) -> None:
+def wait_until_put_off(worker: GpuWorker, client: Client, *, why: str) -> None:
+    """Wait until it is tried again later, and people are told why: on its page, and its client in the terminal."""
     seats = worker._intake.seats
     wait_for(
         lambda: (seat := seats.get(client.run.pk)) is not None and seat.put_off_s, what="the run is put off"
     )
+    told = wait_for(lambda: facts_of(client).reason, what="the page says why")
+    assert told == f"{why}; bringing the run back is tried again by itself, and nothing is lost"
+    assert facts_of(client).row.status == "held up"
+    queued = Operation.objects.filter(run=client.run, state=Operation.State.QUEUED)
+    assert [waiting.reason_of(operation) for operation in queued] == [told]
+
+
+def facts_of(client: Client) -> RunFacts:
+    return run_rows.facts_of(run_rows.with_facts(client.run.owner).get(pk=client.run.pk))
 
 
 def end_as_undisturbed(client: Client, undisturbed: Client) -> None:
@@ -56,6 +69,7 @@ def end_as_undisturbed(client: Client, undisturbed: Client) -> None:
     losses = [losses_of(finished(answer)) for answer in answers]
     assert losses[0] == losses[1]
     assert TrainingRun.objects.get(pk=client.run.pk).state == TrainingRun.State.OPEN
+    assert (facts_of(client).reason, facts_of(client).row.status) == ("", "running")
     assert not RunEvent.objects.filter(run=client.run, kind="diverged").exists()
 
 
@@ -69,12 +83,12 @@ def test_snapshots_that_cannot_be_read_do_not_end_the_run(start_worker: Start, n
     TrainingRun.objects.filter(pk=client.run.pk).update(payloads_gone_seq=kept.seq)
     worker = start_worker()
     with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
-        waiting = client.forward_backward(TOKENS)
-        wait_until_put_off(worker, client)
+        waits = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client, why=UNREADABLE)
         finished(undisturbed.forward_backward(TOKENS))  # others go on meanwhile
-        assert Operation.objects.get(pk=waiting).state == Operation.State.QUEUED
+        assert Operation.objects.get(pk=waits).state == Operation.State.QUEUED
 
-    assert finished(waiting).state == Operation.State.DONE
+    assert finished(waits).state == Operation.State.DONE
     end_as_undisturbed(client, undisturbed)
     assert RunEvent.objects.get(run=client.run, kind="restored").detail["from_seq"] == kept.seq
 
@@ -90,11 +104,11 @@ def test_a_payload_that_cannot_be_read_does_not_end_the_run(
     finished(trained(undisturbed))
     with unreadable(Operation.objects.get(pk=first).payload_file):
         worker.give_up(client.run.pk)
-        waiting = client.forward_backward(TOKENS)
-        wait_until_put_off(worker, client)
+        waits = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client, why="the payload of operation 1 cannot be read: is a directory")
         finished(undisturbed.forward_backward(TOKENS))
 
-    assert finished(waiting).state == Operation.State.DONE
+    assert finished(waits).state == Operation.State.DONE
     end_as_undisturbed(client, undisturbed)
 
 
@@ -114,11 +128,11 @@ def test_a_checkpoint_that_cannot_be_read_again_does_not_end_the_run(
     snapshot.delete()
     with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
         worker.give_up(client.run.pk)
-        waiting = client.forward_backward(TOKENS)
-        wait_until_put_off(worker, client)
+        waits = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client, why=UNREADABLE)
         finished(undisturbed.forward_backward(TOKENS))
 
-    assert finished(waiting).state == Operation.State.DONE
+    assert finished(waits).state == Operation.State.DONE
     end_as_undisturbed(client, undisturbed)
 
 
@@ -134,10 +148,10 @@ def test_a_shelved_state_that_cannot_be_read_stays_the_runs_state(
         finished(trained(new_client(seed=seed, rank=32)))
     kept = wait_for(lambda: Snapshot.objects.filter(run=client.run).first(), what="the run is shelved")
     with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
-        waiting = client.forward_backward(TOKENS)
-        wait_until_put_off(worker, client)
+        waits = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client, why=UNREADABLE)
 
-    assert finished(waiting).state == Operation.State.DONE
+    assert finished(waits).state == Operation.State.DONE
     finished(undisturbed.forward_backward(TOKENS))
     end_as_undisturbed(client, undisturbed)
     assert TrainingRun.objects.get(pk=client.run.pk).fence == 1
@@ -162,7 +176,7 @@ def test_a_state_without_room_waits_for_it(
 
     monkeypatch.setattr(engine, "import_state", import_where_room)
     client.forward_backward(TOKENS)
-    wait_until_put_off(worker, client)
+    wait_until_put_off(worker, client, why="the worker's memory has no room for the run")
     has_room.set()
 
     undisturbed.forward_backward(TOKENS)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Event
 
 import pytest
 
-from gpuworker import scheduler
+from gpuworker import scheduler, tasks
 from gpuworker.intake import Intake
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, User
 from runs.threads import database_thread
-from tests.worker.conftest import Client, wait_for
+from tests.torch_calls import TorchCalls
+from tests.worker.conftest import Client, finished, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 
 NUM_RUNS = 6
@@ -44,6 +47,44 @@ def test_runs_that_fill_the_budget_take_turns(
         for _ in range(NUM_RUNS):
             assert worker.scheduler._cycle()
         assert [seat.applied_seq - before[pk] for pk, seat in seats.items()] == [1] * NUM_RUNS
+
+
+def test_the_steps_of_all_runs_go_through_the_engine_together(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client]
+) -> None:
+    worker = start_worker()
+    clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    for client in clients:
+        finished(client.forward_backward(TOKENS))
+    seats = worker._intake.seats
+    with worker.scheduler._draining:
+        steps = [client.optim_step() for client in clients]
+        wait_for(lambda: all(len(seat.queue) == 1 for seat in list(seats.values())), what="all are decoded")
+        with TorchCalls() as calls:
+            assert worker.scheduler._cycle()
+        assert not any(seat.queue for seat in seats.values())
+    assert calls.names.count("_fused_adamw_") == 1
+    assert all(finished(step).state == Operation.State.DONE for step in steps)
+
+
+def test_the_end_can_be_asked_for_in_a_signal_handler(
+    start_worker: Callable[[], GpuWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It interrupts a thread that may be inside any event."""
+    worker = start_worker()
+    monkeypatch.setattr(tasks, "_worker", worker)
+    drive, held = worker.scheduler, worker._intake
+    events = [value for one in (drive, held) for value in vars(one).values() if isinstance(value, Event)]
+    assert held.ready in events
+
+    handler = threading.Thread(target=tasks.begin_to_stop)
+    with drive._draining, ExitStack() as inside:
+        for event in events:
+            inside.enter_context(event._cond)  # type: ignore[attr-defined]
+        handler.start()
+        wait_for(lambda: not handler.is_alive(), what="the handler returns", deadline_s=10.0)
+    drive.drain(idle_s=60.0, slice_s=60.0)
+    assert drive._is_stopping
 
 
 def test_training_that_comes_while_a_sample_runs_owes_it_nothing(

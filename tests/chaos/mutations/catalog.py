@@ -24,6 +24,7 @@ _OPERATIONS = "tests/services/test_operations.py::"
 _WORKERS = "tests/services/test_workers.py::"
 _RECOVERY = "tests/worker/test_recovery.py::"
 _WORKER = "tests/worker/test_operations.py::"
+_EARLY = "tests/services/test_early_answers.py::"
 
 # The names of those that need no torch and take seconds only.
 FAST: Final = (
@@ -76,9 +77,41 @@ MUTATIONS: Final = (
         name="the buried claim nothing",
         protects_from="a zombie takes runs that nobody will ever take from it",
         file="runs/services/claims.py",
-        find="AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.stopped_at IS NULL)",
-        replace="AND %s IS NOT NULL",
+        find="WHERE me.id = %s AND me.stopped_at IS NULL AND me.drain_asked_at IS NULL)",
+        replace="WHERE me.id = %s AND me.drain_asked_at IS NULL)",
         red=(f"{_CLAIMS}test_a_buried_worker_claims_nothing",),
+    ),
+    Mutation(
+        name="the drained claim nothing",
+        protects_from="a worker that is being taken out of service takes runs back that it has just let go",
+        file="runs/services/claims.py",
+        find="WHERE me.id = %s AND me.stopped_at IS NULL AND me.drain_asked_at IS NULL)",
+        replace="WHERE me.id = %s AND me.stopped_at IS NULL)",
+        red=("tests/services/test_placement.py::test_a_drained_worker_takes_nothing_and_counts_for_nobody",),
+    ),
+    Mutation(
+        name="an answered save is applied once more",
+        protects_from="weights to sample from are gone with the worker that answered before it wrote them",
+        file="runs/services/claims.py",
+        find="            is_rejected=row[4] == Operation.State.FAILED,\n            is_answered",
+        replace="            is_rejected=row[4] != Operation.State.QUEUED,\n            is_answered",
+        red=(f"{_EARLY}test_a_successor_applies_it_once_more_and_owes_the_file",),
+    ),
+    Mutation(
+        name="runs that owe a file are claimed",
+        protects_from="samples wait for ever for a file that nobody writes, because nothing of the run waits",
+        file="runs/services/claims.py",
+        find="                AND c.seq > run.applied_seq)",
+        replace="                AND c.seq > run.applied_seq AND false)",
+        red=(f"{_EARLY}test_a_successor_applies_it_once_more_and_owes_the_file",),
+    ),
+    Mutation(
+        name="unwritten weights are sampled where they are",
+        protects_from="another worker takes a sample, finds no file and fails it",
+        file="runs/services/sample_claims.py",
+        find="AND c.size_bytes = 0 AND NOT c.directory = ANY(%s::text[]))",
+        replace="AND c.size_bytes = 0 AND %s::text[] IS NULL)",
+        red=(f"{_EARLY}test_samples_go_where_the_weights_are_until_the_file_is_there",),
     ),
     Mutation(
         name="release under the own fence",

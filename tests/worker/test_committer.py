@@ -1,0 +1,171 @@
+"""States that wait to be written take a bounded part of the memory, and of two for one place the second one goes."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from django.core.files.storage import default_storage
+from django.db import transaction
+
+from gpuworker import committer as committer_module
+from gpuworker.committer import Committer, SnapshotOutcome
+from gpuworker.engine.adapters import AdapterState
+from gpuworker.seats import Seat
+from gpuworker.worker import GpuWorker
+from runs.models import Operation, Snapshot, TrainingRun
+from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.test_device_share import TOKENS
+
+NUM_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Held:
+    """A seat with a trained adapter, and a committer of its own that has room for one of its states."""
+
+    seat: Seat
+    committer: Committer
+
+    def state(self) -> AdapterState:
+        """Return a copy of the adapter."""
+        return self.seat.engine.export_state(self.seat.adapter_id, optimizer=True, gradients=True)
+
+    def outcome(self, seq: int) -> SnapshotOutcome:
+        """Return a snapshot of the adapter under a seq."""
+        return SnapshotOutcome(seat=self.seat, seq=seq, state=self.state())
+
+    def keep(self, seq: int) -> None:
+        """Keep a snapshot under a seq, and wait until that is done."""
+        self.committer.put(self.outcome(seq))
+        self.committer.flush()
+
+    def folders(self) -> set[str]:
+        """Return the folders of snapshots that lie in storage."""
+        path = Path(default_storage.path(f"snapshots/{self.seat.run.pk}"))
+        return {f"snapshots/{self.seat.run.pk}/{one.name}" for one in path.iterdir()}
+
+
+@pytest.fixture
+def held(start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client]) -> Iterator[Held]:
+    worker, client = start_worker(), new_client()
+    client.forward_backward(TOKENS)
+    finished(client.optim_step())
+    seat = worker._intake.seats[client.run.pk]
+    size = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True).num_bytes
+    committer = Committer(on_lost=lambda: None, on_sample_end=lambda _: None, state_bytes=size)
+    yield Held(seat, committer)
+    committer.stop()
+
+
+def test_the_size_of_a_state_is_that_of_its_copies(held: Held) -> None:
+    state = held.state()
+    assert state.optimizer is not None
+    assert state.gradient is None
+    assert state.num_bytes == 3 * state.weights.nbytes
+    whole = AdapterState(**{**vars(state), "gradient": torch.zeros_like(state.weights)})
+    assert whole.num_bytes == 4 * state.weights.nbytes
+    assert AdapterState(**{**vars(state), "optimizer": None}).num_bytes == state.weights.nbytes
+
+
+def test_states_wait_for_those_before_them_to_be_written(held: Held) -> None:
+    handed_over: list[int] = []
+
+    def produce() -> None:
+        for seq in range(100, 103):
+            held.committer.put(held.outcome(seq))
+            handed_over.append(seq)
+
+    def is_stopped() -> bool:
+        return bool(held.committer._changed._waiters) or len(handed_over) == 3  # type: ignore[attr-defined]
+
+    producer = threading.Thread(target=produce)
+    with transaction.atomic():
+        TrainingRun.objects.select_for_update().get(pk=held.seat.run.pk)  # nothing is entered meanwhile
+        producer.start()
+        wait_for(is_stopped, what="it waits, or all are handed over")
+        assert handed_over == [100]
+    producer.join()
+    held.committer.flush()
+    assert handed_over == [100, 101, 102]
+    assert held.committer._held_bytes == 0
+    assert Snapshot.objects.filter(run_id=held.seat.run.pk, seq=102).exists()
+
+
+def test_what_has_no_state_does_not_wait_for_states(held: Held) -> None:
+    held.committer.state_bytes = 1
+    producer = threading.Thread(target=held.committer.put, args=[[]])
+    with transaction.atomic():
+        TrainingRun.objects.select_for_update().get(pk=held.seat.run.pk)
+        held.committer.put(held.outcome(100))
+        producer.start()
+        wait_for(lambda: not producer.is_alive(), what="it is handed over")
+
+
+def test_a_state_that_is_written_is_forgotten(held: Held) -> None:
+    outcome = held.outcome(100)
+    reference = weakref.ref(outcome.state)
+    held.committer.put(outcome)
+    del outcome
+    held.committer.flush()
+    assert reference() is None
+
+
+def test_the_default_is_a_part_of_what_is_free() -> None:
+    assert 0 < committer_module._default_state_bytes() <= committer_module._MAX_STATE_BYTES
+
+
+def test_a_cycle_copies_no_more_states_than_may_wait(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client]
+) -> None:
+    worker = start_worker()
+    clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
+    for client in clients:
+        finished(client.forward_backward(TOKENS))
+    drive, seats = worker.scheduler, worker._intake.seats
+    drive._committer.state_bytes = 1
+    with drive._draining:
+        saves = [client.save("kept") for client in clients]
+        wait_for(lambda: all(seat.queue for seat in list(seats.values())), what="every save is decoded")
+        left = []
+        for _ in range(NUM_RUNS):
+            assert drive._cycle()
+            left.append(sum(len(seat.queue) for seat in seats.values()))
+    assert left == list(range(NUM_RUNS - 1, -1, -1))
+    assert all(finished(save).state == Operation.State.DONE for save in saves)
+
+
+def test_of_two_snapshots_after_one_operation_the_second_ones_folder_goes(held: Held) -> None:
+    seat = held.seat
+    held.keep(100)
+    first = seat.snapshot_directory
+    assert held.folders() == {first}
+    held.keep(100)
+    assert seat.snapshot_directory == first
+    assert seat.snapshot_seq == 100
+    assert held.folders() == {first}
+    assert Snapshot.objects.get(run_id=seat.run.pk).directory == first
+
+
+def test_a_seat_that_does_not_know_its_snapshot_is_told_of_the_one_that_counts(held: Held) -> None:
+    seat = held.seat
+    held.keep(100)
+    first = seat.snapshot_directory
+    seat.snapshot_seq, seat.snapshot_directory = -1, ""
+    held.keep(100)
+    assert (seat.snapshot_seq, seat.snapshot_directory) == (100, first)
+    assert held.folders() == {first}
+
+
+def test_a_snapshot_of_a_run_that_others_have_by_now_counts_for_nothing(held: Held) -> None:
+    seat = held.seat
+    TrainingRun.objects.filter(pk=seat.run.pk).update(fence=seat.run.fence + 1)
+    held.keep(100)
+    assert seat.snapshot_seq == -1
+    assert seat.snapshot_directory == ""
+    assert held.folders() == set()
