@@ -182,7 +182,7 @@ def _await_clients(stage: Stage, client: subprocess.Popen[bytes], orders: Orders
     if client.returncode != 0:
         raise StageError(f"the clients ended with {client.returncode}")
     return [
-        RunLedger(**{**row, "entries": [Entry(**entry) for entry in row["entries"]]})
+        RunLedger(**row | {key: [Entry(**entry) for entry in row[key]] for key in ("entries", "samples")})
         for row in json.loads(Path(orders.ledger_file).read_text())
     ]
 
@@ -237,6 +237,7 @@ def _report(
         "clean": verdict.is_clean and not any(left.values()),
         "seconds": round(seconds, 1),
         "ops": verdict.num_ops,
+        "samples": verdict.num_samples,
         "runs": len(ledgers),
         "workers": args.workers,
         "kills": plans.count(plan, "kill"),

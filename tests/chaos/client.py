@@ -18,6 +18,10 @@ from tests.chaos.scripts import Op
 
 SUBMIT_PATIENCE_S: Final = 300.0
 POLL_TIMEOUT_S: Final = 45.0
+PROMPT: Final = (3, 1, 4)
+SAMPLE_SEED: Final = 11
+SAMPLE_TOKENS: Final = 5
+NUM_SAMPLES: Final = 2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _TRANSIENT: Final = (408, 409, 429)
 
@@ -106,6 +110,17 @@ def submission(op: Op, model_id: str, seq: int) -> tuple[str, Any]:
         return "save_weights_for_sampler", {**ids, "sampling_session_seq_id": int(op.name)}
     path = f"tinker://{model_id}/weights/{op.name}"
     return "load_weights", {**ids, "path": path, "optimizer": op.optimizer}
+
+
+def sample_submission(sampling_session: str, seq: int = 1) -> dict[str, Any]:
+    """Return the body of a request for samples, which a seed fixes."""
+    return {
+        "sampling_session_id": sampling_session,
+        "seq_id": seq,
+        "num_samples": NUM_SAMPLES,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(PROMPT)}]},
+        "sampling_params": {"max_tokens": SAMPLE_TOKENS, "seed": SAMPLE_SEED},
+    }
 
 
 def _proto(op: Op, model_id: str, seq: int) -> bytes:

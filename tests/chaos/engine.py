@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpuworker.engine.adapters import AdapterState, Layout, ModuleShape, OptimizerState, check_fit
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import AdapterNotLoaded, EngineError, SamplingError
+from gpuworker.engine.exceptions import AdapterNotLoaded, EngineError
 from gpuworker.engine.types import (
     Datum,
     ForwardBackward,
@@ -24,13 +24,13 @@ from gpuworker.engine.types import (
     LoraSpec,
     OptimStep,
     OptimStepResult,
-    SampleRequest,
 )
 from runs.models import Worker
 from runs.services import base_models
 from runs.services.base_models import BaseModelInfo
 from tests.chaos import chain
 from tests.chaos.chain import Chain, Example
+from tests.chaos.speaking import Voice
 
 MODEL: Final = "chaos/chain"
 RANK: Final = 1
@@ -55,7 +55,8 @@ class ChainEngine:
     adapter_room_bytes = 4
 
     def __init__(self) -> None:
-        self.sampler = NoSampler()
+        self._samplers: dict[str, bytes] = {}
+        self.sampler = Voice(self._samplers)
         self.max_context = 256
         self.fingerprint: Mapping[str, str] = {"engine": "chain"}
         self._chains: dict[str, tuple[LoraSpec, Chain]] = {}
@@ -107,19 +108,20 @@ class ChainEngine:
         self._chains[adapter_id] = (state.spec, held)
 
     def keep_sampler(self, sampler_id: str, adapter_id: str) -> None:
-        self._get(adapter_id)
+        self._samplers[sampler_id] = self._get(adapter_id)[1].weights
 
     def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
         check_fit(state, _LAYOUT)
+        self._samplers[sampler_id] = _digest(state.weights)
 
     def has_sampler(self, sampler_id: str) -> bool:
-        return False
+        return sampler_id in self._samplers
 
     def use_sampler(self, sampler_id: str) -> bool:
         return self.has_sampler(sampler_id)
 
     def drop_sampler(self, sampler_id: str) -> None:
-        pass
+        self._samplers.pop(sampler_id, None)
 
     def _get(self, adapter_id: str) -> tuple[LoraSpec, Chain]:
         if adapter_id not in self._chains:
@@ -149,15 +151,6 @@ class ChainEngine:
         after, norm = chain.optim_step(before, step.params.learning_rate)
         self._chains[step.adapter_id] = (spec, after)
         return OptimStepResult(step=after.step, grad_norm=norm, skipped=False)
-
-
-class NoSampler:
-    """A decode loop without work."""
-
-    num_pending = 0
-
-    def submit(self, request: SampleRequest) -> None:
-        raise SamplingError("a hash chain does not speak")
 
 
 def _example(datum: Datum) -> Example:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tests.chaos.client import Client, ClientError, submission
+from tests.chaos.client import Client, ClientError, sample_submission, submission
 from tests.chaos.scripts import FINAL_SAVE, Op, lora_seed, script
 
 _PRESENCE_S: Final = 0.2
@@ -45,7 +45,7 @@ class Orders:
 
 @dataclass(kw_only=True)
 class Entry:
-    """One acknowledged operation and what its client was answered."""
+    """One acknowledged operation and what its client was answered; the seq of a sample is that of its weights."""
 
     seq: int
     request_id: str
@@ -60,6 +60,7 @@ class RunLedger:
     run: int
     model_id: str = ""
     entries: list[Entry] = field(default_factory=list)
+    samples: list[Entry] = field(default_factory=list)
     exceptions: list[str] = field(default_factory=list)
     num_resent: int = 0
     num_instant_errors: int = 0
@@ -163,6 +164,15 @@ class RunClient:
         if answer.startswith(b'{"error"'):
             entry.error = str(json.loads(answer)["error"])
             self.ledger.exceptions.append(f"seq {entry.seq} failed: {entry.error}")
+        elif b'"sampling_session_id":"' in answer:
+            self._sample(entry.seq, str(json.loads(answer)["sampling_session_id"]))
+
+    def _sample(self, seq: int, sampling_session: str) -> None:
+        """Sample from the weights that an operation has saved for this alone, and await it as any other."""
+        taken = self._client.call("asample", sample_submission(sampling_session))
+        sample = Entry(seq=seq, request_id=taken["request_id"])
+        self.ledger.samples.append(sample)
+        self._pending.append(sample)
 
 
 def main() -> None:
@@ -178,7 +188,7 @@ def main() -> None:
     while any(thread.is_alive() for thread in threads):
         if os.getppid() != driver:
             os._exit(1)
-        counted = sum(len(client.ledger.entries) for client in clients)
+        counted = sum(len(client.ledger.entries) + len(client.ledger.samples) for client in clients)
         _write(Path(orders.ledger_file).with_suffix(".count"), str(counted))
         time.sleep(_PRESENCE_S)
     _write(Path(orders.ledger_file), json.dumps([asdict(client.ledger) for client in clients]))

@@ -27,12 +27,13 @@ _KILL_POINTS: Final = (
     "before_compute",
     "after_compute",
     "before_commit",
+    "after_answer",
     "after_commit",
     "snapshot_written",
     "snapshot_renamed",
     "during_replay",
 )
-_FREEZE_POINTS: Final = ("after_compute", "before_commit", "after_commit", "snapshot_renamed")
+_FREEZE_POINTS: Final = ("after_compute", "before_commit", "after_answer", "after_commit", "snapshot_renamed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ Kind = Literal[
 _SHARES: Final[dict[Kind, float]] = {
     "forward_backward": 0.55,
     "forward": 0.08,
-    "optim_step": 0.345,
+    "optim_step": 0.335,
     "save": 0.01,
     "save_for_sampler": 0.005,
+    "save_for_session": 0.01,
     "load": 0.01,
 }
 FINAL_NAME: Final = "final"
@@ -25,7 +26,7 @@ FINAL_NAME: Final = "final"
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One operation; a load names an earlier save of the same run."""
+    """One operation; a load names an earlier save of the same run, a save for a session the session's number."""
 
     kind: Kind
     examples: tuple[Example, ...] = ()
@@ -41,6 +42,7 @@ def script(seed: int, run: int) -> Iterator[Op]:
     """Yield the run's operations; those of seq 1, 2, 3, ..."""
     rng = random.Random(f"{seed}/{run}")
     saved: list[str] = []
+    num_sessions = 0
     kinds, shares = list(_SHARES), list(_SHARES.values())
     while True:
         kind = rng.choices(kinds, shares)[0]
@@ -52,6 +54,9 @@ def script(seed: int, run: int) -> Iterator[Op]:
             yield Op(kind=kind, learning_rate=rng.randint(1, 40) / 4096)
         elif kind == "load":
             yield Op(kind=kind, name=rng.choice(saved[-3:]), optimizer=rng.random() < 0.6)
+        elif kind == "save_for_session":
+            num_sessions += 1
+            yield Op(kind=kind, name=str(num_sessions))
         else:
             name = f"{kind.replace('_', '-')}-{len(saved)}-{rng.randrange(10**9)}"
             if kind == "save":

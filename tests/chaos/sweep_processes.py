@@ -169,7 +169,7 @@ def _compute(place: Place) -> None:
     """Do what Celery does: ring the worker again and again, and end it when asked to."""
     from gpuworker import tasks
     from gpuworker.worker import GpuWorker
-    from tests.chaos import sweep_engine
+    from tests.chaos import engine
 
     is_ending = threading.Event()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -180,7 +180,7 @@ def _compute(place: Place) -> None:
         tasks.begin_to_stop()
 
     threading.Thread(target=end, daemon=True).start()
-    tasks.begin(lambda: GpuWorker(load_engines=sweep_engine.load_engines))
+    tasks.begin(lambda: GpuWorker(load_engines=engine.load_engines))
     while not is_ending.is_set():
         tasks.drain.apply()
     tasks.stop()

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tests.chaos.chain import Example
-from tests.chaos.client import Client, ClientError, submission
+from tests.chaos.client import Client, ClientError, sample_submission, submission
 from tests.chaos.engine import MODEL, RANK
 from tests.chaos.scripts import Op
 
 LORA_SEED: Final = 4711
-PROMPT: Final = (3, 1, 4)
-SAMPLE_SEED, SAMPLE_TOKENS, NUM_SAMPLES = 11, 5, 2
 KEPT, OVERWRITTEN, SAMPLER, FINAL = "kept", "again", "voice", "final"
 _PATIENCE_S: Final = 20.0
 _PAUSE_S: Final = 0.05
@@ -186,14 +184,7 @@ class Scripted:
         self._until_done(sample)
 
     def _sample(self, sampling_session: str, seq: int, *, of: Op | None = None) -> Note:
-        request = {
-            "sampling_session_id": sampling_session,
-            "seq_id": seq,
-            "num_samples": NUM_SAMPLES,
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(PROMPT)}]},
-            "sampling_params": {"max_tokens": SAMPLE_TOKENS, "seed": SAMPLE_SEED},
-        }
-        taken = self._client.call("asample", request)
+        taken = self._client.call("asample", sample_submission(sampling_session, seq))
         self.notes.samples.append(Note(kind="sample", op=of, request_id=taken["request_id"]))
         return self._awaited(self.notes.samples[-1])
 

@@ -33,7 +33,7 @@ _IMPORTED_ONCE: Final = (
     "mintweb.celery",
     "numpy.ctypeslib",
     "tests.chaos.sweep_case",
-    "tests.chaos.sweep_engine",
+    "tests.chaos.engine",
     "uvicorn.lifespan.off",
     "uvicorn.loops.uvloop",
     "uvicorn.protocols.http.httptools_impl",

@@ -17,18 +17,13 @@ from runs import ids
 from runs.models import Checkpoint, Metric, Operation, RunEvent, Snapshot, TrainingRun, Worker
 from runs.schemas import responses, results
 from runs.services import blobs, payload_files, state_folders, workers
-from tests.chaos import chain
+from tests.chaos import chain, speaking
 from tests.chaos.chain import Chain
 from tests.chaos.engine import RANK
-from tests.chaos.sweep_engine import spoken
 from tests.chaos.sweep_processes import Place
 from tests.chaos.sweep_script import (
     KEPT,
     LORA_SEED,
-    NUM_SAMPLES,
-    PROMPT,
-    SAMPLE_SEED,
-    SAMPLE_TOKENS,
     Note,
     Notes,
     RunNotes,
@@ -245,22 +240,7 @@ def _judge_samples(outcome: Outcome, samples: Sequence[Note], expected: Expected
         outcome.problems.append(f"{len(rows)} samples in the log, {len(samples)} acknowledged")
     for note in samples:
         frozen = expected.frozen["" if note.op is None else note.op.name]
-        _judge_answer(outcome, note, rows.get(note.request_id), _sampled(frozen))
-
-
-def _sampled(frozen: Chain) -> bytes:
-    """Return the answer to a sample of these weights."""
-    sequences = []
-    for index in range(NUM_SAMPLES):
-        tokens, logprobs = spoken(frozen.weights, PROMPT, SAMPLE_SEED + index, SAMPLE_TOKENS)
-        sequences.append(
-            results.SampledSequence(
-                tokens=np.array(tokens, dtype=np.int64),
-                logprobs=np.array(logprobs, dtype=np.float32),
-                stop_reason="length",
-            )
-        )
-    return results.encode_sample(results.SampleOutput(sequences=tuple(sequences)))
+        _judge_answer(outcome, note, rows.get(note.request_id), speaking.answer_of(frozen.weights))
 
 
 # What is left ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import itertools
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,9 +17,10 @@ from django.core.files.storage import default_storage
 
 from gpuworker.engine import checkpoints
 from gpuworker.engine.adapters import AdapterState
+from runs import ids
 from runs.models import Checkpoint, Metric, Operation, RunEvent, TrainingRun
 from runs.schemas import responses, results
-from tests.chaos import chain
+from tests.chaos import chain, speaking
 from tests.chaos.chain import Chain
 from tests.chaos.load import RunLedger
 from tests.chaos.nemesis import Strike
@@ -33,6 +34,7 @@ class Verdict:
     """Counts of what must not be; `problems` tells the first of each in words."""
 
     num_ops: int = 0
+    num_samples: int = 0
     num_lost: int = 0
     num_doubled: int = 0
     num_wrong: int = 0
@@ -71,8 +73,9 @@ def of_chains(ledgers: Sequence[RunLedger], seed: int, rank: int) -> tuple[Verdi
     for ledger in ledgers:
         operations = _operations(ledger, seed)
         start = chain.begin(seed=lora_seed(seed, ledger.run), rank=rank)
-        answers, last = _expected(operations, start, ledger.model_id)
+        answers, last, spoken = _expected(operations, start, ledger.model_id)
         histories.append(_judge(verdict, ledger, operations, answers))
+        _judge_samples(verdict, ledger, spoken)
         state = _final_state(ledger)
         if state != replace(
             last, gradient=None
@@ -97,6 +100,7 @@ def of_adapters(
             for seq, op in enumerate(operations, 1)
         ]
         histories.append(_judge(verdict, ledger, operations, answers))
+        _judge_samples(verdict, ledger, {sample.seq: sample.answer for sample in calm.samples})
         if calm.exceptions:
             verdict.note("exceptions", f"the undisturbed run {calm.run}: {calm.exceptions[0]}")
         if _digest(_final_adapter(ledger)) != _digest(_final_adapter(calm)):
@@ -126,11 +130,14 @@ def _operations(ledger: RunLedger, seed: int) -> list[Op]:
     return [*itertools.islice(script(seed, ledger.run), max(count - 1, 0)), FINAL_SAVE]
 
 
-def _expected(operations: Sequence[Op], state: Chain, model_id: str) -> tuple[list[str], Chain]:
-    """Return the digest of each answer, and the state at the end."""
+def _expected(
+    operations: Sequence[Op], state: Chain, model_id: str
+) -> tuple[list[str], Chain, dict[int, str]]:
+    """Return the digest of each answer, the state at the end, and the digest of each sample by the seq of its save."""
     answers = []
     saved: dict[str, Chain] = {}
-    for op in operations:
+    spoken: dict[int, str] = {}
+    for seq, op in enumerate(operations, 1):
         path = f"tinker://{model_id}/weights/{op.name}"
         if op.kind in ("forward", "forward_backward"):
             state, answer = chain.forward(state, op.examples, backward=op.kind == "forward_backward")
@@ -150,10 +157,14 @@ def _expected(operations: Sequence[Op], state: Chain, model_id: str) -> tuple[li
         elif op.kind == "save":
             saved[op.name] = state
             answers.append(_sha(_json(responses.save_weights_result(path))))
+        elif op.kind == "save_for_session":
+            spoken[seq] = _sha(speaking.answer_of(state.weights))
+            opened = ids.sampling_session_id(model_id.partition(":")[0], int(op.name))
+            answers.append(_sha(_json(responses.ephemeral_sampler_result(opened))))
         else:
             path = f"tinker://{model_id}/sampler_weights/{op.name}"
             answers.append(_sha(_json(responses.save_weights_for_sampler_result(path))))
-    return answers, state
+    return answers, state, spoken
 
 
 # What came of it -----------------------------------------------------------------------------------------------
@@ -223,6 +234,25 @@ def _judge_answers(
             verdict.note("wrong", f"{where} ({row.kind}): not the answer of an undisturbed run")
 
 
+def _judge_samples(verdict: Verdict, ledger: RunLedger, expected: Mapping[int, str]) -> None:
+    """Every save for a session was sampled from once, with the answer of the weights that it saved."""
+    verdict.num_samples += len(ledger.samples)
+    session = ledger.model_id.partition(":")[0]
+    rows = Operation.objects.filter(sampling_session__session__public_id=session)
+    by_request = {row.request_id: row for row in rows}
+    if len(by_request) != len(ledger.samples):
+        verdict.note("doubled", f"run {ledger.run}: {len(by_request)} samples of {len(ledger.samples)}")
+    if set(expected) != {sample.seq for sample in ledger.samples}:
+        verdict.note("lost", f"run {ledger.run}: other weights were sampled from than were saved for it")
+    for sample in ledger.samples:
+        row = by_request.get(sample.request_id)
+        where = f"run {ledger.run}, sample of seq {sample.seq}"
+        if row is None or row.result is None or not sample.answer:
+            verdict.note("lost", f"{where}: acknowledged, but there is no answer")
+        elif not _sha(bytes(row.result)) == sample.answer == expected.get(sample.seq):
+            verdict.note("wrong", f"{where}: not the answer of these weights")
+
+
 def _judge_effects(verdict: Verdict, ledger: RunLedger, run: TrainingRun, operations: Sequence[Op]) -> None:
     """One point of the curve for each step, one checkpoint for each save."""
     kinds = Counter(op.kind for op in operations)
@@ -231,7 +261,11 @@ def _judge_effects(verdict: Verdict, ledger: RunLedger, run: TrainingRun, operat
     for found, wanted, what in (
         (num_points, kinds["optim_step"], "points"),
         (checkpoints_of.filter(kind=Checkpoint.Kind.TRAINING).count(), kinds["save"], "checkpoints"),
-        (checkpoints_of.filter(kind=Checkpoint.Kind.SAMPLER).count(), kinds["save_for_sampler"], "samplers"),
+        (
+            checkpoints_of.filter(kind=Checkpoint.Kind.SAMPLER, is_ephemeral=False).count(),
+            kinds["save_for_sampler"],
+            "samplers",
+        ),
     ):
         if found != wanted:
             verdict.note(

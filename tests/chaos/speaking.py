@@ -1,24 +1,15 @@
-"""The hash chain engine with a voice: what it samples is a hash of the weights, the prompt and the seed."""
+"""The voice of the hash chain engine: what it samples is a hash of the weights, the prompt and the seed."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 
-from gpuworker.engine.adapters import AdapterState
-from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import SampledSequence, SampleRequest, SampleResult, StopReason
-from runs.models import Worker
-from tests.chaos import engine
-from tests.chaos.engine import ChainEngine
-
-
-def load_engines(worker: Worker) -> dict[str, Engine]:
-    """Return the speaking chain engine under its model's name."""
-    return {name: cast(Engine, SpeakingEngine()) for name in engine.load_engines(worker)}
+from runs.schemas import results
+from tests.chaos.client import NUM_SAMPLES, PROMPT, SAMPLE_SEED, SAMPLE_TOKENS
 
 
 def spoken(weights: bytes, prompt: tuple[int, ...], seed: int, count: int) -> tuple[list[int], list[float]]:
@@ -29,26 +20,19 @@ def spoken(weights: bytes, prompt: tuple[int, ...], seed: int, count: int) -> tu
     ]
 
 
-class SpeakingEngine(ChainEngine):
-    """A chain engine that holds samplers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._samplers: dict[str, bytes] = {}
-        self.sampler: Voice = Voice(self._samplers)  # type: ignore[assignment]
-
-    def keep_sampler(self, sampler_id: str, adapter_id: str) -> None:
-        self._samplers[sampler_id] = self._get(adapter_id)[1].weights
-
-    def load_sampler(self, sampler_id: str, state: AdapterState) -> None:
-        super().load_sampler(sampler_id, state)
-        self._samplers[sampler_id] = bytes(int(value) for value in state.weights.tolist())
-
-    def has_sampler(self, sampler_id: str) -> bool:
-        return sampler_id in self._samplers
-
-    def drop_sampler(self, sampler_id: str) -> None:
-        self._samplers.pop(sampler_id, None)
+def answer_of(weights: bytes) -> bytes:
+    """Return the wire answer to `client.sample_submission` from these weights."""
+    sequences = []
+    for index in range(NUM_SAMPLES):
+        tokens, logprobs = spoken(weights, PROMPT, SAMPLE_SEED + index, SAMPLE_TOKENS)
+        sequences.append(
+            results.SampledSequence(
+                tokens=np.array(tokens, dtype=np.int64),
+                logprobs=np.array(logprobs, dtype=np.float32),
+                stop_reason="length",
+            )
+        )
+    return results.encode_sample(results.SampleOutput(sequences=tuple(sequences)))
 
 
 class Voice:
