@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -134,10 +134,17 @@ def _machine(load_before: float, *, base_model: str) -> dict[str, str]:
         "processor": processor(),
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        **{name: _version(name) for name in ("torch", "transformers", "peft", "trl")},
         "base model": base_model,
         "load average before and after": f"{load_before:.1f}, {os.getloadavg()[0]:.1f}",
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # it is left out of the table
+        return "not installed"
 
 
 if __name__ == "__main__":
