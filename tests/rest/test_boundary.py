@@ -102,7 +102,8 @@ def test_what_is_somebody_elses_looks_as_if_it_did_not_exist(
     before = content_of(recipe.run)
     num_tried = 0
     for method, path, operation in operations():
-        if "{" not in path or path.startswith("workers/"):  # workers are nobody's: test_account.py has who may
+        # Workers are nobody's: test_account.py has who may drain them.
+        if "{" not in path or path.startswith("workers/"):
             continue
         address = path.format(**ids[path.partition("/")[0]])
         takes_file = (
