@@ -39,6 +39,11 @@ def padded_size(num_rows: int) -> int:
     return max(MIN_BATCH_ROWS, -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def pack_rows(sequences: Sequence[tuple[Int64Array, int]], *, row_step: int | None = None) -> PackedRows:
     """Return one batch of the given token sequences; each comes with its first position.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gpuworker.engine.adapter_bank import AdapterBank, fitting_rank
 from gpuworker.engine.adapters import UNEMBED, LoraWeights
 from gpuworker.engine.base_model import BaseModel
+from gpuworker.engine.batching import power_of_two
 from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.lora import RoutedLinear
@@ -183,12 +184,12 @@ class DecodeGraphs:
     def _size(self, rows: Sequence[NewToken]) -> tuple[int, int]:
         """Return the powers of two of rows and positions that the step is computed for."""
         num_positions = max(row.position for row in rows) + 1
-        length = max(_MIN_POSITIONS, _power_of_two(num_positions))
-        return _power_of_two(len(rows)), min(length, self._cache.num_positions)
+        length = max(_MIN_POSITIONS, power_of_two(num_positions))
+        return power_of_two(len(rows)), min(length, self._cache.num_positions)
 
     def _bank_size(self, adapters: Sequence[LoraWeights]) -> tuple[int, int]:
         """Return places and rank of a bank for these adapters, no smaller than the present one."""
-        num_places, rank = _power_of_two(max(1, len(adapters))), fitting_rank(adapters)
+        num_places, rank = power_of_two(max(1, len(adapters))), fitting_rank(adapters)
         if self._bank is None:
             return num_places, rank
         return max(num_places, self._bank.num_places), max(rank, self._bank.rank)
@@ -257,8 +258,3 @@ class DecodeGraphs:
 def _adapters_of(rows: Sequence[NewToken]) -> list[LoraWeights]:
     """Return the adapters of the rows, each once."""
     return list({id(row.weights): row.weights for row in rows if row.weights is not None}.values())
-
-
-def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below a positive number."""
-    return 1 << (number - 1).bit_length()

@@ -11,7 +11,7 @@ Axes: T rows of the recorded batch, K places of the bank, S most sequences, D hi
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from gpuworker.engine.adapter_bank import fitting_rank
 from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.base_model import BaseModel
-from gpuworker.engine.batching import PackedRows
+from gpuworker.engine.batching import PackedRows, power_of_two
 from gpuworker.engine.lora_stack import AdapterRows, GroupedProducts
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.training_bank import TrainingBank
@@ -51,10 +51,10 @@ class Size(NamedTuple):
     def of(cls, lengths: Sequence[int], num_places: int, rank: int) -> Size:
         """Return the smallest size for a batch of such sequences."""
         num_rows = recorded_rows(sum(lengths))
-        max_length = max(_MIN_LENGTH, _power_of_two(max(lengths)))
+        max_length = max(_MIN_LENGTH, power_of_two(max(lengths)))
         num_sequences = len(lengths) + len(_padding(num_rows - sum(lengths), max_length))
-        octaves = (_power_of_two(max(num_sequences, _MIN_SEQUENCES)) - 1).bit_length()
-        return cls(num_rows, 1 << (octaves | 1), max_length, _power_of_two(num_places), rank)
+        octaves = (power_of_two(max(num_sequences, _MIN_SEQUENCES)) - 1).bit_length()
+        return cls(num_rows, 1 << (octaves | 1), max_length, power_of_two(num_places), rank)
 
 
 class TrainGraphs:
@@ -62,67 +62,82 @@ class TrainGraphs:
 
     Args:
         row_bytes: about what autograd keeps for one row.
-        max_bytes: what the activations of the largest recorded batch may take, and what its bank may.
+        max_bytes: what the activations of the largest recorded batch may take, and what all banks together may.
     """
 
     def __init__(self, base: BaseModel, *, row_bytes: int, max_bytes: int) -> None:
         self._base = base
         self._row_bytes = row_bytes
         self._max_bytes = max_bytes
-        self._banks: dict[tuple[int, int], TrainingBank] = {}
+        self._num_met: Counter[Size] = Counter()
         self._passes: OrderedDict[Size, RecordedPass] = OrderedDict()
 
     def find(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> RecordedPass | None:
         """Return a pass for these rows, loaded with them; None where they had better go the plain way."""
         rank = fitting_rank([part.adapter.weights for part in parts])
         size = Size.of(rows.lengths, len(parts), rank)
-        if not self._has_room(size):
+        self._num_met[size] += 1
+        if not self._has_room(size) or (self._on_gpu and self._num_met[size] <= _RUNS_BEFORE_RECORDING):
             return None
-        found = self._pass(size)
         try:
+            found = self._pass(size)
             if not found.is_ready(self._pool()):
                 return None
             found.load(rows, parts)
         except RuntimeError as error:
-            self._give_up(found, error)
+            if not is_out_of_memory(error):
+                raise
+            self._max_bytes //= 2
+            self.release()
             return None
         return found
 
     def release(self) -> None:
         """Let go of everything recorded, and of its memory."""
         self._passes.clear()
-        self._banks.clear()
 
-    def _give_up(self, found: RecordedPass, error: RuntimeError) -> None:
-        """Take the plain way from now on: for batches of this size or, where memory is short, for all large ones."""
-        if is_out_of_memory(error):
-            self._max_bytes //= 2
-            self.release()
-        else:
-            found.give_up(error)
+    @property
+    def _on_gpu(self) -> bool:
+        return self._base.device.type == "cuda"
 
     def _has_room(self, size: Size) -> bool:
+        return max(size.num_rows * self._row_bytes, self._bank_bytes(size)) <= self._max_bytes
+
+    def _bank_bytes(self, size: Size) -> int:
         base = self._base
-        bank_bytes = TrainingBank.num_bytes(
+        return TrainingBank.num_bytes(
             base.modules, num_places=size.num_places, rank=size.rank, dtype=base.dtype
         )
-        return max(size.num_rows * self._row_bytes, bank_bytes) <= self._max_bytes
 
     def _pass(self, size: Size) -> RecordedPass:
+        """Return the pass of a size; a new one takes the place of those used longest ago, as far as its bank needs room."""
         if size not in self._passes:
-            self._passes[size] = RecordedPass(self._base, size, self._bank(size.num_places, size.rank))
+            self._passes[size] = RecordedPass(self._base, size, self._bank(size))
+            while len(self._passes) > _MAX_RECORDED:
+                self._passes.popitem(last=False)
         self._passes.move_to_end(size)
-        while len(self._passes) > _MAX_RECORDED:
-            self._passes.popitem(last=False)
         return self._passes[size]
 
-    def _bank(self, num_places: int, rank: int) -> TrainingBank:
-        key, base = (num_places, rank), self._base
-        if key not in self._banks:
-            self._banks[key] = TrainingBank(
-                base.modules, num_places=num_places, rank=rank, device=base.device, dtype=base.dtype
-            )
-        return self._banks[key]
+    def _bank(self, size: Size) -> TrainingBank:
+        """Return the bank that passes of so many places and such a rank share."""
+        key = (size.num_places, size.rank)
+        for other, found in self._passes.items():
+            if (other.num_places, other.rank) == key:
+                return found.bank
+        self._make_room(self._bank_bytes(size))
+        base = self._base
+        return TrainingBank(
+            base.modules, num_places=size.num_places, rank=size.rank, device=base.device, dtype=base.dtype
+        )
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Forget passes used longest ago until a bank more fits beside those of the others."""
+        while self._passes and num_bytes + self._held_bytes() > self._max_bytes:
+            self._passes.popitem(last=False)
+
+    def _held_bytes(self) -> int:
+        banks = {(size.num_places, size.rank): size for size in self._passes}
+        return sum(self._bank_bytes(size) for size in banks.values())
 
     def _pool(self) -> Any:
         """Return the memory that all share, as none is under way while another is: that of any recorded pass."""
@@ -135,7 +150,7 @@ class RecordedPass:
     def __init__(self, base: BaseModel, size: Size, bank: TrainingBank) -> None:
         num_rows = size.num_rows
         self._base = base
-        self._bank = bank
+        self.bank = bank
         self._num_rows = num_rows
         self._rows_2T = torch.zeros(2, num_rows, dtype=torch.int64, device=base.device)
         self._ends_K = torch.zeros(bank.num_places + 1, dtype=torch.int32, device=base.device)
@@ -145,7 +160,6 @@ class RecordedPass:
         )
         self._attend = _FixedAttention(size, base.device)
         self._parts: Sequence[AdapterRows] = ()
-        self._num_runs = 0
         self._is_recordable = base.device.type == "cuda"
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._hidden_TD = torch.empty(0)
@@ -156,22 +170,23 @@ class RecordedPass:
         return None if self._graphs is None else self._graphs[0].pool()
 
     def is_ready(self, pool: Any) -> bool:
-        """Count one more batch of this size, record the pass once there were enough, and return whether it can run."""
-        if not self._is_recordable:
-            return self._base.device.type != "cuda"
-        self._num_runs += 1
-        if self._graphs is None and self._num_runs > _RUNS_BEFORE_RECORDING:
-            self._record(pool)
-        return self._graphs is not None
+        """Record the pass where that is still to do, and return whether it can run.
 
-    def give_up(self, error: RuntimeError) -> None:
-        """Leave this size to the plain way for good."""
-        self._is_recordable, self._graphs = False, None
-        logger.warning("a training pass of %s rows cannot be recorded: %s", self._num_rows, error)
+        A pass that cannot be recorded is left to the plain way for good; a lack of memory is raised.
+        """
+        if self._is_recordable and self._graphs is None:
+            try:
+                self._record(pool)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self._is_recordable = False
+                logger.warning("a training pass of %s rows cannot be recorded: %s", self._num_rows, error)
+        return self._graphs is not None or self._base.device.type != "cuda"
 
     def load(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> None:
         """Say what the next run is about: the rows, whose they are, and with which weights."""
-        num_rows, bank = len(rows.tokens_T), self._bank
+        num_rows, bank = len(rows.tokens_T), self.bank
         rows_2T = np.zeros((2, self._num_rows), dtype=np.int64)
         rows_2T[:, :num_rows] = rows.tokens_T, rows.positions_T
         ends = [part.segment.stop for part in parts]
@@ -205,7 +220,7 @@ class RecordedPass:
         else:
             self._replay(self._graphs[1])
         for place, part in enumerate(self._parts):
-            self._bank.hand_over(place, part)
+            self.bank.hand_over(place, part)
         self._parts = ()
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -223,7 +238,7 @@ class RecordedPass:
         self._graphs, self._hidden_TD = (forward, backward), hidden_TD.detach()
 
     def _compute(self) -> Tensor:
-        bank = self._bank
+        bank = self.bank
         bank.gradients_KP.zero_()
         products = GroupedProducts(
             bank.pairs,
@@ -263,10 +278,5 @@ def _padding(num_rows: int, max_length: int) -> list[int]:
 
 def recorded_rows(num_rows: int) -> int:
     """Return the size that a batch is padded to: the next of eight steps between two powers of two."""
-    step = max(_MIN_ROWS, _power_of_two(num_rows) // 2) // _SIZES_AN_OCTAVE
+    step = max(_MIN_ROWS, power_of_two(num_rows) // 2) // _SIZES_AN_OCTAVE
     return max(_MIN_ROWS, -(-num_rows // step) * step)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below a positive number."""
-    return 1 << (number - 1).bit_length()

@@ -10,6 +10,7 @@ import torch
 
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.train_graphs import Size, TrainGraphs, recorded_rows
+from gpuworker.engine.training_bank import TrainingBank
 from gpuworker.engine.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec, OptimStep
 
 from .conftest import CONFIGS
@@ -133,6 +134,22 @@ def test_batches_without_room_take_the_plain_way(
     graphs = with_graphs(engine, max_bytes=1 << 20)
     assert_alike(train(engine, [job]), expected)
     assert graphs.num_served == num_served
+
+
+def test_banks_of_many_kinds_keep_to_their_room(
+    engine: Engine, with_graphs: Callable[..., CountedGraphs]
+) -> None:
+    room = TrainingBank.num_bytes(engine._base.modules, num_places=2, rank=16, dtype=torch.float32)
+    graphs = with_graphs(engine, max_bytes=room)
+    for rank in (3, 8, 16):
+        make_adapter(engine, f"kind-{rank}", LoraSpec(rank=rank, seed=rank))
+    jobs = [make_job(f"kind-{rank}", np.random.default_rng(rank), [9]) for rank in (3, 8, 16)]
+    for _ in range(2):
+        for chosen in (jobs[:1], jobs[1:2], jobs[:2], jobs[2:]):
+            results(engine.forward_backward(chosen))
+            held = {id(one.bank): one.bank for one in graphs._passes.values()}.values()
+            assert 0 < sum(bank.weights_KP.nbytes + bank.gradients_KP.nbytes for bank in held) <= room
+    assert graphs.num_served == 8
 
 
 def test_a_forward_leaves_no_gradient(engine: Engine, with_graphs: Callable[..., CountedGraphs]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.sdk.sdk_paths import ROOT, RunClient
-from tests.sdk.stub_server import State, running
+from tests.sdk.stub_server import running
+from tests.sdk.stub_state import State
 
 CASES = Path(__file__).parent / "client_cases.py"
 GOOD_LOGPROBS = [-2.0 - 0.2, -2.0 - 0.3, -2.0 - 0.4]
