@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from gpuworker import payloads, snapshots
+from gpuworker import payloads, snapshots, suspicion
 from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import SampleResult
 from gpuworker.partials import Partials
 from runs.schemas.sampling import StoredSample
+from runs.services import claims
 from runs.services.commits import Result
 from runs.services.sample_claims import TakenSample
+from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
 
 MAX_SAMPLERS: Final = 64
-MAX_ATTEMPTS: Final = 5
 PARTIALS_S: Final = 0.1
 
 
@@ -43,7 +45,9 @@ class SampleDesk:
     def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
         self._engines = engines
         self._committer = committer
+        self._waiting: deque[TakenSample] = deque()
         self._open: dict[int, _Open] = {}
+        self._alone: int | None = None
         self._partials = Partials()
         self._num_watched = 0
         self._shown_at = 0.0
@@ -51,25 +55,18 @@ class SampleDesk:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
-        return any(engine.sampler.num_pending for engine in self._engines.values())
+        """Whether any request has no answer yet."""
+        return bool(self._waiting) or any(engine.sampler.num_pending for engine in self._engines.values())
+
+    @property
+    def is_trying_alone(self) -> bool:
+        """Whether a request is open that nothing, no training either, may be computed beside."""
+        return self._alone in self._open
 
     def admit(self, taken: TakenSample) -> None:
-        """Put a request into its model's decode loop, or answer it with its error."""
-        engine = self._engines[taken.base_model]
-        try:
-            if taken.attempts > MAX_ATTEMPTS:
-                raise EngineError(f"given up after {MAX_ATTEMPTS} attempts that did not come to an end")
-            body = payloads.read_sample(taken)
-            self._ensure_sampler(engine, taken)
-            engine.sampler.submit(payloads.sample_request(taken, body, max_context=engine.max_context))
-        except EngineError as error:
-            self._answer(taken.pk, payloads.error_result(error))
-        except Exception as error:
-            logger.exception("sample %s could not be begun", taken.pk)
-            self._answer(taken.pk, _failure(error))
-        else:
-            self._begin(taken, body, engine)
+        """Put a request into its model's decode loop in its turn, or answer it with its error."""
+        self._waiting.append(taken)
+        self._admit_waiting()
 
     def note_kept(self, base_model: str, directory: str) -> None:
         """Count weights that a save has left in the engine, so that they are let go in their turn."""
@@ -79,6 +76,7 @@ class SampleDesk:
     def step(self) -> None:
         """Advance every unfinished sequence by one token and hand over what is complete."""
         self._drop_ended()
+        self._admit_waiting()
         for engine in self._engines.values():
             if engine.sampler.num_pending:
                 self._step(engine)
@@ -86,7 +84,39 @@ class SampleDesk:
             self._shown_at = time.monotonic()
             self._show()
 
-    def _begin(self, taken: TakenSample, body: StoredSample, engine: Engine) -> None:
+    def _admit_waiting(self) -> None:
+        """Begin what waits in order; one whose workers died begins once nothing else is open, and alone."""
+        while self._waiting and not self.is_trying_alone:
+            if suspicion.is_suspicious(self._waiting[0]) and self._open:
+                return
+            self._begin(self._waiting.popleft())
+
+    def _begin(self, taken: TakenSample) -> None:
+        engine = self._engines[taken.base_model]
+        try:
+            if suspicion.is_poison(taken):
+                logger.error("sample %s is given up", taken.pk)
+                raise suspicion.given_up(taken)
+            if suspicion.is_suspicious(taken):
+                self._note_alone(taken)
+            body = payloads.read_sample(taken)
+            self._ensure_sampler(engine, taken)
+            engine.sampler.submit(payloads.sample_request(taken, body, max_context=engine.max_context))
+        except EngineError as error:
+            self._answer(taken.pk, payloads.error_result(error))
+        except Exception as error:
+            logger.exception("sample %s could not be begun", taken.pk)
+            self._answer(taken.pk, _failure(error))
+        else:
+            self._note_open(taken, body, engine)
+
+    def _note_alone(self, taken: TakenSample) -> None:
+        """Enter, before it can end this worker too, that a request is tried alone; what was computed is kept first."""
+        self._committer.flush()
+        until_reachable(partial(claims.count_lone_attempt, taken.pk))
+        self._alone = taken.pk
+
+    def _note_open(self, taken: TakenSample, body: StoredSample, engine: Engine) -> None:
         self._open[taken.pk] = _Open(
             engine=engine,
             session_pk=taken.session_pk,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from gpuworker import failpoints, handlers
+from gpuworker import failpoints, handlers, suspicion
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer, RunOutcome, saved_bytes
 from gpuworker.device_share import DeviceShare
@@ -118,7 +118,7 @@ class Scheduler:
     def _work(self) -> None:
         """Run one cycle, then decode until sampling has its half; decode alone when there is nothing to train."""
         started_at = time.monotonic()
-        has_trained = self._cycle()
+        has_trained = not self._desk.is_trying_alone and self._cycle()
         # Samples that came during the cycle are admitted now, so that one cycle is all they wait for.
         for taken in self._intake.pop_samples():
             self._desk.admit(taken)
@@ -263,8 +263,7 @@ class Scheduler:
         assert operation.taken is not None
         if operation.is_poison:
             logger.error("operation %s of run %s is given up", operation.seq, seat.run.public_id)
-            error = EngineError(f"given up: it ended its worker {operation.taken.lone_attempts} times")
-            outcomes = [handlers.failed(seat, operation, error)]
+            outcomes = [handlers.failed(seat, operation, suspicion.given_up(operation.taken))]
             _advance(seat, operation)
             done[seat.run.pk] += outcomes
             return

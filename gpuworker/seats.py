@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, TypeAlias
 
+from gpuworker import suspicion
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import (
     ForwardBackward,
@@ -98,18 +99,15 @@ class PreparedOperation:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether workers died that had taken it, so that nothing may share its fate."""
-        return self.taken is not None and self.taken.attempts > ATTEMPTS_TOGETHER
+        """Whether it is to be tried alone."""
+        return self.taken is not None and suspicion.is_suspicious(self.taken)
 
     @property
     def is_poison(self) -> bool:
-        """Whether it ended every worker that tried it alone."""
-        return self.taken is not None and self.taken.lone_attempts >= LONE_ATTEMPTS
+        """Whether it is to be tried no more."""
+        return self.taken is not None and suspicion.is_poison(self.taken)
 
 
-# Workers that took an operation in vain before it is tried alone, and that may die of it alone before it fails.
-ATTEMPTS_TOGETHER: Final = 2
-LONE_ATTEMPTS: Final = 2
 # A run whose state cannot be brought back just now is tried again after such a time, doubled each time.
 FIRST_PUT_OFF_S: Final = 1.0
 LONGEST_PUT_OFF_S: Final = 30.0

@@ -23,7 +23,7 @@ from gpuworker.leases import HUNG_S, Lease
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
 from runs.models import Worker
-from runs.services import claims, workers
+from runs.services import claims, sample_claims, workers
 from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class GpuWorker:
         self._intake.stop()
         self.scheduler.stop()
         self._committer.stop()
+        sample_claims.release_samples(self.row)
         workers.stop(self.row)
         self._lease.stop()
         self._fallback.join()

@@ -1,5 +1,7 @@
 """Which sample requests a worker takes. They have no order and no state: whoever takes one first answers it.
 
+A worker that ends in order gives back what it has no answer to; that it took them is no attempt.
+
 The answer is stored by `services.commits.commit_sample`.
 """
 
@@ -11,15 +13,17 @@ from operator import itemgetter
 from typing import Any
 
 from django.db import connection
+from django.db.models import F
+from django.db.models.functions import Greatest
 
 from runs.models import Operation, SamplingSession, Worker
 from runs.services import operations
 
 _TAKE_SAMPLES = """
-UPDATE runs_operation SET attempts = attempts + 1, worker_id = %s,
+UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,
   started_at = COALESCE(started_at, clock_timestamp())
-FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed
-WHERE id IN (
+FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, (SELECT %s::bigint AS id) AS me
+WHERE runs_operation.id IN (
   SELECT op.id FROM runs_operation op JOIN runs_samplingsession s ON s.id = op.sampling_session_id
   LEFT JOIN runs_worker w ON w.id = op.worker_id
   WHERE op.state = 'queued' AND op.sampling_session_id IS NOT NULL AND s.base_model = ANY(%s)
@@ -29,7 +33,7 @@ WHERE id IN (
     AND NOT EXISTS (SELECT 1 FROM runs_checkpoint c WHERE c.id = s.checkpoint_id AND c.is_ephemeral
                     AND c.size_bytes = 0 AND NOT c.directory = ANY(%s::text[]))
   ORDER BY op.id LIMIT %s FOR UPDATE OF op SKIP LOCKED)
-RETURNING id, sampling_session_id, payload, payload_file, attempts
+RETURNING runs_operation.id, sampling_session_id, payload, payload_file, attempts, lone_attempts
 """
 
 
@@ -48,6 +52,7 @@ class TakenSample:
     checkpoint_directory: str
     is_lost: bool
     attempts: int
+    lone_attempts: int
 
     @property
     def payload(self) -> bytes:
@@ -84,7 +89,7 @@ def take_samples(
     found = SamplingSession.objects.filter(pk__in={row[1] for row in rows}).select_related("checkpoint")
     sessions = {session.pk: session for session in found}
     taken = []
-    for pk, session_pk, payload, payload_file, attempts in sorted(rows, key=itemgetter(0)):
+    for pk, session_pk, payload, payload_file, attempts, lone_attempts in sorted(rows, key=itemgetter(0)):
         session = sessions[session_pk]
         checkpoint = session.checkpoint
         taken.append(
@@ -97,6 +102,15 @@ def take_samples(
                 checkpoint_directory=checkpoint.directory if checkpoint else "",
                 is_lost=bool(session.model_path) and checkpoint is None,
                 attempts=attempts,
+                lone_attempts=lone_attempts,
             )
         )
     return taken
+
+
+def release_samples(worker: Worker) -> None:
+    """Give back what a worker has taken and will not answer: it ends in order, not of them."""
+    unanswered = Operation.objects.filter(
+        worker=worker, sampling_session__isnull=False, state=Operation.State.QUEUED
+    )
+    unanswered.update(worker=None, attempts=Greatest(F("attempts") - 1, 0), lone_attempts=0)
