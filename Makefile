@@ -6,6 +6,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
 CHECK_ENV = MINTWEB_DATA_DIR=.cache/check
+JOBS ?= 3
 SEED ?= 1
 KILLS ?= 100
 ZOMBIES ?= 20
@@ -19,9 +20,9 @@ help: ## Show this list
 up: $(VENV)/.installed ## Start everything in the foreground; Ctrl-C stops it
 	@exec $(PY) manage.py up
 
-test: dev chromium sdk-envs ## Run all checks and all tests (ARGS="tests/api -k name" for some)
+test: dev chromium sdk-envs ## Run all checks and all tests, JOBS files at a time (ARGS="tests/api -k name" for some)
 	@$(MAKE) --no-print-directory check
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: dev ## Check format, lint, types, import contracts and migrations
 	$(PY) -m ruff format --check .

@@ -53,7 +53,11 @@ async def test_what_is_no_json_is_refused(alice: Actor, path: str, body: bytes, 
     assert await Operation.objects.acount() == num_rows
 
 
-@pytest.mark.parametrize("body", [b"", b"\xff" * 50, b"{}", proto_body([good_datum()])[:-3]], ids=repr)
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xff" * 50, b"{}", proto_body([good_datum()])[:-3]],
+    ids=["empty", "ones", "JSON", "cut short"],
+)
 async def test_what_is_no_protobuf_is_refused(alice: Actor, body: bytes) -> None:
     reply = await alice.post("forward_backward", body, content_type="application/x-protobuf")
     error_of(reply, 422)
