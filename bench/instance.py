@@ -66,6 +66,16 @@ class Instance:
         }
 
 
+def set_up_django(instance: Instance) -> None:
+    """Let this process use the instance's database and storage, through models and services."""
+    import django
+
+    os.environ |= {"MINTWEB_DATA_DIR": str(instance.data_dir), "DJANGO_SETTINGS_MODULE": "mintweb.settings"}
+    for name in ("DATABASE_URL", "REDIS_URL"):
+        os.environ.pop(name, None)
+    django.setup()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

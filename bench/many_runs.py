@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import tempfile
 import threading
@@ -17,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-import django
-
-from bench.instance import Instance
+from bench.instance import Instance, set_up_django
 
 # An adapter of rank 1 on the shipped model: 21,760 numbers, four times (weights, two moments, gradient).
 _ADAPTER_BYTES: Final = 21_760 * 16
@@ -64,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"MINTWEB_ADAPTER_MEMORY_MB": str(room_mb), "MINTWEB_LOG_LEVEL": "WARNING"}
         with Instance(Path(folder) / "data", **settings) as instance:
-            _set_up_django(instance)
+            set_up_django(instance)
             figures = measure(
                 num_runs=options.runs,
                 num_fitting=room_mb * _MIB // _ADAPTER_BYTES,
@@ -119,13 +116,6 @@ def _count_other_bits(runs: Any, num_rounds: int, num_alone: int) -> int:
         alone.save([seed])
         different += alone.digests(seed) != runs.digests(seed)
     return different
-
-
-def _set_up_django(instance: Instance) -> None:
-    os.environ |= {"MINTWEB_DATA_DIR": str(instance.data_dir), "DJANGO_SETTINGS_MODULE": "mintweb.settings"}
-    for name in ("DATABASE_URL", "REDIS_URL"):
-        os.environ.pop(name, None)
-    django.setup()
 
 
 if __name__ == "__main__":
