@@ -8,6 +8,7 @@ was written to storage before: only the commit is tried again. A run that anothe
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -60,11 +61,12 @@ class SampleOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotOutcome:
-    """A seat's state to be kept for replay."""
+    """A seat's state to be kept for replay, and the seconds that copying it took."""
 
     seat: Seat
     seq: int
     state: AdapterState
+    copy_s: float
 
 
 Item = Sequence[RunOutcome] | SampleOutcome | SnapshotOutcome
@@ -144,6 +146,7 @@ class Committer:
         elif isinstance(item, SnapshotOutcome):
             if not self._attempt(lambda: _commit_snapshot(item)):
                 item.seat.replay_cost_s += _UNWRITTEN_COST_S
+                item.seat.snapshot_cost_s = math.inf
         elif not self._attempt(lambda: self._commit_cycle(item)):
             for run in item:
                 run.seat.is_lost |= not self._attempt(lambda run=run: self._commit_cycle([run]))  # type: ignore[misc]
@@ -229,6 +232,7 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
     seat = item.seat
     if seat.is_lost:
         return
+    began = time.monotonic()
     directory = snapshots.new_directory("snapshots", seat.run.pk, item.seq, seat.run.fence)
     size = snapshots.store(item.state, directory, seat)
     register = partial(
@@ -249,6 +253,7 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
     if item.seq in kept:
         seat.snapshot_directory = kept[item.seq]
         seat.snapshot_seq = item.seq
+    seat.snapshot_cost_s = item.copy_s + time.monotonic() - began
 
 
 def _run_commit(run: RunOutcome) -> RunCommit:

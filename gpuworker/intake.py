@@ -29,7 +29,7 @@ from runs.threads import database_thread
 
 logger = logging.getLogger(__name__)
 
-SWEEP_S: Final = 2.0
+SWEEP_S: Final = 1.0
 AHEAD: Final = 6
 # Operations of all runs together are decoded ahead up to so many tokens, some 50 MB.
 AHEAD_TOKENS: Final = 1_000_000

@@ -58,9 +58,11 @@ class Residents:
         """Keep the state after the last applied operation, unless it is kept; it becomes a row after its commit."""
         if seat.applied_seq <= seat.snapshot_seq or not seat.engine.has_adapter(seat.adapter_id):
             return
+        began = time.monotonic()
         state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
+        copy_s = time.monotonic() - began
         seat.replay_cost_s = 0.0
-        self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state))
+        self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state, copy_s=copy_s))
 
     def _make_room(self, wanted: Seat, seats: Sequence[Seat]) -> bool:
         """Shelve others until the seat fits; false while they have a right to stay. One alone always fits."""

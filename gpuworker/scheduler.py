@@ -34,7 +34,11 @@ from runs.threads import until_reachable
 logger = logging.getLogger(__name__)
 
 CYCLE_TOKENS: Final = 16_384
+# A run's state is kept before its replay takes so long; sooner, so that the replays of all runs together take the
+# second, as long as keeping states takes no more than such a share of the computing.
 REPLAY_BUDGET_S: Final = 20.0
+REPLAY_TOGETHER_S: Final = 4.0
+SNAPSHOT_SHARE: Final = 0.02
 IDLE_RELEASE_S: Final = 900.0
 _HOUSEKEEPING_S: Final = 5.0
 
@@ -298,10 +302,14 @@ class Scheduler:
                 self._committer.flush()
                 self._forget(seat)
                 continue
-            if seat.replay_cost_s >= REPLAY_BUDGET_S:
+            if self._is_snapshot_due(seat):
                 self._residents.snapshot(seat)
             if seat.may_have_more and len(seat.queue) < AHEAD // 2:
                 self._intake.wake()
+
+    def _is_snapshot_due(self, seat: Seat) -> bool:
+        soon_s = REPLAY_TOGETHER_S / len(self._intake.seats)
+        return seat.replay_cost_s >= min(REPLAY_BUDGET_S, max(soon_s, seat.snapshot_cost_s / SNAPSHOT_SHARE))
 
     # Seats --------------------------------------------------------------------------------------
 

@@ -158,7 +158,8 @@ class Seat:
 
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
     `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
-    when the run is to go to another worker, or anywhere but here. `failure` says why nothing can be applied any more.
+    when the run is to go to another worker, or anywhere but here. `replay_cost_s` is the computing since the last
+    snapshot, `snapshot_cost_s` what keeping that took. `failure` says why nothing can be applied any more.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
@@ -172,6 +173,7 @@ class Seat:
         self.snapshot_seq = -1
         self.snapshot_directory = ""
         self.replay_cost_s = 0.0
+        self.snapshot_cost_s = 0.0
         self.saved_names: dict[tuple[str, str], int] = {}
         self.step = run.step
         self.tally = Tally()

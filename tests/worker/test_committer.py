@@ -38,7 +38,7 @@ class Held:
 
     def outcome(self, seq: int) -> SnapshotOutcome:
         """Return a snapshot of the adapter under a seq."""
-        return SnapshotOutcome(seat=self.seat, seq=seq, state=self.state())
+        return SnapshotOutcome(seat=self.seat, seq=seq, state=self.state(), copy_s=0.0)
 
     def keep(self, seq: int) -> None:
         """Keep a snapshot under a seq, and wait until that is done."""
