@@ -41,8 +41,8 @@ bench: $(VENV)/.installed-bench sdk-envs ## Measure speed on an instance of its 
 chaos: dev ## Kill, freeze and starve everything under load, then count what was lost (SEED=1 KILLS=100 ZOMBIES=20 FAULTS=20 ENGINE=chain)
 	$(PY) -m tests.chaos --seed $(SEED) --kills $(KILLS) --zombies $(ZOMBIES) --faults $(FAULTS) --engine $(ENGINE) $(ARGS)
 
-chaos-full: dev ## The same for an hour: 1,200 faults over 100,000 operations, then 300 kills of real training
-	$(PY) -m tests.chaos --seed $(SEED) --kills 1000 --zombies 100 --faults 100 --ops 100000 --runs 50
+chaos-full: dev ## The same for longer: 1,200 faults over 100,000 operations, then 360 while real adapters train
+	$(PY) -m tests.chaos --seed $(SEED) --kills 1000 --zombies 100 --faults 100 --ops 100000
 	$(PY) -m tests.chaos --seed $(SEED) --kills 300 --zombies 30 --faults 30 --engine torch --runs 4
 
 faults-full: dev sdk-envs ## The faults under an unmodified client, with databases away for a minute and more restarts
