@@ -114,6 +114,11 @@ def alice(transactional_db: None) -> User:
     return seed.make_user("alice", "a good long password")
 
 
+# The browser itself says this when the server is gone, is going just then, and when it refuses what a form holds; the
+# page comes back from the first two and shows the last.
+TOLD = ("ERR_CONNECTION_REFUSED", "before receiving a handshake response", "status of 422")
+
+
 @pytest.fixture
 def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     """Return alice's browser tab, which fails the test on any error or violation of the content policy."""
@@ -127,10 +132,7 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     messages: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
-        # The browser itself says this when the server is gone, and when it refuses what a form holds; the
-        # page comes back from the one and shows the other.
-        is_told = "ERR_CONNECTION_REFUSED" in message.text or "status of 422" in message.text
-        if message.type in ("error", "warning") and not is_told:
+        if message.type in ("error", "warning") and not any(told in message.text for told in TOLD):
             messages.append(message.text)
 
     tab.on("console", note)
