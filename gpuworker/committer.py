@@ -8,7 +8,6 @@ was written to storage before: only the commit is tried again. A run that anothe
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -146,7 +145,6 @@ class Committer:
         elif isinstance(item, SnapshotOutcome):
             if not self._attempt(lambda: _commit_snapshot(item)):
                 item.seat.replay_cost_s += _UNWRITTEN_COST_S
-                item.seat.snapshot_cost_s = math.inf
         elif not self._attempt(lambda: self._commit_cycle(item)):
             for run in item:
                 run.seat.is_lost |= not self._attempt(lambda run=run: self._commit_cycle([run]))  # type: ignore[misc]

@@ -6,6 +6,7 @@ A shelved run keeps its seat; its state is its newest snapshot. Used by the comp
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -61,7 +62,7 @@ class Residents:
         began = time.monotonic()
         state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
         copy_s = time.monotonic() - began
-        seat.replay_cost_s = 0.0
+        seat.replay_cost_s, seat.snapshot_cost_s = 0.0, math.inf  # what it costs is known once it is written
         self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state, copy_s=copy_s))
 
     def _make_room(self, wanted: Seat, seats: Sequence[Seat]) -> bool:

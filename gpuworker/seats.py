@@ -159,7 +159,7 @@ class Seat:
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
     `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
     when the run is to go to another worker, or anywhere but here. `replay_cost_s` is the computing since the last
-    snapshot, `snapshot_cost_s` what keeping that took. `failure` says why nothing can be applied any more.
+    snapshot, `snapshot_cost_s` what keeping that took (without end until it is kept). `failure` says why nothing can be applied any more.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
