@@ -38,6 +38,18 @@ export async function postForm(url, form) {
   return { isDone: response.ok, answer: await response.json() };
 }
 
+const newest = new Map();
+
+// Reads the parts at an address and shows them, unless what was asked for later is shown already:
+// answers overtake one another on a busy server.
+export async function refreshParts(url) {
+  const asked = performance.now();
+  const page = await getPage(url);
+  if (asked < (newest.get(url) ?? 0)) return;
+  newest.set(url, asked);
+  replaceParts(page);
+}
+
 // Brings every [data-part] up to date without disturbing whoever uses it.
 export function replaceParts(page) {
   for (const fresh of page.querySelectorAll("[data-part]")) {

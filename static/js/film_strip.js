@@ -78,7 +78,10 @@ function markWords() {
   element.classList.toggle("shows-gone", strip().querySelector("[data-film-gone]").checked);
 }
 
+let newest = 0;
+
 async function refresh() {
+  const number = (newest += 1);
   const wasFollowing = follows;
   // A new column must not push out the one that is looked at.
   if (scroll() && !wasFollowing) numColumns = Math.max(numColumns, columns().length);
@@ -89,6 +92,7 @@ async function refresh() {
     // The next answer tries again.
     return;
   }
+  if (number !== newest) return;
   const place = placeOfChosen();
   replaceParts(page);
   if (!scroll()) return;

@@ -1,5 +1,5 @@
 // Reads the page's parts again while one of them is busy, quickly at first and only while somebody looks.
-import { getPage, replaceParts } from "./api.js";
+import { refreshParts } from "./api.js";
 
 const INTERVAL_MS = 1000;
 const AFTER_ERROR_MS = 4000;
@@ -16,7 +16,7 @@ export class Polling {
     clearTimeout(this.#timer);
     let delay = INTERVAL_MS;
     try {
-      replaceParts(await getPage(location.pathname + location.search));
+      await refreshParts(location.pathname + location.search);
     } catch {
       delay = AFTER_ERROR_MS;
     }

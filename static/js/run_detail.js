@@ -1,5 +1,5 @@
 // A run's page: its values over HTTP, then over the websocket from the last seq on; each counts once.
-import { getJson, getPage, parsePage, replaceParts } from "./api.js";
+import { getJson, parsePage, refreshParts, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
 import { count } from "./format.js";
 import { Series } from "./series.js";
@@ -332,7 +332,7 @@ async function refreshNow() {
   panelsAt = performance.now();
   if (document.hidden) return;
   try {
-    replaceParts(await getPage(`${address}/panels/`));
+    await refreshParts(`${address}/panels/`);
   } catch {
     // The next change tries again.
   }

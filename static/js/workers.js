@@ -1,5 +1,5 @@
 // Workers and base models: read again every few seconds while somebody looks, more often while a worker is drained.
-import { getPage, replaceParts } from "./api.js";
+import { refreshParts } from "./api.js";
 import { connectForms } from "./sent_forms.js";
 
 const INTERVAL_MS = 5000;
@@ -9,7 +9,7 @@ let timer = null;
 async function refresh() {
   clearTimeout(timer);
   try {
-    if (!document.hidden) replaceParts(await getPage("/workers/?part"));
+    if (!document.hidden) await refreshParts("/workers/?part");
   } catch {
     // The next turn tries again.
   }

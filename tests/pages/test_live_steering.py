@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.db import transaction
 from django.test import Client
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import APIResponse, Browser, Page, Route, expect
 from tokenizers import Tokenizer
 
 from runs import events
@@ -87,6 +87,24 @@ def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: Tr
     expect(tab.get_by_role("button", name="Pause", exact=True)).to_be_visible()
     assert Recipe.objects.get(run=run).state == Recipe.State.QUEUED
     assert tab.evaluate("window.isSamePage") is True
+
+
+def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+    open_run(tab, run)
+    expect_live(tab)
+    late: list[tuple[Route, APIResponse]] = []
+    tab.route("**/panels/", lambda route: late.append((route, route.fetch())), times=1)
+    with tab.expect_request("**/panels/"):
+        note(run, "saved", 50, checkpoint="step-000050")
+    while not late:
+        tab.wait_for_timeout(50)
+    tab.get_by_role("button", name="Pause", exact=True).click()
+    expect(tab.get_by_role("button", name="Resume")).to_be_visible()
+    route, overtaken = late[0]
+    with tab.expect_response("**/panels/"):
+        route.fulfill(response=overtaken)
+    tab.wait_for_timeout(300)
+    assert tab.get_by_role("button", name="Resume").is_visible()
 
 
 def test_an_open_dialog_and_a_typed_value_outlive_a_refresh(tab: Page, run: TrainingRun) -> None:  # noqa: F811

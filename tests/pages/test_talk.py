@@ -38,6 +38,15 @@ pytestmark = [
 ]
 MODEL = "mintweb/tiny"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202e[](javascript:alert(3))"
+# Pressed in the page: by the time that a busy machine has passed a click on to it, the answer may be complete.
+STOP_AT_FIRST_WORD = """() => {
+  const box = document.querySelector("[data-talk]");
+  new MutationObserver((_, observer) => {
+    if (!box.querySelector(".talk-answer[data-state='drawing']")) return;
+    observer.disconnect();
+    box.querySelector("[data-talk-stop]").click();
+  }).observe(box, { subtree: true, attributes: true, attributeFilter: ["data-state"] });
+}"""
 
 
 @pytest.fixture
@@ -114,10 +123,8 @@ def test_stopping_keeps_what_is_there(tab: Page, trained: TrainingRun) -> None: 
     box(tab).get_by_text("Settings").click()
     box(tab).get_by_label("Longest answer, tokens").fill("1500")
     box(tab).get_by_label("Temperature").fill("5")
+    tab.evaluate(STOP_AT_FIRST_WORD)
     say(tab, "Go on for ever")
-    drawing = box(tab).locator('.talk-answer[data-state="drawing"]').first
-    expect(drawing).to_be_visible(timeout=60_000)
-    box(tab).get_by_role("button", name="Stop").click()
     expect(box(tab).locator('.talk-answer[data-state="stopped"]')).to_have_count(2, timeout=20_000)
     assert len(box(tab).locator(".talk-text").first.inner_text()) > 0
 
