@@ -20,6 +20,7 @@ from typing import Final
 import torch
 import transformers
 
+from bench.ablation import ablation
 from bench.hardware_measures import ceiling, memory
 from bench.loaded import Bench, Plan
 from bench.machine import processor
@@ -41,6 +42,7 @@ MEASURES: Final[Mapping[str, Callable[[Bench], Iterable[Row]]]] = {
     "new-weights": new_weights,
     "mixes": mixes,
     "recorded": recorded,
+    "ablation": ablation,
 }
 _ONLY_ON: Final = {"mixes": "cpu", "recorded": "cuda"}
 """Measures that mean something on one kind of device: equal bits are promised on a CPU, launches are recorded on a GPU."""

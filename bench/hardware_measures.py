@@ -25,7 +25,7 @@ def ceiling(bench: Bench) -> list[Row]:
 
     The target is for the products as the engine computes them: torch.mm may take longer over the same ones.
     """
-    mixed = bench.batch(bench.plan.num_sequences, 32, 512)
+    mixed = bench.mixed_lengths()
     sequences = mixed.sequences()
     data, padded = [engine_data(sequences)], [[pad(sequences, bench.device)]]
     floor = Floor(bench.model, mixed.num_tokens)
@@ -80,7 +80,7 @@ def _share(bench: Bench, taken: Taken, of: str, name: str, best_s: float, at_lea
 
 def memory(bench: Bench) -> list[Row]:
     """Return what a step of one run takes beyond weights and adapters, and the engine's part of PEFT's."""
-    mixed = bench.batch(bench.plan.num_sequences, 32, 512)
+    mixed = bench.mixed_lengths()
     sequences = mixed.sequences()
     data, padded = [engine_data(sequences)], [[pad(sequences, bench.device)]]
     steps: dict[str, Callable[[], object]] = {

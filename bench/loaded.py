@@ -49,13 +49,20 @@ class Bench:
         """Frozen parameters."""
         return self.engine.engine.num_parameters
 
-    def batch(self, num_sequences: int, shortest: int, longest: int, *, seed: int = 0) -> Batch:
+    def mixed_lengths(self) -> Batch:
+        """Return the batch of one run whose sequences have 32 to 512 tokens."""
+        return self.batch(self.plan.num_sequences, 32, 512, skew=1.5)
+
+    def batch(
+        self, num_sequences: int, shortest: int, longest: int, *, seed: int = 0, skew: float = 1.0
+    ) -> Batch:
         """Return a batch within the model's vocabulary."""
         return Batch(
             num_sequences=num_sequences,
             shortest=shortest,
             longest=longest,
             seed=seed,
+            skew=skew,
             vocab_size=self.engine.engine.vocab_size,
         )
 

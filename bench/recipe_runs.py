@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -82,7 +83,8 @@ class Recipes:
             **settings,
         }
         run_id = self._call("POST", "/runs", json=wanted)["id"]
-        status = self._until(f"/runs/{run_id}/status", lambda answer: answer["is_over"])
+        batches = _Batches(self._instance, run_id)
+        status = self._until(f"/runs/{run_id}/status", lambda answer: answer["is_over"], batches.keep)
         if status["state"] != "finished":
             raise RuntimeError(f"run {run_id} ended {status['state']}: {status['phase']}")
         values = self._values(run_id)
@@ -91,7 +93,7 @@ class Recipes:
         return Finished(
             seconds=(ends[-1] - ends[0]).total_seconds(),
             busy_s=sum(busy[1:]),
-            batches=self._batches(run_id)[1:],
+            batches=batches.kept(num_steps)[1:],
         )
 
     def _upload(self) -> str:
@@ -103,13 +105,17 @@ class Recipes:
         self._until(f"/datasets/{dataset}", lambda answer: answer["newest"]["state"] == "ready")
         return str(dataset)
 
-    def _until(self, path: str, is_done: Any) -> dict[str, Any]:
+    def _until(
+        self, path: str, is_done: Callable[[Any], bool], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         deadline = time.monotonic() + _TIMEOUT_S
         answer: dict[str, Any]
         while not is_done(answer := self._call("GET", path)):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{path} did not come to an end: {answer}")
+            meanwhile()
             time.sleep(0.5)
+        meanwhile()
         return answer
 
     def _values(self, run_id: str) -> list[dict[str, Any]]:
@@ -121,21 +127,42 @@ class Recipes:
             values += page["items"]
         return values
 
-    def _batches(self, run_id: str) -> list[list[list[int]]]:
-        query = """SELECT op.payload, op.payload_file FROM runs_operation op
-                   JOIN runs_trainingrun run ON run.id = op.run_id
-                   WHERE run.public_id = %s AND op.kind = 'forward_backward' ORDER BY op.seq"""
-        with psycopg.connect(embedded.database_url(self._instance.data_dir)) as connection:
-            rows = connection.execute(query, [run_id]).fetchall()
-        return [self._sequences(payload, file) for payload, file in rows]
-
-    def _sequences(self, payload: bytes | None, file: str) -> list[list[int]]:
-        stored = bytes(payload) if payload else (self._instance.data_dir / "storage" / file).read_bytes()
-        data = forward_backward.from_bytes(stored).data
-        return [[*datum.tokens.tolist(), int(datum.target_tokens[-1])] for datum in data]
-
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
         reply = self._http.request(method, path, **arguments)
         if reply.is_error:
             raise RuntimeError(f"{method} {path}: {reply.status_code} {reply.text[:500]}")
         return reply.json()
+
+
+class _Batches:
+    """The batches of a run, read while it trains: what a recovery state covers is no longer kept."""
+
+    _QUERY: Final = """SELECT op.seq, op.payload, op.payload_file FROM runs_operation op
+                       JOIN runs_trainingrun run ON run.id = op.run_id
+                       WHERE run.public_id = %s AND op.kind = 'forward_backward' AND op.seq > %s
+                       ORDER BY op.seq"""
+
+    def __init__(self, instance: Instance, run_id: str) -> None:
+        self._storage = instance.data_dir / "storage"
+        self._database = embedded.database_url(instance.data_dir)
+        self._run_id = run_id
+        self._by_seq: dict[int, list[list[int]]] = {}
+
+    def keep(self) -> None:
+        """Read the batches that have come since the last call."""
+        with psycopg.connect(self._database) as connection:
+            newest = max(self._by_seq, default=0)
+            for seq, payload, file in connection.execute(self._QUERY, [self._run_id, newest]):
+                if payload or file:
+                    self._by_seq[seq] = self._sequences(payload, file)
+
+    def kept(self, num_steps: int) -> list[list[list[int]]]:
+        """Return the batches of all steps in order."""
+        if len(self._by_seq) != num_steps:
+            raise RuntimeError(f"{len(self._by_seq)} of {num_steps} batches were read while the run trained")
+        return [self._by_seq[seq] for seq in sorted(self._by_seq)]
+
+    def _sequences(self, payload: bytes | None, file: str) -> list[list[int]]:
+        stored = bytes(payload) if payload else (self._storage / file).read_bytes()
+        data = forward_backward.from_bytes(stored).data
+        return [[*datum.tokens.tolist(), int(datum.target_tokens[-1])] for datum in data]

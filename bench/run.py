@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from bench.instance import Instance
 from bench.machine import processor
 from bench.measurements import Lab, torch_process
 from bench.table import Row, is_reached, markdown, write_between_markers
+from bench.timing import describe
 
 MEASUREMENTS: Final[Mapping[str, Callable[[Lab], list[Row]]]] = {
     **measurements.MEASUREMENTS,
@@ -52,7 +54,7 @@ def main() -> int:
         rows: list[Row] = []
         for name in options.only or MEASUREMENTS:
             begin = time.monotonic()
-            measured = MEASUREMENTS[name](lab)
+            measured = _attempt(name, lab)
             rows += measured
             print(f"{name} took {time.monotonic() - begin:.0f} s", file=sys.stderr)
             for row in measured:
@@ -70,6 +72,14 @@ def main() -> int:
         draw = [sys.executable, "-m", "bench.curves", str(options.output), "--output", str(picture)]
         subprocess.run(draw, cwd=ROOT, check=True)
     return 0 if is_reached(rows) else 1
+
+
+def _attempt(name: str, lab: Lab) -> list[Row]:
+    try:
+        return MEASUREMENTS[name](lab)
+    except Exception as error:  # noqa: BLE001 - the other measurements must still come to their figures
+        traceback.print_exc()
+        return [Row(measurement=name, what=name, measured="failed", note=describe(error))]
 
 
 def _options() -> argparse.Namespace:

@@ -29,7 +29,7 @@ _TARGETS: Final = {
 
 def one_run(bench: Bench) -> list[Row]:
     """Put one run on sequences of mixed lengths beside every arrangement of them under transformers."""
-    mixed = bench.batch(bench.plan.num_sequences, 32, 512)
+    mixed = bench.mixed_lengths()
     sequences, device = mixed.sequences(), bench.device
     micro = _MICRO_TOKENS[device.type]
     data = [engine_data(sequences)]

@@ -62,13 +62,17 @@ def micro_batches(sequences: Sequence[list[int]], max_tokens: int) -> list[list[
     return parts
 
 
-def engine_data(sequences: Sequence[list[int]]) -> tuple[Datum, ...]:
-    """Return the sequences as the engine takes them."""
-    return tuple(
-        Datum(
-            tokens=np.array(sequence[:-1]),
-            target_tokens=np.array(sequence[1:]),
-            inputs={"weights": np.ones(len(sequence) - 1, dtype=np.float32)},
+def engine_data(sequences: Sequence[list[int]], *, prompt_share: float = 0.0) -> tuple[Datum, ...]:
+    """Return the sequences as the engine takes them; the first part of each, its prompt, has no loss."""
+    data = []
+    for sequence in sequences:
+        weights = np.ones(len(sequence) - 1, dtype=np.float32)
+        weights[: int(prompt_share * len(weights))] = 0
+        data.append(
+            Datum(
+                tokens=np.array(sequence[:-1]),
+                target_tokens=np.array(sequence[1:]),
+                inputs={"weights": weights},
+            )
         )
-        for sequence in sequences
-    )
+    return tuple(data)

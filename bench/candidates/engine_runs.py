@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpuworker.engine.adapters import Adapter
 from gpuworker.engine.engine import Engine
+from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.types import (
     AdamParams,
     Datum,
@@ -37,6 +39,18 @@ class EngineRuns:
         loss = self._forward_backward(data, backward=True)
         self._optim_step(self._names[: len(data)])
         return loss
+
+    def optim_step(self) -> None:
+        """Apply the gradients of all runs."""
+        self._optim_step(self._names)
+
+    def adapters(self) -> list[Adapter]:
+        """Return the adapters of all runs."""
+        return [self.engine._adapters.get(name) for name in self._names]
+
+    def routed_layers(self) -> list[RoutedLinear]:
+        """Return the projections that adapters are routed through."""
+        return [one for one in self.engine._base._decoder.modules() if isinstance(one, RoutedLinear)]
 
     def forget_recorded(self) -> None:
         """Let go of recorded passes and their memory, on a device where there are such."""
