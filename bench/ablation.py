@@ -14,9 +14,10 @@ from bench import plainly
 from bench.candidates.data import engine_data
 from bench.loaded import RANKS, Bench
 from bench.table import Row
-from gpuworker.engine import batching, logprobs, lora, optimizer, passes, products
+from gpuworker.engine import attention, batching, logprobs, lora, optimizer, passes, products
 
 _NUM_NEW: Final = 32
+_CPU: Final = ("cpu float32", "cpu bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,16 @@ def _one_sequence(bench: Bench) -> Work:
     )
 
 
+def _eight_sequences(bench: Bench) -> Work:
+    prompts = [one[:-1] for one in bench.batch(8, 24, 64).sequences()]
+    mixed = [(number % 4, prompt) for number, prompt in enumerate(prompts)]
+    return Work(
+        what="sampling 8 sequences with 4 adapters",
+        run=lambda: bench.engine.sample(mixed, _NUM_NEW),
+        num_tokens=8 * _NUM_NEW,
+    )
+
+
 # -- how to do without ---------------------------------------------------------------------------------
 
 
@@ -139,6 +150,14 @@ def _no_groups(bench: Bench) -> AbstractContextManager[object]:
     stack = ExitStack()
     for layer in bench.engine.routed_layers():
         stack.enter_context(patch.object(layer, "group", (layer,)))
+    return stack
+
+
+def _unpacked(bench: Bench) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    for weight in (bench.engine.engine._head.weight, *(one.frozen for one in bench.engine.routed_layers())):
+        stack.enter_context(patch.object(weight, "_forward", weight.plain))
+        stack.enter_context(patch.object(weight, "_backward", weight.plain.t()))
     return stack
 
 
@@ -172,7 +191,7 @@ PARTS: Final = (
         name="LoRA as one step of autograd with gradients in place",
         work=_eight_runs,
         without=lambda _: patch.object(lora, "_group_product", plainly.group_product),
-        kinds=("cpu float32", "cpu bfloat16"),
+        kinds=_CPU,
     ),
     Part(name="projection groups", work=_one_run, without=_no_groups),
     Part(
@@ -188,11 +207,13 @@ PARTS: Final = (
     ),
     Part(name="the head by chunks", work=_one_run, without=_whole_head),
     Part(
-        name="attention widened to float32",
+        name="attention by blocks in half precision",
         work=_one_run,
-        without=lambda _: patch.object(passes, "PackedAttention", plainly.AttentionOneByOne),
+        without=lambda _: patch.object(attention, "_SHORT_ROWS", 1 << 20),
         kinds=("cpu bfloat16",),
     ),
+    Part(name="weights in the products' own layout", work=_one_run, without=_unpacked, kinds=_CPU),
+    Part(name="weights in the products' own layout", work=_eight_sequences, without=_unpacked, kinds=_CPU),
     Part(name="padding to 16 rows and multiples of 8", work=_eight_runs, without=_no_padding),
     Part(
         name="one optimizer call for all runs",
@@ -208,7 +229,7 @@ PARTS: Final = (
         name="decoding padded to as few rows as bits allow, not to 16",
         work=_one_sequence,
         without=_sixteen_rows,
-        kinds=("cpu float32", "cpu bfloat16"),
+        kinds=_CPU,
     ),
     Part(
         name="varlen attention",

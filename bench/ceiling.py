@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.shapes import RandomModel, Shape
 from bench.timing import free, timed
-from gpuworker.engine.products import frozen_linear
+from gpuworker.engine.memory import available_bytes
+from gpuworker.engine.products import FrozenWeight, frozen_linear, pack
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Rows (T, D) and a weight (F, D) give rows of F features."""
@@ -30,7 +31,7 @@ class Floor:
     def __init__(self, model: RandomModel, num_rows: int) -> None:
         shape, device = model.shape, model.device
         dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-        self.products: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.products: list[tuple[Tensor, Tensor, FrozenWeight]] = []
         self.num_flops = 0
         rows: dict[tuple[int, int], Tensor] = {}
 
@@ -39,7 +40,7 @@ class Floor:
                 if (num, width) not in rows:
                     rows[num, width] = torch.randn(num, width, device=device, dtype=dtype)
             weight_FD = torch.randn(f, d, device=device, dtype=dtype)
-            self.products.append((rows[num, d], rows[num, f], weight_FD))
+            self.products.append((rows[num, d], rows[num, f], FrozenWeight(weight_FD)))
             self.num_flops += 4 * num * d * f
 
         for _ in range(shape.num_layers):
@@ -48,19 +49,21 @@ class Floor:
         chunk = _HEAD_ROWS[device.type]
         for start in range(0, num_rows, chunk):
             add(min(chunk, num_rows - start), shape.hidden_size, shape.vocab_size)
+        if device.type == "cpu":
+            pack([weight for _, _, weight in self.products], room_bytes=available_bytes() // 4)
 
     def run(self) -> float:
         """Multiply everything once, forward and backward, as the engine does."""
-        return self._run(frozen_linear)
+        for rows_TD, rows_TF, weight in self.products:
+            weight.product(rows_TD)
+            weight.transposed_product(rows_TF)
+        return 0.0
 
     def run_mm(self) -> float:
         """Multiply everything once, forward and backward, by torch.mm."""
-        return self._run(_mm)
-
-    def _run(self, multiply: Product) -> float:
-        for rows_TD, rows_TF, weight_FD in self.products:
-            multiply(rows_TD, weight_FD)
-            multiply(rows_TF, weight_FD.t())
+        for rows_TD, rows_TF, weight in self.products:
+            _mm(rows_TD, weight.plain)
+            _mm(rows_TF, weight.plain.t())
         return 0.0
 
 

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from gpuworker.engine.block_attention import attend_by_blocks
 from gpuworker.engine.exceptions import BaseModelError
 from gpuworker.engine.lora import Route
 
 ATTENTION_NAME = "mintweb_packed"
+_SHORT_ROWS = 64
+"""Up to so many rows products of blocks are slower than torch's kernel in float32."""
 
 
 class PackedAttention:
     """Causal attention of a training batch: adjacent sequences of the given lengths.
 
-    On a CPU the sequences go through `scaled_dot_product_attention` one by one, which never
-    computes padding and makes a sequence's bits independent of its neighbours; half precision is
-    widened because the CPU kernel is 1.13 times faster in float32. CUDA half precision takes the
-    bundled varlen flash kernel.
+    On a CPU the sequences go one by one, which never computes padding and makes a sequence's bits
+    independent of its neighbours: through `scaled_dot_product_attention` in float32, which is faster there than
+    in half precision, and in half precision by blocks where a sequence is long enough for them. CUDA half
+    precision takes the bundled varlen flash kernel.
     """
 
     def __init__(self, lengths: list[int], *, device: torch.device) -> None:
@@ -54,15 +57,15 @@ class PackedAttention:
         """
         if query.is_cuda and query.dtype != torch.float32 and softcap is None:
             return self._attend_varlen(query, key, value, scaling=scaling, window=window)
-        dtype = query.dtype
-        parts = zip(
-            *(torch.split(part.float(), self.lengths, dim=2) for part in (query, key, value)), strict=True
-        )
+        heads = (query, key, value)
+        if self.max_length <= _SHORT_ROWS:
+            heads = (query.float(), key.float(), value.float())  # all at once: a call for each costs more
+        sequences = zip(*(torch.split(part, self.lengths, dim=2) for part in heads), strict=True)
         outputs = [
-            attend_causal(q, k, v, scaling=scaling, window=window, softcap=softcap).transpose(1, 2)
-            for q, k, v in parts
+            _attend_one(q, k, v, scaling=scaling, window=window, softcap=softcap).transpose(1, 2)
+            for q, k, v in sequences
         ]
-        return torch.cat(outputs, dim=1).to(dtype)
+        return torch.cat(outputs, dim=1).to(query.dtype)
 
     def _attend_varlen(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
@@ -85,6 +88,20 @@ class PackedAttention:
             **grouped,
         )
         return cast(Tensor, output).unsqueeze(0)
+
+
+def _attend_one(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Return causal attention of one sequence, by blocks in half precision where nothing stands against it."""
+    num_rows = query.shape[2]
+    is_plain = softcap is None and (window is None or num_rows <= window)
+    if query.dtype != torch.float32 and num_rows > _SHORT_ROWS and is_plain and not query.is_cuda:
+        return attend_by_blocks(query, key, value, scaling=scaling)
+    wide = attend_causal(
+        query.float(), key.float(), value.float(), scaling=scaling, window=window, softcap=softcap
+    )
+    return wide.to(query.dtype)
 
 
 def attend_causal(

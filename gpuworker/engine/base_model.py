@@ -26,8 +26,9 @@ from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.batching import PackedRows, pack_rows
 from gpuworker.engine.exceptions import BaseModelError
 from gpuworker.engine.lora import Attention, Products, Route, RoutedLinear, SampledProduct
+from gpuworker.engine.memory import available_bytes
 from gpuworker.engine.precision import plain_logprobs, probe_sequences, read_fitting
-from gpuworker.engine.products import frozen_linear
+from gpuworker.engine.products import FrozenWeight, frozen_linear, pack
 from gpuworker.engine.row_probe import find_row_step
 from gpuworker.engine.tensor_parallel import ALONE, ProcessGroup
 
@@ -73,17 +74,19 @@ class BaseModel:
             norms.fuse(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
-        self.head_weight_VD: Tensor = head.weight
+        self.head_weight = FrozenWeight(head.weight)
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.has_softcapped_attention = getattr(config, "attn_logit_softcapping", None) is not None
-        self.vocab_size = int(self.head_weight_VD.shape[0])
+        self.vocab_size = int(head.weight.shape[0])
         self.max_context = int(config.max_position_embeddings)
         self.end_tokens = _read_end_tokens(directory, config)
         routed = [module for module in model.modules() if isinstance(module, RoutedLinear)]
         tensor_parallel.keep_share(routed, group)
         self.num_held_parameters = sum(parameter.numel() for parameter in model.parameters())
-        weights = [*(module.weight for module in routed), head.weight]
-        self.row_step = group.most(find_row_step(weights, frozen_linear))
+        frozen = [*(module.frozen for module in routed), self.head_weight]
+        self.row_step = group.most(find_row_step([weight.plain for weight in frozen], frozen_linear))
+        if self.device.type == "cpu":
+            pack(frozen, room_bytes=available_bytes() // 4)
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named buffers of the decoder, such as rotary frequencies."""
@@ -309,7 +312,7 @@ class _Probe:
         attend = PackedAttention(rows.lengths, device=base.device)
         with torch.no_grad(), base.routed((), attend):
             hidden_TD = base.hidden(rows)[: len(self.expected)]
-            logits = hidden_TD.mm(base.head_weight_VD.t()).float()
+            logits = hidden_TD.mm(base.head_weight.plain.t()).float()
             if base.logit_softcap is not None:
                 logits = base.logit_softcap * torch.tanh(logits / base.logit_softcap)
         worst = (logits.log_softmax(-1) - self.expected).abs().max().item()

@@ -24,7 +24,6 @@ from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.memory import is_out_of_memory
-from gpuworker.engine.products import frozen_linear
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class _Step:
 
     def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
         """Return a layer's output; inputs: (1, S, D); returns (1, S, F)."""
-        output_SF = frozen_linear(inputs[0], layer.weight, layer.bias)
+        output_SF = layer.base_product(inputs[0])
         self.add(output_SF, inputs[0], layer.name)
         return output_SF[None]
 

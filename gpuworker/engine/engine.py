@@ -63,7 +63,7 @@ class Engine:
         self._adapter_memory = adapter_memory.resolved(base.device).agreed(base.group.least)
         self._adapters = Residency(base.device, device_bytes=self._adapter_memory.device_bytes)
         self._sampler_bytes: OrderedDict[str, int] = OrderedDict()
-        head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
+        head = Head(base.head_weight, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
         self._token_budget = _token_budget(base)
         self._head = head
         self._trainer = Trainer(base, head, token_budget=self._token_budget, graphs=_train_graphs(base))

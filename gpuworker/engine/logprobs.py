@@ -18,7 +18,7 @@ from torch import Tensor
 from gpuworker.engine.adapters import UNEMBED, LoraPair, LoraWeights
 from gpuworker.engine.batching import fill_batches, padded_size
 from gpuworker.engine.lora import Segment, add_matmul, backward_pair
-from gpuworker.engine.products import frozen_linear
+from gpuworker.engine.products import FrozenWeight
 
 LossTerms: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -60,16 +60,16 @@ class _Placed(NamedTuple):
 class Head:
     """The frozen output projection and the routed adapters on it."""
 
-    def __init__(self, weight_VD: Tensor, *, softcap: float | None, chunk_rows: int) -> None:
-        self.weight_VD = weight_VD
+    def __init__(self, weight: FrozenWeight, *, softcap: float | None, chunk_rows: int) -> None:
+        self.weight = weight
         self.softcap = softcap
         self.chunk_rows = chunk_rows
 
     def base_logits(self, hidden_CD: Tensor) -> Tensor:
         """Return the frozen projection in float32, (C, V), before adapters and softcap."""
         if hidden_CD.is_cuda and hidden_CD.dtype != torch.float32:
-            return torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=torch.float32)
-        return frozen_linear(hidden_CD, self.weight_VD).float()
+            return torch.mm(hidden_CD, self.weight.plain.t(), out_dtype=torch.float32)
+        return self.weight.product(hidden_CD).float()
 
     def cap(self, logits_CV: Tensor) -> Tensor:
         """Return the logits through the model's softcap, in place, where it has one."""
@@ -167,8 +167,8 @@ class Head:
         grad_CV[placed[-1].part.stop :] = 0
         if damping_CV is not None:
             grad_CV.mul_(damping_CV)
-        grad_CV = grad_CV.to(self.weight_VD.dtype)
-        grad_CD = frozen_linear(grad_CV, self.weight_VD.t())
+        grad_CV = grad_CV.to(self.weight.plain.dtype)
+        grad_CD = self.weight.transposed_product(grad_CV)
         for _, segment, part, inner_NR in placed:
             if segment is not None and inner_NR is not None:
                 grad_inner_NR = backward_pair(

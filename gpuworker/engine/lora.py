@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuworker.engine.adapters import LoraPair, LoraWeights
-from gpuworker.engine.products import frozen_linear
+from gpuworker.engine.products import FrozenWeight
 
 
 class Products(Protocol):
@@ -155,6 +155,7 @@ class RoutedLinear(nn.Module):
         self.name = name
         self.route = route
         self.group: tuple[RoutedLinear, ...] = (self,)
+        self.frozen = FrozenWeight(base.weight)
         self.anchor = torch.zeros((), device=base.weight.device, requires_grad=True)
         self.add_up_output: Callable[[Tensor], Tensor] | None = None
         self.add_up_input_gradient: Callable[[Tensor], Tensor] | None = None
@@ -171,7 +172,7 @@ class RoutedLinear(nn.Module):
 
     def base_product(self, rows_TD: Tensor) -> Tensor:
         """Return the frozen part, of shape (T, F)."""
-        return frozen_linear(rows_TD, self.weight, self.bias)
+        return self.frozen.product(rows_TD, self.bias)
 
 
 def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -252,7 +253,7 @@ class _GroupProduct(torch.autograd.Function):
 def _base_gradient(grad_of: Mapping[RoutedLinear, Tensor]) -> Tensor:
     """Return the gradient of the shared input through the frozen products, (T, D)."""
     (first, grad_TF), *others = grad_of.items()
-    grad_rows_TD = frozen_linear(grad_TF, first.weight.t())
+    grad_rows_TD = first.frozen.transposed_product(grad_TF)
     for layer, grad_TF in others:
-        grad_rows_TD.add_(frozen_linear(grad_TF, layer.weight.t()))
+        grad_rows_TD.add_(layer.frozen.transposed_product(grad_TF))
     return grad_rows_TD

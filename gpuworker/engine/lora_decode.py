@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gpuworker.engine.adapters import LoraWeights
 from gpuworker.engine.lora import RoutedLinear
-from gpuworker.engine.products import frozen_linear
 from gpuworker.engine.row_probe import find_row_step
 
 
@@ -40,7 +39,7 @@ class SampledProducts:
             inputs: (1, T, D); returns (1, T, F).
         """
         rows_TD = inputs[0]
-        output_TF = frozen_linear(rows_TD, layer.weight, layer.bias)
+        output_TF = layer.base_product(rows_TD)
         self.add(output_TF, rows_TD, layer.name)
         if layer.add_up_output is not None:
             layer.add_up_output(output_TF)

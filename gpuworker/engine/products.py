@@ -5,6 +5,7 @@ Axes: T rows, D input features, F output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _HAS_ONEDNN: Final = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+_TRIED_ROWS: Final = (4, 64)
 
 
 def frozen_linear(rows_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -23,7 +25,66 @@ def frozen_linear(rows_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = No
     Source: the operator that torch.compile lowers linear layers to, in
     pytorch/pytorch: aten/src/ATen/native/mkldnn/Linear.cpp -> mkldnn_linear_pointwise.
     """
-    if _HAS_ONEDNN and rows_TD.dtype == torch.float32 and rows_TD.device.type == "cpu":
+    if weight_FD.is_mkldnn or (
+        _HAS_ONEDNN and rows_TD.dtype == torch.float32 and rows_TD.device.type == "cpu"
+    ):
         product = torch.ops.mkldnn._linear_pointwise.default(rows_TD, weight_FD, bias_F, "none", [], "")
         return cast(Tensor, product)
     return functional.linear(rows_TD, weight_FD, bias_F)
+
+
+class FrozenWeight:
+    """A weight (F, D) and its products in both directions.
+
+    On a CPU copies in oneDNN's own layout save it the reordering in each product, which is most of the time of
+    a product of few rows; they change no bit.
+    """
+
+    def __init__(self, weight_FD: Tensor) -> None:
+        self.plain = weight_FD
+        self._forward = weight_FD
+        self._backward = weight_FD.t()
+
+    @property
+    def num_bytes(self) -> int:
+        """Return what a copy takes."""
+        return self.plain.numel() * self.plain.itemsize
+
+    def product(self, rows_TD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+        """Return `rows @ weight.T + bias`, (T, F)."""
+        return frozen_linear(rows_TD, self._forward, bias_F)
+
+    def transposed_product(self, rows_TF: Tensor) -> Tensor:
+        """Return `rows @ weight`, (T, D)."""
+        return frozen_linear(rows_TF, self._backward)
+
+    def pack(self) -> None:
+        """Hold a copy for `product`."""
+        self._forward = _packed(self._forward)
+
+    def pack_transposed(self) -> None:
+        """Hold a copy for `transposed_product`."""
+        self._backward = _packed(self._backward)
+
+
+def pack(weights: Sequence[FrozenWeight], *, room_bytes: int) -> None:
+    """Hold copies of all weights as far as there is room: for products first, then for those transposed."""
+    num_bytes = sum(weight.num_bytes for weight in weights)
+    steps: tuple[Callable[[FrozenWeight], None], ...] = (FrozenWeight.pack, FrozenWeight.pack_transposed)
+    for number, step in enumerate(steps, start=1):
+        if not _HAS_ONEDNN or number * num_bytes > room_bytes:
+            return
+        for weight in weights:
+            step(weight)
+
+
+def _packed(weight_FD: Tensor) -> Tensor:
+    """Return a copy in oneDNN's layout, or the weight itself where products with it have other bits."""
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_FD.contiguous(), None)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(max(_TRIED_ROWS), weight_FD.shape[1], generator=generator).to(weight_FD.dtype)
+    is_same = all(
+        torch.equal(frozen_linear(rows[:count], copy), frozen_linear(rows[:count], weight_FD))
+        for count in _TRIED_ROWS
+    )
+    return copy if is_same else weight_FD

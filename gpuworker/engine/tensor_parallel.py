@@ -36,6 +36,7 @@ from gpuworker.engine.adapters import (
 )
 from gpuworker.engine.exceptions import BaseModelError
 from gpuworker.engine.lora import RoutedLinear
+from gpuworker.engine.products import FrozenWeight
 
 _LOOPBACK: Final = "lo"
 _DIVIDED_SETTINGS: Final = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -212,6 +213,7 @@ def keep_share(layers: Sequence[RoutedLinear], group: ProcessGroup) -> None:
             is_left_out = name == "bias" and is_rowwise and group.share.position > 0
             kept = None if is_left_out else nn.Parameter(held.detach().contiguous(), requires_grad=False)
             setattr(layer, name, kept)
+        layer.frozen = FrozenWeight(layer.weight)
         if is_rowwise:
             layer.add_up_output = group.add_up
         else:

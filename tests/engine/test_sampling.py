@@ -150,7 +150,7 @@ def make_sampler(
     cache_bytes: int = 1 << 30,
     grouped: bool = False,
 ) -> Sampler:
-    head = Head(base.head_weight_VD, softcap=base.logit_softcap, chunk_rows=512)
+    head = Head(base.head_weight, softcap=base.logit_softcap, chunk_rows=512)
     return Sampler(
         base, head, max_slots=max_slots, prompt_budget=prompt_budget, cache_bytes=cache_bytes, grouped=grouped
     )

@@ -116,4 +116,6 @@ class BaseCopies(TorchDispatchMode):
         return output
 
     def _size(self, tensor: torch.Tensor) -> int:
+        if tensor.is_mkldnn:
+            return tensor.numel()  # only frozen weights are held so
         return self._sizes.get(tensor.untyped_storage().data_ptr(), 0)

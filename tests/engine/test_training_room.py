@@ -50,7 +50,7 @@ def test_jobs_without_room_for_all_run_one_by_one(model_directory: Callable[[str
     ]
     found = []
     for kind in (Head, _SmallHead):
-        head = kind(base.head_weight_VD, softcap=None, chunk_rows=512)
+        head = kind(base.head_weight, softcap=None, chunk_rows=512)
         outcomes = Trainer(base, head, token_budget=2048).run(jobs, adapters.__getitem__)
         found.append((outcomes, {key: a.gradient_P for key, a in adapters.items()}))
         for adapter in adapters.values():
@@ -80,7 +80,7 @@ def test_a_job_without_room_even_alone_runs_in_smaller_batches(
     job = replace(job, data=tuple(replace(d, inputs=i) for d, i in zip(job.data, ones, strict=True)))
     gradients, metrics = [], []
     for kind in (Head, _SmallHead):
-        head = kind(base.head_weight_VD, softcap=None, chunk_rows=512)
+        head = kind(base.head_weight, softcap=None, chunk_rows=512)
         (outcome,) = results(Trainer(base, head, token_budget=96).run([job], lambda _: adapter))
         metrics.append(outcome.metrics["loss:sum"])
         gradients.append(adapter.gradient_P)
@@ -101,7 +101,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
     adapter = Adapter(
         spec, select_modules(spec, base.modules, max_rank=64), device=base.device, dtype=base.dtype
     )
-    head = Broken(base.head_weight_VD, softcap=None, chunk_rows=512)
+    head = Broken(base.head_weight, softcap=None, chunk_rows=512)
     job = make_job("broken", np.random.default_rng(0), [20])
     with pytest.raises(RuntimeError, match="shapes"):
         Trainer(base, head, token_budget=2048).run([job], lambda _: adapter)

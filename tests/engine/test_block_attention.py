@@ -1,0 +1,57 @@
+"""Attention by blocks: the numbers of torch's own kernel, whatever the length, grouping and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gpuworker.engine.block_attention import attend_by_blocks
+
+SIZE, SCALING = 32, 0.2
+
+
+def heads(num_heads: int, num_rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(1, num_heads, num_rows, SIZE, generator=generator)
+    return values.bfloat16().requires_grad_()
+
+
+def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    grad = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return [one.float() for one in torch.autograd.grad(output, inputs, grad)]
+
+
+@pytest.mark.parametrize("num_rows", [2, 65, 256, 257, 530])
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_it_gives_what_attention_in_float32_gives(num_rows: int, num_groups: int) -> None:
+    query, key, value = heads(4, num_rows, 1), heads(num_groups, num_rows, 2), heads(num_groups, num_rows, 3)
+    wide = tuple(one.detach().float().requires_grad_() for one in (query, key, value))
+    expected = scaled_dot_product_attention(
+        wide[0], wide[1], wide[2], is_causal=True, scale=SCALING, enable_gqa=True
+    )
+    actual = attend_by_blocks(query, key, value, scaling=SCALING)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=3e-2, rtol=3e-2)
+    for one, other in zip(gradients(actual, (query, key, value)), gradients(expected, wide), strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+def test_a_row_sees_nothing_behind_it() -> None:
+    query, key, value = heads(2, 300, 1), heads(2, 300, 2), heads(2, 300, 3)
+    whole = attend_by_blocks(query, key, value, scaling=SCALING)
+    changed_key, changed_value = key.detach().clone(), value.detach().clone()
+    changed_key[:, :, 280:], changed_value[:, :, 280:] = 50.0, -50.0
+    changed = attend_by_blocks(query, changed_key, changed_value, scaling=SCALING)
+    assert torch.equal(changed[:, :, :280], whole[:, :, :280])
+    assert not torch.equal(changed[:, :, 280:], whole[:, :, 280:])
+
+
+def test_where_a_sequence_lies_changes_no_bit() -> None:
+    query, key, value = heads(4, 290, 1), heads(2, 290, 2), heads(2, 290, 3)
+    alone = attend_by_blocks(query, key, value, scaling=SCALING)
+    wide = [torch.cat([one.new_ones(1, one.shape[1], 7, SIZE), one], dim=2) for one in (query, key, value)]
+    inner = [one[:, :, 7:] for one in wide]
+    assert torch.equal(attend_by_blocks(inner[0], inner[1], inner[2], scaling=SCALING), alone)
