@@ -232,6 +232,12 @@ PARTS: Final = (
         kinds=_CPU,
     ),
     Part(
+        name="adapters side by side while decoding",
+        work=_eight_sequences,
+        without=lambda bench: patch.object(bench.engine.engine.sampler, "_stacks", None),
+        kinds=_CPU,
+    ),
+    Part(
         name="varlen attention",
         work=_one_run,
         without=lambda _: patch.object(passes, "PackedAttention", plainly.AttentionOneByOne),

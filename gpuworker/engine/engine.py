@@ -35,7 +35,7 @@ from gpuworker.engine.exceptions import (
     OutOfMemory,
 )
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.memory import Made, free_bytes, free_cache, total_bytes, with_room
+from gpuworker.engine.memory import Made, available_bytes, free_bytes, free_cache, total_bytes, with_room
 from gpuworker.engine.residency import AdapterMemory, Residency
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.tensor_parallel import ALONE, ProcessGroup
@@ -72,7 +72,9 @@ class Engine:
             head,
             max_slots=256 if on_gpu else 64,
             prompt_budget=16384 if on_gpu else 2048,
-            cache_bytes=base.group.least(free_bytes(base.device) // 3 if on_gpu else 4 * _GIB),
+            cache_bytes=base.group.least(
+                free_bytes(base.device) // 3 if on_gpu else min(4 * _GIB, available_bytes() // 4)
+            ),
             grouped=on_gpu,
         )
 

@@ -40,20 +40,20 @@ class KVCache:
         self.version = 0
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, num_slots: int, num_positions: int) -> None:
+    def reserve(self, num_slots: int, num_positions: int, *, spare: bool = True) -> None:
         """Make room for slots below `num_slots` of `num_positions` each; keeps what is stored."""
         if num_slots <= self.num_slots and num_positions <= self.num_positions:
             return
-        self.num_slots, self.num_positions = self.grown(num_slots, num_positions)
+        self.num_slots, self.num_positions = self.grown(num_slots, num_positions, spare=spare)
         self.version += 1
         for layer, pools in self._pools.items():
             self._pools[layer] = (self._grow(pools[0]), self._grow(pools[1]))
 
-    def grown(self, num_slots: int, num_positions: int) -> tuple[int, int]:
-        """Return the pool size that `reserve` would lead to."""
+    def grown(self, num_slots: int, num_positions: int, *, spare: bool = True) -> tuple[int, int]:
+        """Return the pool size that `reserve` would lead to; `spare` doubles the slots, to copy pools less often."""
         slots, positions = self.num_slots, self.num_positions
         if num_slots > slots:
-            slots = max(num_slots, 2 * slots)
+            slots = max(num_slots, 2 * slots) if spare else num_slots
         if num_positions > positions:
             positions = max(_MIN_POSITIONS, 1 << (num_positions - 1).bit_length())
         return slots, positions

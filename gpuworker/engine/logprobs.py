@@ -118,17 +118,26 @@ class Head:
         logits_CV = self.base_logits(hidden_CD)
         placed = self._add_adapters(hidden_CD, logits_CV, pieces)
         logits_CV = self.cap(logits_CV)
-        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+        chosen = [logits_CV[part].gather(1, piece.targets_NK) for piece, _, part, _ in placed]
+        is_trained = pieces[0].backward and grad_hidden_TD is not None
+        damping_CV = self._damping(logits_CV) if is_trained else None
+        largest_C1 = logits_CV.amax(-1, keepdim=True)
+        mass_CV = logits_CV.sub_(largest_C1).exp_()
+        sums_C1 = mass_CV.sum(-1, keepdim=True)
+        total_C1 = sums_C1.log().add_(largest_C1)
         logprobs = [
-            logits_CV[part].gather(1, piece.targets_NK).sub_(total_C1[part]) for piece, _, part, _ in placed
+            values_NK.sub_(total_C1[part]) for values_NK, (_, _, part, _) in zip(chosen, placed, strict=True)
         ]
         losses, slopes = [], []
         for piece, chosen_NK in zip(pieces, logprobs, strict=True):
             loss, slope_NK = _loss_and_slope(piece, chosen_NK)
             losses.append(loss)
             slopes.append(slope_NK)
-        if pieces[0].backward and grad_hidden_TD is not None:
-            grad_CD = self._backward(hidden_CD, logits_CV, placed, slopes, total_C1=total_C1)
+        if is_trained and grad_hidden_TD is not None:
+            grad_CV = _logit_gradient(mass_CV, sums_C1, placed, slopes)
+            grad_CD = self._backward(
+                hidden_CD, grad_CV if damping_CV is None else grad_CV.mul_(damping_CV), placed
+            )
             grad_hidden_TD.index_copy_(0, rows_C, grad_CD[: len(rows_C)])
         return [PieceScore(*pair) for pair in zip(logprobs, losses, strict=True)]
 
@@ -147,26 +156,12 @@ class Head:
             placed.append(_Placed(piece, segment, part, inner_NR))
         return placed
 
-    def _backward(
-        self,
-        hidden_CD: Tensor,
-        logits_CV: Tensor,
-        placed: Sequence[_Placed],
-        slopes: Sequence[Tensor],
-        *,
-        total_C1: Tensor,
-    ) -> Tensor:
-        """Return the gradient of the hidden rows, (C, D); add that of the head adapters.
+    def _damping(self, logits_CV: Tensor) -> Tensor | None:
+        """Return the derivative of the softcap at capped logits, where the model has one."""
+        return None if self.softcap is None else 1 - (logits_CV / self.softcap).square_()
 
-        The logits turn into their gradient in place: a chunk's largest tensor is held once.
-        """
-        damping_CV = None if self.softcap is None else 1 - (logits_CV / self.softcap).square_()
-        grad_CV = logits_CV.sub_(total_C1).exp_()
-        for (piece, _, part, _), slope_NK in zip(placed, slopes, strict=True):
-            grad_CV[part].mul_(-slope_NK.sum(1, keepdim=True)).scatter_add_(1, piece.targets_NK, slope_NK)
-        grad_CV[placed[-1].part.stop :] = 0
-        if damping_CV is not None:
-            grad_CV.mul_(damping_CV)
+    def _backward(self, hidden_CD: Tensor, grad_CV: Tensor, placed: Sequence[_Placed]) -> Tensor:
+        """Return the gradient of the hidden rows, (C, D); add that of the head adapters."""
         grad_CV = grad_CV.to(self.weight.plain.dtype)
         grad_CD = self.weight.transposed_product(grad_CV)
         for _, segment, part, inner_NR in placed:
@@ -177,6 +172,17 @@ class Head:
                 pair = segment.weights.pairs[UNEMBED]
                 grad_CD[part].addmm_(grad_inner_NR, pair.a, alpha=segment.weights.scaling)
         return grad_CD
+
+
+def _logit_gradient(
+    mass_CV: Tensor, sums_C1: Tensor, placed: Sequence[_Placed], slopes: Sequence[Tensor]
+) -> Tensor:
+    """Turn unscaled probabilities into the gradient of the logits, in place: the largest tensor is held once."""
+    for (piece, _, part, _), slope_NK in zip(placed, slopes, strict=True):
+        scale_N1 = slope_NK.sum(1, keepdim=True).neg_().div_(sums_C1[part])
+        mass_CV[part].mul_(scale_N1).scatter_add_(1, piece.targets_NK, slope_NK)
+    mass_CV[placed[-1].part.stop :] = 0
+    return mass_CV
 
 
 def _padded(rows_C: Tensor) -> Tensor:

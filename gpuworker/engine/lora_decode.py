@@ -8,12 +8,14 @@ Axes: T rows of the batch, W rows of one window, D input features, F output feat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gpuworker.engine.adapters import LoraWeights
+from gpuworker.engine.decode_stack import DecodeStacks, StackedRows, kind_of
 from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.row_probe import find_row_step
 
@@ -26,11 +28,40 @@ class SampledRows(NamedTuple):
     weights: LoraWeights
 
 
-class SampledProducts:
-    """How the routed layers of the model compute while sampling."""
+class _Part(Protocol):
+    """The LoRA products of some adjacent rows."""
 
-    def __init__(self, segments: Sequence[SampledRows], num_rows: int, *, row_step: int) -> None:
-        self._windows = [_Window.around(segment, num_rows, row_step) for segment in segments]
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None: ...
+
+
+class SampledProducts:
+    """How the routed layers of the model compute while sampling.
+
+    Args:
+        stacks: takes the adapters of a batch together; None where each goes by itself.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[SampledRows],
+        num_rows: int,
+        *,
+        row_step: int,
+        stacks: DecodeStacks | None = None,
+    ) -> None:
+        self._inputs: Tensor | None = None
+        self._rows_TD = torch.empty(0)
+        self._parts: list[_Part] = []
+        for _, group in groupby(segments, key=lambda segment: kind_of(segment.weights)):
+            same = list(group)
+            stack = (
+                stacks.find([one.weights for one in same]) if stacks is not None and len(same) > 1 else None
+            )
+            if stack is not None:
+                counts = [segment.stop - segment.start for segment in same]
+                self._parts.append(StackedRows(stack, same[0].start, counts, row_step=row_step))
+            else:
+                self._parts += [_Window.around(segment, num_rows, row_step) for segment in same]
 
     def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
         """Return a layer's output.
@@ -38,20 +69,18 @@ class SampledProducts:
         Shapes:
             inputs: (1, T, D); returns (1, T, F).
         """
-        rows_TD = inputs[0]
-        output_TF = layer.base_product(rows_TD)
-        self.add(output_TF, rows_TD, layer.name)
+        if inputs is not self._inputs:
+            self._inputs, self._rows_TD = inputs, inputs[0]  # the very same for all layers that read it
+        output_TF = layer.base_product(self._rows_TD)
+        self.add(output_TF, self._rows_TD, layer.name)
         if layer.add_up_output is not None:
             layer.add_up_output(output_TF)
         return output_TF[None]
 
     def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None:
         """Add the LoRA products of one projection in place."""
-        for window in self._windows:
-            pair = window.weights.pairs.get(name)
-            if pair is not None:
-                product_WF = rows_TD[window.rows].mm(pair.a.t()).mm(pair.b.t())
-                output_TF[window.own].add_(product_WF[window.kept], alpha=window.weights.scaling)
+        for part in self._parts:
+            part.add(output_TF, rows_TD, name)
 
 
 def find_factor_step(factors: Iterable[Tensor]) -> int:
@@ -77,3 +106,9 @@ class _Window(NamedTuple):
         return cls(
             slice(first, first + size), slice(start, stop), slice(start - first, stop - first), weights
         )
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None:
+        pair = self.weights.pairs.get(name)
+        if pair is not None:
+            inner_WR = rows_TD[self.rows].mm(pair.a.t()).mul_(self.weights.scaling)
+            output_TF[self.own].add_(inner_WR.mm(pair.b.t())[self.kept])

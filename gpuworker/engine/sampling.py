@@ -21,6 +21,7 @@ from gpuworker.engine.adapters import UNEMBED, LoraWeights
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import pack_rows
 from gpuworker.engine.decode_graphs import DecodeGraphs, NewToken, can_record
+from gpuworker.engine.decode_stack import DecodeStacks, is_exact, kind_of
 from gpuworker.engine.exceptions import (
     AdapterNotLoaded,
     EngineError,
@@ -81,6 +82,7 @@ class Sampler:
             else None
         )
         self._row_step = base.row_step
+        self._stacks = DecodeStacks() if base.device.type == "cpu" else None
         self._probed: set[torch.Size] = set()
         self._weights: dict[str, LoraWeights] = {}
         self._waiting: deque[ActiveRequest] = deque()
@@ -93,6 +95,11 @@ class Sampler:
         unknown = [factor for shape, factor in factors.items() if shape not in self._probed]
         self._probed.update(factors)
         self._row_step = max(self._row_step, self._base.group.most(find_factor_step(unknown)))
+        if self._stacks is not None:
+            self._stacks.inexact.update(factor.shape for factor in unknown if not self._is_exact(factor))
+
+    def _is_exact(self, factor: Tensor) -> bool:
+        return bool(self._base.group.least(int(is_exact(factor))))
 
     def holds(self, sampler_id: str) -> bool:
         """Return whether an id is known."""
@@ -190,7 +197,7 @@ class Sampler:
             if active.num_unbegun == 0:
                 self._waiting.popleft()
         groups += by_prompt.values()
-        return sorted(groups, key=lambda group: id(group[0].active.weights))
+        return sorted(groups, key=lambda group: _place(group[0].active.weights))
 
     def _is_worth_keeping(self) -> bool:
         """Return whether an unused cache stays: where recorded steps depend on it, up to half of its room."""
@@ -205,6 +212,8 @@ class Sampler:
         self._cache.release()
         if self._graphs is not None:
             self._graphs.release()
+        if self._stacks is not None:
+            self._stacks.clear()
 
     def _begin(self, active: ActiveRequest) -> Group:
         """Return as many new continuations as slots and cache allow, possibly none."""
@@ -217,13 +226,14 @@ class Sampler:
             free.pop()
         if not free:
             return []
-        self._cache.reserve(free[-1] + 1, num_positions)
+        has_spare = self._fits(free[-1] + 1, num_positions, spare=True)
+        self._cache.reserve(free[-1] + 1, num_positions, spare=has_spare)
         first = active.num_begun
         active.num_begun += len(free)
         return [Continuation(active, sample=first + i, slot=slot) for i, slot in enumerate(free)]
 
-    def _fits(self, num_slots: int, num_positions: int) -> bool:
-        return self._bytes(self._cache.grown(num_slots, num_positions)) <= self._cache_bytes
+    def _fits(self, num_slots: int, num_positions: int, *, spare: bool = False) -> bool:
+        return self._bytes(self._cache.grown(num_slots, num_positions, spare=spare)) <= self._cache_bytes
 
     def _bytes(self, size: tuple[int, int]) -> int:
         """Return what so many slots of so many positions take."""
@@ -300,7 +310,10 @@ class Sampler:
             if weights is not None:
                 segments.append(SampledRows(start, stop, weights))
             start = stop
-        return SampledProducts(segments, num_rows, row_step=self._row_step)
+        # A prompt's rows go by themselves: its neighbours would be filled up to as many.
+        is_decoding = all(group[0].tokens for group in groups)
+        stacks = self._stacks if is_decoding else None
+        return SampledProducts(segments, num_rows, row_step=self._row_step, stacks=stacks)
 
     def _choose(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
         draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]
@@ -328,6 +341,14 @@ class Sampler:
                 outcomes.append((request_id, active.result()))
         self._running = [c for c in self._running if c.slot not in ended]
         return outcomes
+
+
+def _place(weights: LoraWeights | None) -> tuple[int, int, int]:
+    """Return where rows with these weights stand in a batch: together, beside those that can share a stack."""
+    if weights is None:
+        return 0, 0, 0
+    rank, modules = kind_of(weights)
+    return rank, len(modules), id(weights)
 
 
 def _new_tokens(group: Group) -> Int64Array:

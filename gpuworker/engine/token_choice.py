@@ -18,6 +18,8 @@ from torch import Tensor
 from gpuworker.engine.types import SamplingParams
 
 _MASK = 2**64 - 1
+_LIKELY = 1024
+"""On a CPU so many of the likeliest tokens are sorted first, and all of them only where their mass does not do."""
 
 
 class Draw(NamedTuple):
@@ -80,14 +82,31 @@ def _draw(scaled_SV: Tensor, draws: Sequence[Draw], num_candidates: int | None) 
     """Draw among the candidates, or among the fewest of them whose mass reaches top_p."""
     if num_candidates is None:
         return _invert(torch.softmax(scaled_SV, dim=-1), draws)
+    limits_S1 = _column([d.params.top_p if d.params.top_p < 1.0 else math.inf for d in draws], scaled_SV)
     if num_candidates < scaled_SV.shape[1]:
         best_SK, ids_SK = scaled_SV.topk(num_candidates)
-    else:
-        best_SK, ids_SK = scaled_SV.sort(descending=True, stable=True)
-    probs_SK = torch.softmax(best_SK, dim=-1)
+        return _draw_sorted(torch.softmax(best_SK, dim=-1), ids_SK, limits_S1, draws)
+    if scaled_SV.is_cuda or num_candidates <= _LIKELY:
+        return _draw_among_all(scaled_SV, limits_S1, draws)
+    best_SK, ids_SK = scaled_SV.topk(_LIKELY)
+    probs_SK = best_SK.sub_(scaled_SV.logsumexp(-1, keepdim=True)).exp_()
+    tokens_S = _draw_sorted(probs_SK, ids_SK, limits_S1, draws)
+    spread = (probs_SK.sum(-1) < limits_S1[:, 0]).nonzero()[:, 0]
+    if len(spread):
+        own = [draws[row] for row in spread.tolist()]
+        tokens_S[spread] = _draw_among_all(scaled_SV[spread], limits_S1[spread], own)
+    return tokens_S
+
+
+def _draw_among_all(scaled_SV: Tensor, limits_S1: Tensor, draws: Sequence[Draw]) -> Tensor:
+    best_SV, ids_SV = scaled_SV.sort(descending=True, stable=True)
+    return _draw_sorted(torch.softmax(best_SV, dim=-1), ids_SV, limits_S1, draws)
+
+
+def _draw_sorted(probs_SK: Tensor, ids_SK: Tensor, limits_S1: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Draw among candidates in order of their probability, as far as their mass is wanted."""
     # Kept are the tokens before which the mass is still below top_p; where there are none, the first is drawn.
-    limits = [draw.params.top_p if draw.params.top_p < 1.0 else math.inf for draw in draws]
-    is_cut_SK = probs_SK.cumsum(-1) - probs_SK >= _column(limits, probs_SK)
+    is_cut_SK = probs_SK.cumsum(-1) - probs_SK >= limits_S1
     found_S = _invert(probs_SK.masked_fill(is_cut_SK, 0.0), draws)
     return ids_SK.gather(1, found_S[:, None])[:, 0]
 

@@ -176,6 +176,21 @@ def test_one_grouped_attention_call_gives_the_same_tokens(
         np.testing.assert_allclose(actual.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-5)
 
 
+def test_the_whole_room_of_the_cache_is_used(model_directory: Callable[[str], Path]) -> None:
+    """Pools double while there is room for that, and then grow by what is wanted."""
+    base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")
+    sampler = make_sampler(base, cache_bytes=base.cache_bytes_per_position(torch.float32) * 64 * 7)
+    for number in range(4):
+        sampler.submit(make_request(f"early{number}", 9, params=replace(GREEDY, max_tokens=50)))
+        sampler.step()
+    for number in range(4):
+        sampler.submit(make_request(f"late{number}", 9, params=replace(GREEDY, max_tokens=50)))
+    sampler.step()
+    assert len(sampler._running) == 7
+    assert sampler.num_pending == 8
+    assert len(finish(sampler)) == 8
+
+
 def test_a_prompt_that_requests_share_is_computed_once(model_directory: Callable[[str], Path]) -> None:
     """The budget of a step holds one such prompt; all of them begin at once and sample what they would alone."""
     base = base_model.load(model_directory("qwen3"), device="cpu", dtype="float32")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpuworker.engine import token_choice
 from gpuworker.engine.token_choice import Draw, choose, uniform
 from gpuworker.engine.types import SamplingParams
 
@@ -41,6 +42,18 @@ def test_frequencies_follow_the_filtered_distribution(params: dict[str, float], 
     expected[kept] = torch.softmax(scaled, -1)
     spread = np.sqrt(expected * (1 - expected) / num)
     assert (np.abs(frequencies(num, **params) - expected) <= 4.5 * spread + 1e-12).all()
+
+
+def test_top_p_among_many_tokens_is_what_sorting_all_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's mass is within the tokens looked at first, the other's is spread over more."""
+    generator = torch.Generator().manual_seed(0)
+    peaked, flat = torch.randn(2, 600, generator=generator) * torch.tensor([[3.0], [0.1]])
+    logits = torch.stack([peaked, flat] * 100)
+    wanted = draws(len(logits), top_p=0.9)
+    every, _ = choose(logits, wanted)
+    monkeypatch.setattr(token_choice, "_LIKELY", 64)
+    assert choose(logits, wanted)[0] == every
+    assert 2 < len(set(every[::2])) < 64 < len(set(every[1::2]))
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
