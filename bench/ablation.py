@@ -250,10 +250,9 @@ PARTS: Final = (
         kinds=("cuda bfloat16",),
     ),
     Part(
-        name="norms in one kernel",
+        name="norms in one step",
         work=_one_run,
         without=lambda _: patch.object(plainly.FusedNorm, "forward", plainly.norm),
-        kinds=("cuda bfloat16",),
     ),
     Part(
         name="recorded decode steps",

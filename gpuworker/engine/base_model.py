@@ -70,8 +70,7 @@ class BaseModel:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.modules = _route_projections(model, self.route)
         attention.install(model, self.route)
-        if self.device.type == "cuda":
-            norms.fuse(model)
+        norms.fuse(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight = FrozenWeight(head.weight)

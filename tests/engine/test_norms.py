@@ -37,3 +37,18 @@ def test_a_fused_norm_rounds_half_precision_once() -> None:
     expected = norm(hidden_TD)
     actual = norms.FusedNorm(half)(hidden_TD.to(torch.bfloat16)).float()
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_norm_hands_back_the_gradient_of_a_plain_one(dtype: torch.dtype) -> None:
+    norm = nn.RMSNorm(64, eps=1e-3)
+    norm.variance_epsilon = 1e-3  # type: ignore[assignment]
+    nn.init.normal_(norm.weight).requires_grad_(False)
+    wide, grad = torch.randn(2, 5, 64)
+    wide.requires_grad_()
+    (expected,) = torch.autograd.grad(norm(wide), wide, grad)
+    own = wide.detach().to(dtype).requires_grad_()
+    fused = norms.FusedNorm(copy.deepcopy(norm).to(dtype))
+    (actual,) = torch.autograd.grad(fused(own), own, grad.to(dtype))
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
