@@ -201,6 +201,12 @@ PARTS: Final = (
         kinds=("cpu float32",),
     ),
     Part(
+        name="oneDNN's products with factors of adapters",
+        work=_one_run,
+        without=lambda _: patch.object(products, "_MANY_ROWS", 1 << 20),
+        kinds=("cpu float32",),
+    ),
+    Part(
         name="no backward in the head for rows without a loss",
         work=_with_prompts,
         without=_every_row_backward,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuworker.engine.adapters import LoraPair, LoraWeights
-from gpuworker.engine.products import FrozenWeight
+from gpuworker.engine.products import FrozenWeight, factor_product
 
 
 class Products(Protocol):
@@ -62,7 +62,7 @@ class Segment(NamedTuple):
     def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
         """Add the segment's LoRA product in place and return the inner product of shape (rows, R)."""
         pair, scaling = self.weights.pairs[name], self.weights.scaling
-        inner_TR = rows_TD[self.start : self.stop].mm(pair.a.t())
+        inner_TR = factor_product(rows_TD[self.start : self.stop], pair.a)
         add_matmul(output_TF[self.start : self.stop], inner_TR, pair.b.t(), scaling)
         return inner_TR
 
@@ -192,7 +192,7 @@ def backward_pair(
         all arguments hold the segment's own rows; returns (rows, R), not yet scaled.
     """
     pair, scaling = segment.weights.pairs[name], segment.weights.scaling
-    grad_inner_TR = grad_TF.mm(pair.b)
+    grad_inner_TR = factor_product(grad_TF, pair.b.t())
     if segment.gradients is not None:
         gradient = segment.gradients[name]
         add_matmul(gradient.a, grad_inner_TR.t(), rows_TD, scaling)

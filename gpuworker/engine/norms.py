@@ -48,7 +48,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_TD = hidden_TD.float()
         length_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
-        scale_T1 = length_T1.square_().div_(hidden_TD.shape[-1]).add_(eps).rsqrt_()
+        scale_T1: Tensor = length_T1.square_().div_(hidden_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden_TD, weight_D, scale_T1)
         return (wide_TD * scale_T1).to(hidden_TD.dtype).mul_(weight_D)
 

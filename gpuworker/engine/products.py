@@ -14,6 +14,7 @@ from torch.nn import functional
 
 _HAS_ONEDNN: Final = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 _TRIED_ROWS: Final = (4, 64)
+_MANY_ROWS = 256
 
 
 def frozen_linear(rows_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -31,6 +32,14 @@ def frozen_linear(rows_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = No
         product = torch.ops.mkldnn._linear_pointwise.default(rows_TD, weight_FD, bias_F, "none", [], "")
         return cast(Tensor, product)
     return functional.linear(rows_TD, weight_FD, bias_F)
+
+
+def factor_product(rows_TD: Tensor, factor_RD: Tensor) -> Tensor:
+    """Return `rows @ factor.T`, (T, R), with a factor of an adapter.
+
+    oneDNN is twice as fast with many rows; with few, it is not, and a number of rows that is new to it costs time.
+    """
+    return frozen_linear(rows_TD, factor_RD) if len(rows_TD) >= _MANY_ROWS else rows_TD.mm(factor_RD.t())
 
 
 class FrozenWeight:
