@@ -84,8 +84,8 @@ class BaseModel:
         self.num_held_parameters = sum(parameter.numel() for parameter in model.parameters())
         frozen = [*(module.frozen for module in routed), self.head_weight]
         self.row_step = group.most(find_row_step([weight.plain for weight in frozen], frozen_linear))
-        if self.device.type == "cpu":
-            pack(frozen, room_bytes=available_bytes() // 4)
+        copied = pack(frozen, room_bytes=available_bytes() // 4) if self.device.type == "cpu" else 0
+        self.num_weight_bytes = self.num_held_parameters * self.dtype.itemsize + copied
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named buffers of the decoder, such as rotary frequencies."""

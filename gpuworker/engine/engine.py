@@ -157,7 +157,7 @@ class Engine:
         """
         itemsize = self._base.dtype.itemsize
         return {
-            "weight_bytes": self._base.num_held_parameters * itemsize,
+            "weight_bytes": self._base.num_weight_bytes,
             "attn_width": self._width(ATTENTION_PROJECTIONS),
             "mlp_width": self._width(MLP_PROJECTIONS),
             "unembed_width": self._width((UNEMBED,)),

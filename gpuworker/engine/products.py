@@ -76,15 +76,22 @@ class FrozenWeight:
         self._backward = _packed(self._backward)
 
 
-def pack(weights: Sequence[FrozenWeight], *, room_bytes: int) -> None:
-    """Hold copies of all weights as far as there is room: for products first, then for those transposed."""
+def pack(weights: Sequence[FrozenWeight], *, room_bytes: int) -> int:
+    """Hold copies of all weights as far as there is room: for products first, then for those transposed.
+
+    Returns:
+        the bytes that the copies take.
+    """
     num_bytes = sum(weight.num_bytes for weight in weights)
     steps: tuple[Callable[[FrozenWeight], None], ...] = (FrozenWeight.pack, FrozenWeight.pack_transposed)
-    for number, step in enumerate(steps, start=1):
-        if not _HAS_ONEDNN or number * num_bytes > room_bytes:
-            return
+    held_bytes = 0
+    for step in steps:
+        if not _HAS_ONEDNN or held_bytes + num_bytes > room_bytes:
+            break
         for weight in weights:
             step(weight)
+        held_bytes += num_bytes
+    return held_bytes
 
 
 def _packed(weight_FD: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ def test_packed_weights_give_the_bits_of_plain_ones(dtype: torch.dtype, num_rows
 def test_without_room_for_all_nothing_is_copied() -> None:
     weights = [FrozenWeight(make(torch.float32, seed)) for seed in range(3)]
     num_bytes = sum(weight.num_bytes for weight in weights)
-    products.pack(weights, room_bytes=num_bytes - 1)
+    assert products.pack(weights, room_bytes=num_bytes - 1) == 0
     assert {is_packed(weight) for weight in weights} == {(False, False)}
-    products.pack(weights, room_bytes=2 * num_bytes - 1)
+    assert products.pack(weights, room_bytes=2 * num_bytes - 1) == num_bytes
     assert {is_packed(weight) for weight in weights} == {(True, False)}
 
 
