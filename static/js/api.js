@@ -38,21 +38,21 @@ export async function postForm(url, form) {
   return { isDone: response.ok, answer: await response.json() };
 }
 
-const newest = new Map();
-
-// Reads the parts at an address and shows them, unless what was asked for later is shown already:
-// answers overtake one another on a busy server.
+// Reads the parts at an address and shows them.
 export async function refreshParts(url) {
   const asked = performance.now();
-  const page = await getPage(url);
-  if (asked < (newest.get(url) ?? 0)) return;
-  newest.set(url, asked);
-  replaceParts(page);
+  replaceParts(await getPage(url), asked);
 }
 
-// Brings every [data-part] up to date without disturbing whoever uses it.
-export function replaceParts(page) {
+// When what each part shows was asked for.
+const shown = new Map();
+
+// Brings every [data-part] up to date without disturbing whoever uses it, unless it shows what was asked for later:
+// answers overtake one another on a busy server.
+export function replaceParts(page, asked = performance.now()) {
   for (const fresh of page.querySelectorAll("[data-part]")) {
+    if (asked < (shown.get(fresh.dataset.part) ?? 0)) continue;
+    shown.set(fresh.dataset.part, asked);
     const current = document.querySelector(`[data-part="${fresh.dataset.part}"]`);
     if (!current || current.isEqualNode(fresh)) continue;
     morph(current, fresh);

@@ -7,7 +7,7 @@ const scroll = () => document.querySelector("[data-film-scroll]");
 let numColumns = Number(new URLSearchParams(location.search).get("columns")) || 0;
 let follows = true;
 let chosen = null;
-let isMoving = false;
+let movingTimer = null;
 
 function columns() {
   return [...scroll().querySelectorAll("[data-film-column]")];
@@ -25,11 +25,24 @@ function choose(index, behavior = "smooth") {
   follows = number === all.length - 1;
   chosen = all[number].dataset.key;
   show();
-  const element = scroll();
   const left = number === 0 ? 0 : all[number].offsetLeft - baseWidth() - 1;
-  isMoving = true;
-  element.scrollTo({ left, behavior });
-  setTimeout(() => { isMoving = false; }, behavior === "smooth" ? 500 : 60);
+  move({ left, behavior });
+}
+
+// A scroll of our own says nothing about what somebody looks at; it is over when nothing more of it comes.
+function move(place) {
+  waitForItsEnd();
+  scroll().scrollTo(place);
+}
+
+function waitForItsEnd() {
+  clearTimeout(movingTimer);
+  movingTimer = setTimeout(byHand, 500);
+}
+
+function byHand() {
+  clearTimeout(movingTimer);
+  movingTimer = null;
 }
 
 function chosenIndex() {
@@ -55,7 +68,10 @@ function show() {
 
 // Scrolled by hand: the first column that is wholly in view is the chosen one.
 function onScroll() {
-  if (isMoving) return;
+  if (movingTimer) {
+    waitForItsEnd();
+    return;
+  }
   const element = scroll();
   const left = element.scrollLeft + baseWidth();
   const all = columns();
@@ -107,9 +123,7 @@ function placeOfChosen() {
 }
 
 function stayAt(place) {
-  isMoving = true;
-  scroll().scrollTo({ left: columns()[chosenIndex()].offsetLeft - place, behavior: "auto" });
-  setTimeout(() => { isMoving = false; }, 60);
+  move({ left: columns()[chosenIndex()].offsetLeft - place, behavior: "auto" });
   show();
 }
 
@@ -126,6 +140,7 @@ function connect() {
   if (!element || element.dataset.isConnected) return;
   element.dataset.isConnected = "1";
   element.addEventListener("scroll", onScroll, { passive: true });
+  for (const kind of ["wheel", "pointerdown", "touchstart"]) element.addEventListener(kind, byHand, { passive: true });
   element.addEventListener("keydown", onKey);
   markWords();
   choose(columns().length - 1, "auto");

@@ -2,7 +2,7 @@
 // typed values, checked boxes and folded details outlive a refresh. An open dialog stays as it is.
 const ROWS = new Set(["TR", "LI", "ARTICLE"]);
 // State of the person at the page, not of the server.
-const KEPT_ATTRIBUTES = new Set(["open", "data-kept"]);
+const KEPT_ATTRIBUTES = new Set(["open", "data-kept", "aria-busy"]);
 
 export function morph(current, fresh) {
   const focused = document.activeElement;

@@ -39,14 +39,16 @@ function schedule(delay = DEBOUNCE_MS) {
 
 async function preview() {
   const mine = ++newest;
+  clearTimeout(timer);
+  timer = null;
   try {
     const { answer } = await postForm(form.getAttribute("data-preview-url") + location.search, new FormData(form));
     if (mine === newest) apply(answer);
   } catch {
     if (mine === newest) card.classList.add("is-stale");
   }
-  clearTimeout(timer);
-  timer = setTimeout(() => (document.hidden ? schedule(REPEAT_MS) : preview()), REPEAT_MS);
+  // What was typed meanwhile has planned a preview of its own, which is sooner.
+  timer ??= setTimeout(() => (document.hidden ? schedule(REPEAT_MS) : preview()), REPEAT_MS);
 }
 
 function apply({ html, summary: text, problems, rules, num_steps: steps, num_epochs: epochs }) {

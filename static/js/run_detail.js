@@ -22,6 +22,8 @@ const charts = new Map();
 const overlays = new Map();
 const VALIDATION = "validation_loss";
 const AXES = ["step", "tokens", "time"];
+// The lines of ancestors, by the name of their chart.
+const ancestry = new Map();
 const tokenAxis = new TokenAxis();
 let cursor = settings.isLarge ? settings.upToSeq : -1;
 let zoom = null;
@@ -63,18 +65,19 @@ async function loadHistory(range) {
   historyTurn += 1;
   const turn = historyTurn;
   for (const name of [...settings.names].sort((a, b) => (rank(a) < rank(b) ? -1 : 1))) {
-    await loadHistoryOf(name, range);
+    await loadHistoryOf(name, range, turn);
     if (turn !== historyTurn) return;
   }
 }
 
-async function loadHistoryOf(name, range) {
+async function loadHistoryOf(name, range, turn) {
   const query = new URLSearchParams({ name, up_to: settings.upToSeq, weight: options.weight, buckets: 1500 });
   if (range && options.axis === "step") {
     query.set("from", Math.floor(range[0]));
     query.set("to", Math.ceil(range[1]));
   }
   const { series: [history] } = await getJson(`${address}/series.json?${query}`);
+  if (turn !== historyTurn) return; // overtaken: another range is wanted by now, or the run went back
   const series = seriesOf(name);
   const before = series.numValues;
   series.setHistory(history);
@@ -93,7 +96,7 @@ function restart() {
   loadHistory(zoom).catch(showProblem);
 }
 
-// The curves of the runs that this one goes on from.
+// The curves of the runs that this one goes on from; its own first value may come later.
 async function loadAncestry() {
   const { ancestors } = await getJson(`${address}/ancestry.json`);
   for (const { series } of ancestors) {
@@ -101,8 +104,9 @@ async function loadAncestry() {
       const line = new Series(past.name);
       line.setWeight(options.weight);
       past.step.forEach((step, index) => line.push(step, past.time_s[index], past.mean[index] ?? NaN));
-      const chart = past.name === VALIDATION ? charts.get("loss") : charts.get(past.name);
-      chart?.ancestors.push(line);
+      const name = past.name === VALIDATION ? "loss" : past.name;
+      ancestry.set(name, [...(ancestry.get(name) ?? []), line]);
+      charts.get(name)?.ancestors.push(line);
     }
   }
   scheduleDraw();
@@ -152,6 +156,7 @@ function chartOf(name) {
   const series = new Series(name);
   series.setWeight(options.weight);
   const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom });
+  chart.ancestors.push(...(ancestry.get(name) ?? []));
   charts.set(name, chart);
   if (name === "loss") chart.setMarks(readMarks());
   const place = rank(name);

@@ -91,6 +91,7 @@ export class LiveSocket {
     const old = this.#socket;
     this.#socket = null;
     old?.close();
+    this.#onState("waiting"); // the old one is not heard any more, and tells nothing
     this.#connect();
   }
 }

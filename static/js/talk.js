@@ -18,9 +18,12 @@ class Talk {
   #turns = [];
   // Asks without a last word, by id; sent again when the socket comes back.
   #open = new Map();
+  // Timers of those that are put again once weights are saved, by answer.
+  #looks = new Map();
   #socket = null;
   #isReady = false;
   #number = 0;
+  #numReads = 0;
 
   constructor(root) {
     this.#root = root;
@@ -54,7 +57,7 @@ class Talk {
       this.#form.requestSubmit();
     });
     this.#root.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || this.#open.size === 0) return;
+      if (event.key !== "Escape" || !this.#isBusy) return;
       event.preventDefault();
       this.#stop();
     });
@@ -104,8 +107,11 @@ class Talk {
   }
 
   async #refreshWeights() {
+    const number = (this.#numReads += 1);
     try {
-      ({ groups: this.#groups } = await getJson(this.#root.dataset.weightsUrl));
+      const { groups } = await getJson(this.#root.dataset.weightsUrl);
+      if (number !== this.#numReads) return;
+      this.#groups = groups;
     } catch {
       return; // The choices stay as they are.
     }
@@ -162,7 +168,7 @@ class Talk {
     const text = document.createTextNode("");
     element.querySelector(".talk-text").append(text);
     element.querySelector(".talk-by").textContent = column.select.selectedOptions[0]?.textContent ?? "";
-    const answer = { element, node: text, text: "", numLooks: 0, question: ask };
+    const answer = { element, node: text, text: "", numLooks: 0, isStopping: false, question: ask };
     turn.answers.set(column.number, answer);
     turn.element.querySelector(".talk-answers").append(element);
     this.#submit(answer);
@@ -189,14 +195,19 @@ class Talk {
 
   #stop() {
     for (const [id, answer] of this.#open) {
+      answer.isStopping = true;
       if (answer.isSent) this.#socket.send({ stop: id });
       else this.#finish(answer, "stopped");
+    }
+    for (const [answer, timer] of this.#looks) {
+      clearTimeout(timer);
+      this.#looks.delete(answer);
+      this.#finish(answer, "stopped");
     }
   }
 
   #clear() {
     this.#stop();
-    for (const answer of this.#open.values()) answer.isGone = true;
     this.#turns = [];
     this.#open.clear();
     for (const element of this.#log.querySelectorAll(".talk-turn")) element.remove();
@@ -219,6 +230,10 @@ class Talk {
     if (state === "live") return;
     this.#isReady = false;
     for (const answer of this.#open.values()) {
+      if (answer.isStopping) {
+        this.#finish(answer, "stopped");
+        continue;
+      }
       answer.isSent = false; // The server stops what a closed page asked for; it is asked anew.
       this.#note(answer, state === "waiting" ? "Reconnecting\u2026" : "You are signed out; reload the page.");
     }
@@ -274,7 +289,7 @@ class Talk {
   }
 
   #fail(answer, { error, place }) {
-    if (error === "stopped") {
+    if (error === "stopped" || answer.isStopping) {
       this.#finish(answer, "stopped");
       return;
     }
@@ -315,11 +330,15 @@ class Talk {
   }
 
   #lookAgain(answer) {
+    if (!answer.element.isConnected) return; // cleared while the save was asked for
     answer.numLooks += 1;
     this.#note(answer, "Saving the weights\u2026");
-    setTimeout(() => {
-      if (!answer.isGone) this.#submit(answer);
-    }, SAVE_LOOK_MS);
+    const lookNow = () => {
+      this.#looks.delete(answer);
+      this.#submit(answer);
+    };
+    this.#looks.set(answer, setTimeout(lookNow, SAVE_LOOK_MS));
+    this.#showBusy();
   }
 
   #setState(answer, state) {
@@ -338,8 +357,12 @@ class Talk {
     problem.hidden = !text;
   }
 
+  get #isBusy() {
+    return this.#open.size + this.#looks.size > 0;
+  }
+
   #showBusy() {
-    const isBusy = this.#open.size > 0;
+    const isBusy = this.#isBusy;
     const status = this.#part("status");
     if (!isBusy && !this.#part("stop").hidden) status.textContent = "All answers are there.";
     else if (isBusy) status.textContent = "";

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from django.core.cache import cache
 from django.test import Client
+from playwright.sync_api import expect
 from tokenizers import Tokenizer
 
 from runs.models import TrainingRun, User
@@ -14,6 +15,9 @@ from runs.services import base_models
 from tests.pages import seed
 
 PASSWORD = "correct horse battery"
+
+# Five seconds are not enough for a busy machine; a deadline costs nothing where all is well.
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(autouse=True)
