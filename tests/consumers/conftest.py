@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
 from django.db import connections
 from django.test import Client
+from django.utils import timezone
 
 from runs import consumers
-from runs.models import TrainingRun, User
+from runs.models import TrainingRun, User, Worker
 from tests.consumers.sockets import Socket
 from tests.pages import seed
+from tests.services import rows
 
 Open = Callable[..., Awaitable[Socket]]
+STAYS = timezone.now() + timedelta(days=1)
 
 
 @pytest.fixture
@@ -65,8 +69,17 @@ def _sign_in() -> str:
 
 def _make_run() -> TrainingRun:
     run = seed.make_run(User.objects.get(username="alice"), name="live one")
-    seed.add_values(run, seed.curve(5))
+    seed.add_values(
+        run, seed.curve(5), ends_at=STAYS
+    )  # or the row changes when its last value is some seconds old
     return run
+
+
+def make_worker() -> Worker:
+    """Enter a worker with the shipped model that stays alive though nobody renews its lease."""
+    worker = rows.make_worker()
+    Worker.objects.filter(pk=worker.pk).update(lease_until=STAYS)
+    return worker
 
 
 def _close_pool() -> None:
@@ -75,7 +88,7 @@ def _close_pool() -> None:
     together = threading.Barrier(threads._max_workers)
 
     def close() -> None:
-        together.wait(timeout=30)
+        together.wait(timeout=60)
         connections.close_all()
 
     for waiting in [threads.submit(close) for _ in range(threads._max_workers)]:

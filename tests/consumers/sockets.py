@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 from urllib.parse import quote
 
 from asgiref.testing import ApplicationCommunicator
+from django.conf import settings
+from redis.asyncio import Redis
 
 from mintweb.asgi import application
+
+PATIENCE_S = 60
+
+
+async def subscribed(group: str) -> None:
+    """Wait until a socket hears what is sent to a group; what is sent before is lost."""
+    layers: Any = settings.CHANNEL_LAYERS
+    name = f"{layers['default']['CONFIG']['prefix']}__group__{group}"
+    async with asyncio.timeout(PATIENCE_S), Redis.from_url(settings.REDIS_URL) as client:
+        while not dict(await client.pubsub_numsub(name)).get(name.encode()):
+            await asyncio.sleep(0.01)
 
 
 class Socket:
@@ -26,7 +40,7 @@ class Socket:
     async def open(self) -> None:
         """Shake hands; `is_open` tells whether that worked."""
         await self._end.send_input({"type": "websocket.connect"})
-        reply = await self._end.receive_output(timeout=20)
+        reply = await self._end.receive_output(timeout=PATIENCE_S)
         self.is_open = reply["type"] == "websocket.accept"
         self.close_code = reply.get("code", 0)
 
@@ -40,7 +54,7 @@ class Socket:
 
     async def hear(self) -> dict[str, Any]:
         """Return the next message."""
-        reply = await self._end.receive_output(timeout=20)
+        reply = await self._end.receive_output(timeout=PATIENCE_S)
         assert reply["type"] == "websocket.send", reply
         message: dict[str, Any] = json.loads(reply["text"])
         return message
@@ -48,7 +62,7 @@ class Socket:
     async def closing_code(self) -> int:
         """Return with which code the server ends the socket."""
         while True:
-            reply = await self._end.receive_output(timeout=20)
+            reply = await self._end.receive_output(timeout=PATIENCE_S)
             if reply["type"] == "websocket.close":
                 self.is_open = False
                 return int(reply["code"])
@@ -56,4 +70,4 @@ class Socket:
     async def leave(self) -> None:
         """Close from the browser's side, or tell that the server's closing has arrived."""
         await self._end.send_input({"type": "websocket.disconnect", "code": 1000})
-        await self._end.wait(timeout=20)
+        await self._end.wait(timeout=PATIENCE_S)

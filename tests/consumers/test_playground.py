@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
+from django.db import transaction
 from django.test import override_settings
 
 from runs import events
@@ -22,8 +23,8 @@ from runs.schemas import requests, results
 from runs.schemas.sampling import StoredSample
 from runs.services import commits, operations
 from runs.services.commits import Result
-from tests.consumers.conftest import Open
-from tests.consumers.sockets import Socket
+from tests.consumers.conftest import Open, make_worker
+from tests.consumers.sockets import PATIENCE_S, Socket, subscribed
 from tests.pages import seed
 from tests.services import rows
 
@@ -43,7 +44,7 @@ async def renderer(cookie: str) -> Renderer:
 @pytest.fixture
 async def worker(cookie: str) -> Worker:
     """Return a live worker that draws nothing by itself."""
-    return await sync_to_async(rows.make_worker)()
+    return await sync_to_async(make_worker)()
 
 
 async def hear(socket: Socket, *wanted: str) -> dict[str, Any]:
@@ -56,19 +57,21 @@ async def hear(socket: Socket, *wanted: str) -> dict[str, Any]:
 
 async def asked(*, number: int = 1) -> list[Operation]:
     """Return the samples that were asked for, once there are so many."""
-    for _ in range(500):
-        found = [row async for row in Operation.objects.filter(kind="sample").order_by("pk")]
-        if len(found) >= number:
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("nothing was asked")
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            found = [row async for row in Operation.objects.filter(kind="sample").order_by("pk")]
+            if len(found) >= number:
+                return found
+            await asyncio.sleep(0.01)
 
 
 async def show(row: Operation, start: int, tokens: Sequence[int], *, is_last: bool = False) -> None:
     layer: Any = get_channel_layer()
     assert row.sampling_session_id is not None
+    group = events.sampling_group(row.sampling_session_id)
+    await subscribed(group)
     await layer.group_send(
-        events.sampling_group(row.sampling_session_id),
+        group,
         events.SamplePartial(
             type="sample.partial", operation=row.pk, start=start, tokens=list(tokens), is_last=is_last
         ),
@@ -279,9 +282,14 @@ async def test_waiting_is_explained(
     socket = await connect(PATH)
     await socket.say_json(question())
     assert "no GPU worker is running" in (await hear(socket, "waiting"))["waiting"]
-    worker = await sync_to_async(rows.make_worker)()
-    await sync_to_async(seed.add_operations)(run)
-    await TrainingRun.objects.filter(pk=run.pk).aupdate(worker=worker)
+
+    @transaction.atomic  # or the socket may tell what is true in between
+    def have_a_busy_worker() -> None:
+        worker = make_worker()
+        seed.add_operations(run)
+        TrainingRun.objects.filter(pk=run.pk).update(worker=worker)
+
+    await sync_to_async(have_a_busy_worker)()
     message = await hear(socket, "waiting")
     assert message["waiting"] == "waiting: the worker is busy with run live one"
     await socket.say_json(question("b"))

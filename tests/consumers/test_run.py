@@ -14,7 +14,7 @@ from django.test import override_settings
 from runs import consumers, events
 from runs.models import TrainingRun, User
 from tests.consumers.conftest import Open
-from tests.consumers.sockets import Socket
+from tests.consumers.sockets import Socket, subscribed
 from tests.pages import seed
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -60,6 +60,7 @@ async def test_a_hint_brings_new_values_at_once_and_each_once(
     socket = await connect(path(run))
     await socket.say_json({"after": 10})
     assert (await socket.hear())["points"] == []
+    await subscribed(events.run_group(run.pk))
     seen: list[int] = []
     for first in (6, 9, 12):
         await sync_to_async(add_steps)(run, first, first + 2)

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.up.instances import Instance
 
@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CHROMIUM = os.environ.get("MINTWEB_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 GUIDE_MODEL = "Qwen/Qwen3-0.6B"
 TINY = ROOT / "gpuworker" / "tiny" / "model"
+PATIENCE_S = 60
+
+# Five seconds are not enough for a busy machine; a deadline costs nothing where all is well.
+expect.set_options(timeout=1000 * PATIENCE_S)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def login(product: Instance) -> dict[str, str]:
     """The cookies of whoever opened the login link that `make up` prints."""
     link = re.search(r"http://\S+/login/\S+", product.output)
     assert link is not None
-    with httpx.Client() as client:
+    with httpx.Client(timeout=PATIENCE_S) as client:
         client.get(link[0]).raise_for_status()
         data = {"csrfmiddlewaretoken": client.cookies["csrftoken"]}
         assert client.post(link[0], data=data, headers={"Origin": product.address}).status_code == 302
@@ -103,6 +107,7 @@ def page(product: Instance, login: dict[str, str]) -> Iterator[Page]:
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         context = browser.new_context(base_url=product.address)
+        context.set_default_timeout(1000 * PATIENCE_S)
         context.add_cookies(
             [{"name": name, "value": value, "url": product.address} for name, value in login.items()]
         )

@@ -64,7 +64,7 @@ class Loop:
     def meet(self, step: int) -> Callable[[], None]:
         """Wait until the loop is at a stop; returns what makes it go on."""
         at, go = (self._folder / f"{word}-{step}" for word in ("at", "go"))
-        wait_for(lambda: at.exists() or self.is_over, 120)
+        wait_for(lambda: at.exists() or self.is_over, 240)
         return go.touch
 
     def lasts(self, seconds: float) -> None:
@@ -77,7 +77,7 @@ class Loop:
     def outcome(self) -> Outcome:
         """Wait for the client's end, which must be a good one."""
         try:
-            out, err = self._process.communicate(timeout=240)
+            out, err = self._process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
@@ -129,6 +129,15 @@ def rows(product: Instance, statement: str, *values: object) -> list[tuple[Any, 
         return connection.execute(statement.encode(), values).fetchall()
 
 
+def submitted_steps(product: Instance, run_id: str) -> int:
+    """Return how many steps of a run without code are submitted; one that is paused submits no more."""
+    of_run = (
+        "SELECT next_step FROM runs_recipe JOIN runs_trainingrun run ON run.id = run_id WHERE public_id = %s"
+    )
+    ((num_steps,),) = rows(product, of_run, run_id)
+    return int(num_steps)
+
+
 # What keeps the programs running ------------------------------------------------------------------------------
 
 
@@ -147,7 +156,7 @@ def is_running(product: Instance, program: str) -> bool:
 def is_ready(product: Instance) -> bool:
     """Say whether web server, database, a worker and a base model are there."""
     try:
-        return httpx.get(f"{product.address}/health/ready", timeout=10).status_code == HTTPStatus.OK
+        return httpx.get(f"{product.address}/health/ready", timeout=60).status_code == HTTPStatus.OK
     except httpx.TransportError:
         return False
 
@@ -159,7 +168,7 @@ def without(product: Instance, program: str, *, kill: signal.Signals) -> Iterato
     ask(product, "stopProcess", program, False)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, kill)
-    wait_for(lambda: ask(product, "getProcessInfo", program)["statename"] == "STOPPED", 40)
+    wait_for(lambda: ask(product, "getProcessInfo", program)["statename"] == "STOPPED", 100)
     try:
         yield
     finally:

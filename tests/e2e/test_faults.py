@@ -31,7 +31,7 @@ from tests.e2e.disturbed import (
     without,
 )
 from tests.e2e.proxy import Proxy
-from tests.up.instances import Instance, wait_for
+from tests.up.instances import Instance, is_quiet, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -102,7 +102,7 @@ def test_everything_dies_with_its_supervisor_and_is_started_again(
         product.process.kill()
         product.process.wait()
         go_on()
-        wait_for(lambda: not product.processes("celery"), 10)
+        wait_for(lambda: not product.processes("celery"), 60)
         product.start()
 
     assert disturbed(product, sdk_env, loop_dir, {8: strike}) == undisturbed
@@ -160,7 +160,7 @@ def test_redis_is_not_needed(
                 break
         assert not is_running(product, REDIS)
         logger.info("without Redis: %s loops, longest wait %.2f s", number + 1, outcome.longest_s)
-    wait_for(lambda: is_running(product, REDIS), 10)
+    wait_for(lambda: is_running(product, REDIS), 60)
 
 
 def test_redis_forgets_everything_again_and_again(
@@ -205,8 +205,8 @@ def test_a_rolling_restart_is_a_pause(
             pid = ask(product, "getProcessInfo", program)["pid"]
             go_on()
             ask(product, "signalProcess", program, "INT" if program == POSTGRES else "TERM")
-            wait_for(lambda: ask(product, "getProcessInfo", program)["pid"] not in (0, pid), 60)
-            wait_for(lambda: is_ready(product), 60)
+            wait_for(lambda: ask(product, "getProcessInfo", program)["pid"] not in (0, pid), 90)
+            wait_for(lambda: is_ready(product), 120)
 
         return strike
 
@@ -217,5 +217,4 @@ def test_a_rolling_restart_is_a_pause(
         assert outcome == undisturbed
         stalls.append(round(outcome.longest_s, 1))
     logger.info("%s restarts, longest waits %s s", NUM_ROUNDS * len(programs), stalls)
-    is_quiet = os.getloadavg()[0] < (os.cpu_count() or 1)
-    assert max(stalls) <= (QUIET_STALL_S if is_quiet else BUSY_STALL_S)
+    assert max(stalls) <= (QUIET_STALL_S if is_quiet() else BUSY_STALL_S)

@@ -7,6 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -15,23 +16,23 @@ from playwright.sync_api import Locator, Page, expect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import ROOT, TINY
+from tests.e2e.disturbed import submitted_steps
+from tests.up.instances import Instance
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 PROMPT: Final = "What does a dog say?"
-PATIENCE_MS: Final = 60_000
+TRAINED_MS: Final = 240_000
 BAD_LINES: Final = ('{"messages": [{"role": "user", "content": "no answer"}]}', '{"messages": [')
 
 
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # PEFT asks for it
-def test_from_a_file_to_an_adapter(page: Page, tmp_path: Path) -> None:
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
+def test_from_a_file_to_an_adapter(page: Page, product: Instance, tmp_path: Path) -> None:
     upload_and_skip_bad_rows(page, tmp_path)
     start_a_run(page)
-    pause_and_change(page)
-    save_and_fork(page)
+    num_steps = pause_change_and_save(page, product)
+    fork(page, num_steps=num_steps + 40)
     answer = last_answer(page)
     adapter = download(page, tmp_path)
     assert answer.startswith("Arr!")
@@ -57,42 +58,46 @@ def upload_and_skip_bad_rows(page: Page, tmp_path: Path) -> None:
 def start_a_run(page: Page) -> None:
     page.get_by_role("link", name="New run with this dataset").click()
     page.get_by_label("Run name", exact=True).fill("from a file")
-    page.get_by_label("Steps", exact=True).fill("400")
+    page.get_by_label("Steps", exact=True).fill("2000")  # more than it can do before it is paused
     page.get_by_label("Another prompt").or_(page.locator("textarea[name='samples.prompts']")).first.fill(
         PROMPT
     )
-    expect(page.locator("[data-preview]")).to_contain_text("400")
+    expect(page.locator("[data-preview]")).to_contain_text(re.compile(r"2\W?000"))
     page.get_by_role("button", name="Start the run").click()
     page.wait_for_url("**/runs/**:train:*/")
     expect(chart(page, "Loss per token").locator(".chart-summary")).to_contain_text("lowest")
 
 
-def pause_and_change(page: Page) -> None:
+def pause_change_and_save(page: Page, product: Instance) -> int:
+    """Shorten the run while it is paused, save it by hand, and let it go on; returns how many steps it has in all."""
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    run_id = unquote(page.url.rstrip("/").rpartition("/")[2])
+    num_steps = max(submitted_steps(product, run_id) + 20, 120)
     page.get_by_role("button", name="Change settings").click()
     dialog = page.locator("#change-dialog")
     dialog.get_by_label("Learning rate").fill("0.002")
-    dialog.get_by_label("Steps in all").fill("120")
+    dialog.get_by_label("Steps in all").fill(str(num_steps))
     dialog.get_by_role("button", name="Change", exact=True).click()
     expect(page.locator(".event").filter(has_text="changed")).to_contain_text("learning rate")
-    page.get_by_role("button", name="Resume").click()
-    expect(page.get_by_role("button", name="Pause")).to_be_visible()
-
-
-def save_and_fork(page: Page) -> None:
-    """Save by hand, let the run end, and fork from what was saved."""
     page.get_by_role("button", name="Save checkpoint now").click()
     expect(page.locator("[data-part=checkpoints] tr").filter(has_text="manual-")).to_be_visible()
-    expect(page.locator(".phase")).to_contain_text("Finished", timeout=120_000)
+    page.get_by_role("button", name="Resume", exact=True).click()
+    expect(page.get_by_role("button", name="Resume", exact=True)).to_have_count(0)
+    return num_steps
+
+
+def fork(page: Page, *, num_steps: int) -> None:
+    """Let the run end, and fork from what was saved by hand."""
+    expect(page.locator(".phase")).to_contain_text("Finished", timeout=TRAINED_MS)
     page.get_by_role("button", name="Fork").click()
     page.locator("#fork-dialog tr").filter(has_text="manual-").get_by_role("link").first.click()
     page.get_by_label("Run name", exact=True).fill("forked")
-    page.get_by_label("Steps", exact=True).fill("160")
+    page.get_by_label("Steps", exact=True).fill(str(num_steps))
     page.get_by_role("button", name="Start the fork").click()
     page.wait_for_url("**/runs/**:train:*/")
     expect(page.locator("[data-part=lineage]")).to_contain_text("Forked from from a file")
-    expect(page.locator(".phase")).to_contain_text("Finished", timeout=120_000)
+    expect(page.locator(".phase")).to_contain_text("Finished", timeout=TRAINED_MS)
 
 
 def last_answer(page: Page) -> str:

@@ -18,12 +18,13 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import MINT022, TINKER038, Sdk
-from tests.up.instances import Instance, wait_for
+from tests.up.instances import Instance, is_quiet, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
 LOOP = Path(__file__).with_name("waiting_loop.py")
 NO_WORKER = "no GPU worker is running"
-SOON_MS = 15_000
+SOON_S = 15
+BUSY_S = 90
 MARK = re.compile(r"recovered, nothing lost at step \d+: replayed \d+ operations?; back after \d+\.\d s")
 
 
@@ -105,33 +106,33 @@ def test_everything_says_that_the_worker_is_lost_and_then_that_nothing_else_is(
         run_list = page.context.new_page()
         run_list.goto("/runs/")
         row = run_list.locator(f'tr[data-run="{watched.run_id}"] .status')
-        expect(row).to_have_text("running", timeout=20_000)
+        expect(row).to_have_text("running")
         page.goto(f"/runs/{watched.run_id}/")
         status = page.locator(".headline-status .status")
-        expect(status).to_have_text("running", timeout=20_000)
+        expect(status).to_have_text("running")
         with lose(product):
             lost_at = time.monotonic()
-            expect(status).to_have_text("waiting for worker", timeout=SOON_MS)
-            expect(row).to_have_text(
-                "waiting for worker", timeout=SOON_MS - 1000 * (time.monotonic() - lost_at)
-            )
-            told = httpx.get(f"{product.address}/rest/v1/runs/{watched.run_id}", headers=key).json()
+            expect(status).to_have_text("waiting for worker")
+            expect(row).to_have_text("waiting for worker")
+            told = httpx.get(
+                f"{product.address}/rest/v1/runs/{watched.run_id}", headers=key, timeout=60
+            ).json()
             assert told["state"] == "waiting_for_worker"
-            assert httpx.get(f"{product.address}/health/ready").status_code == 503
-            assert time.monotonic() - lost_at < SOON_MS / 1000 + 1
+            assert httpx.get(f"{product.address}/health/ready", timeout=60).status_code == 503
+            assert time.monotonic() - lost_at < (SOON_S + 1 if is_quiet() else BUSY_S)
             expect(page.locator(".facts .reason")).to_contain_text(NO_WORKER)
             for loop in loops:
-                wait_for(lambda loop=loop: any(NO_WORKER in line for line in loop.terminal), 90)  # type: ignore[misc]
-        expect(status).to_have_text("running", timeout=90_000)
+                wait_for(lambda loop=loop: any(NO_WORKER in line for line in loop.terminal), 180)  # type: ignore[misc]
+        expect(status).to_have_text("running", timeout=180_000)
         if recovers:
             event = page.locator(".event").filter(has_text="recovered, nothing lost").first
-            expect(event).to_contain_text("replayed", timeout=20_000)
+            expect(event).to_contain_text("replayed")
             expect(event).to_contain_text("back after")
             mark = page.locator('.lane-mark[data-kind="recovered"]').first
-            expect(mark).to_have_attribute("aria-label", MARK, timeout=20_000)
+            expect(mark).to_have_attribute("aria-label", MARK)
             page.screenshot(path=tmp_path / "recovered.png", full_page=True)
         assert [loop.end() for loop in loops] == [0, 0]
     finally:
         for loop in loops:
             loop.kill()
-    assert httpx.get(f"{product.address}/health/ready").status_code == 200
+    assert httpx.get(f"{product.address}/health/ready", timeout=60).status_code == 200

@@ -16,14 +16,14 @@ import pytest
 from mintweb import embedded
 from tests.e2e.disturbed import Loop, Outcome, ask, disturbed, exports, rows, to_socket
 from tests.e2e.proxy import Proxy
-from tests.up.instances import ROOT, Instance, wait_for
+from tests.up.instances import ROOT, Instance, is_quiet, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 logger = logging.getLogger(__name__)
 GPU = "services:gpu"
 LEASE_S, LOOK_S, FROZEN_AFTER_S, HUNG_S = 15, 2, 30, 30
-BUSY_MACHINE_S = 15
+QUIET_MACHINE_S, BUSY_MACHINE_S = 15, 60
 NUM_STEPS = 25
 
 
@@ -91,26 +91,30 @@ def test_a_worker_cut_off_from_its_databases_loses_its_run_to_another(
     postgres, redis = proxies
     ask(product, "stopProcess", GPU)
     with far_worker(product, postgres, redis) as far:
-        wait_for(lambda: live_pids(product) == {far.pid}, 60, product.describe)
+        wait_for(lambda: live_pids(product) == {far.pid}, 120, product.describe)
         loop = Loop(product, sdk_env, tmp_path / "loop", stops=[4, 8])
         go_on = loop.meet(4)
         assert holder_of_the_latest_run(product) == far.pid
         ask(product, "startProcess", GPU, False)
-        wait_for(lambda: len(live_pids(product)) == 2, 60, product.describe)
+        wait_for(lambda: len(live_pids(product)) == 2, 120, product.describe)
         go_on()
         go_on = loop.meet(8)
         with postgres.swallowing(), redis.swallowing():
             cut_at = time.monotonic()
             go_on()
-            open_ones = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+            open_ones = (
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()"
+            )
             is_inside = rows(product, open_ones)[0][0] > 0
-            longest_s = LEASE_S + LOOK_S + (FROZEN_AFTER_S if is_inside else 0) + BUSY_MACHINE_S
+            longest_s = LEASE_S + LOOK_S + (FROZEN_AFTER_S if is_inside else 0)
+            longest_s += QUIET_MACHINE_S if is_quiet() else BUSY_MACHINE_S
             wait_for(lambda: holder_of_the_latest_run(product) not in (far.pid, None), longest_s)
             moved_s = time.monotonic() - cut_at
             outcome = loop.outcome()
         healed_at = time.monotonic()
         # It ended because no renewal came through, or ends now that it hears that it was declared dead.
-        assert far.wait(HUNG_S) == 3
+        assert far.wait(HUNG_S + BUSY_MACHINE_S) == 3
         ended_s = time.monotonic() - healed_at
     logger.info("the run moved after %.1f s, the worker ended %.1f s after the healing", moved_s, ended_s)
     assert outcome == undisturbed
@@ -122,9 +126,9 @@ def test_a_worker_that_is_cut_off_for_long_ends_by_itself(
 ) -> None:
     postgres, redis = proxies
     with far_worker(product, postgres, redis) as far:
-        wait_for(lambda: far.pid in live_pids(product), 60, product.describe)
+        wait_for(lambda: far.pid in live_pids(product), 120, product.describe)
         with postgres.swallowing():
-            assert far.wait(HUNG_S + 2 * BUSY_MACHINE_S) == 3
+            assert far.wait(HUNG_S + BUSY_MACHINE_S) == 3
     log = (product.data_dir / "logs" / "far.log").read_text()
     assert "the database took no renewal of the lease" in log
 
@@ -137,7 +141,7 @@ def test_connections_that_are_cut_are_made_anew(
     ask(product, "stopProcess", GPU)
     try:
         with far_worker(product, postgres, redis) as far:
-            wait_for(lambda: live_pids(product) == {far.pid}, 60, product.describe)
+            wait_for(lambda: live_pids(product) == {far.pid}, 120, product.describe)
 
             def strike(go_on: object) -> None:
                 postgres.cut()

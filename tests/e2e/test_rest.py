@@ -16,10 +16,11 @@ import pytest
 from safetensors import safe_open
 
 from tests.e2e.conftest import ROOT
+from tests.e2e.disturbed import submitted_steps
 from tests.rest.receiver import receiving
 from tests.up.instances import Instance, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 TRAIN = [sys.executable, str(ROOT / "examples" / "rest_train.py")]
 QUICKSTART = ["sh", str(ROOT / "examples" / "rest_quickstart.sh")]
 STEPS = 12
@@ -35,7 +36,7 @@ def run(command: list[str], *args: str, env: dict[str, str]) -> subprocess.Compl
     """Run an example to its end."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("MINTWEB_")}
     return subprocess.run(
-        [*command, *args], env={**clean, **env}, capture_output=True, text=True, timeout=200, check=False
+        [*command, *args], env={**clean, **env}, capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -136,7 +137,10 @@ def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp
         with (
             receiving() as receiver,
             httpx.Client(
-                base_url=f"{instance.address}/rest/v1/", headers={"X-API-Key": found[1]}, trust_env=False
+                base_url=f"{instance.address}/rest/v1/",
+                headers={"X-API-Key": found[1]},
+                trust_env=False,
+                timeout=60,
             ) as client,
         ):
             body = {
@@ -150,7 +154,7 @@ def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp
             folder = tmp_path_factory.mktemp("adapter")
             done = run(TRAIN, "--steps", "3", "--out", str(folder), env=env)
             assert done.returncode == 0, done.stdout + done.stderr
-            wait_for(lambda: len(receiver.told) >= 3, 60)
+            wait_for(lambda: len(receiver.told) >= 3, 120)
             events = [told.content["event"] for told in receiver.told]
             assert sorted(set(events)) == ["metric.threshold", "run.finished"]
             assert len(events) == 3  # one of them was told again after its 500
@@ -159,7 +163,7 @@ def test_a_webhook_is_told_of_a_run_within_seconds(rest_env: dict[str, str], tmp
         assert instance.stop() == 0
 
 
-def test_the_journey_by_rest(rest_env: dict[str, str], tmp_path: Path) -> None:
+def test_the_journey_by_rest(product: Instance, rest_env: dict[str, str], tmp_path: Path) -> None:
     """A file with a bad row, a run that is paused and changed, a fork of it, and the fork's adapter."""
     good = (ROOT / "examples" / "data" / "pirate_qa.jsonl").read_bytes()
     headers = {"X-API-Key": rest_env["MINTWEB_API_KEY"]}
@@ -183,23 +187,24 @@ def test_the_journey_by_rest(rest_env: dict[str, str], tmp_path: Path) -> None:
         call("POST", f"{version}/skip-bad-rows")
         wait(version, state="ready", num_rows=200)
 
-        run = call(
-            "POST", "/runs", json={"base_model": "mintweb/tiny", "dataset": dataset, "num_steps": 400}
-        )["id"]
-        wait_for(lambda: call("GET", f"/runs/{run}")["step"] >= 3, 60)
+        settings = {"base_model": "mintweb/tiny", "dataset": dataset, "num_steps": 2_000}
+        run = call("POST", "/runs", json=settings)["id"]
+        wait_for(lambda: call("GET", f"/runs/{run}")["step"] >= 3, 120)
         call("POST", f"/runs/{run}/pause")
         wait(f"/runs/{run}/status", state="paused")
-        call("POST", f"/runs/{run}/change", json={"learning_rate": 0.002, "num_steps": 40})
+        num_steps = submitted_steps(product, run) + 10
+        call("POST", f"/runs/{run}/change", json={"learning_rate": 0.002, "num_steps": num_steps})
         call("POST", f"/runs/{run}/resume")
-        wait(f"/runs/{run}/status", state="finished", step=40)
+        wait(f"/runs/{run}/status", state="finished", step=num_steps)
 
-        body = {"checkpoint": "final", "changes": {"num_steps": 50}, "name": "forked"}
+        body = {"checkpoint": "final", "changes": {"num_steps": num_steps + 10}, "name": "forked"}
         fork = call("POST", f"/runs/{run}/fork", json=body)["id"]
-        wait(f"/runs/{fork}/status", state="finished", step=50)
+        wait(f"/runs/{fork}/status", state="finished", step=num_steps + 10)
         kinds = {event["kind"] for event in call("GET", f"/runs/{run}/events")["items"]}
         assert {"paused", "changed", "resumed", "finished"} <= kinds
         (losses,) = call("GET", f"/runs/{fork}/metrics/series", params={"name": "loss"})["series"]
-        assert [losses["buckets"][0]["step"], losses["buckets"][-1]["last_step"]] == [41, 50]
+        ends = [losses["buckets"][0]["step"], losses["buckets"][-1]["last_step"]]
+        assert ends == [num_steps + 1, num_steps + 10]
         archive = tmp_path / "final.tar"
         archive.write_bytes(client.get(f"/runs/{fork}/checkpoints/weights/final/download").content)
     with tarfile.open(archive) as content:

@@ -81,12 +81,14 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 def make_base_model(folder: Path, *, error: str = "", worker: Worker | None = None) -> Tokenizer:
-    """Enter the tiny model as loaded, or as failed."""
+    """Enter the tiny model as loaded, and served by the worker, or as failed."""
     tokenizer = make_tokenizer(folder)
     values: dict[str, Any] = {"directory": str(folder), "error": error, "worker": worker}
     if not error:
         values |= {"vocab_size": 602, "max_context": 2048, "max_rank": 64, "num_parameters": 3_412_224}
         values["architecture"] = "LlamaForCausalLM"
+        if worker is not None:
+            Worker.objects.filter(pk=worker.pk).update(fingerprint={MODEL: {"torch": "2"}})
     BaseModel.objects.update_or_create(name=MODEL, defaults=values)
     return tokenizer
 

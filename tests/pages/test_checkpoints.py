@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 from django.core.files.storage import default_storage
 from django.test import Client
+from pytest_django import DjangoCaptureOnCommitCallbacks
 
 from runs.models import Checkpoint, Metric, TrainingRun
 from tests.pages import recipe_seed, seed
@@ -91,8 +92,13 @@ def test_the_archive_holds_the_adapter_and_not_the_optimizer(page: Client, check
         assert member.read() == bytes(range(256)) * 40
 
 
-def test_deleting_removes_row_and_files(page: Client, checkpoint: Checkpoint) -> None:
-    reply = page.post(address(checkpoint, "delete"), {"next": f"/runs/{checkpoint.run.public_id}/"})
+def test_deleting_removes_row_and_files(
+    page: Client,
+    checkpoint: Checkpoint,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    with django_capture_on_commit_callbacks(execute=True):
+        reply = page.post(address(checkpoint, "delete"), {"next": f"/runs/{checkpoint.run.public_id}/"})
     assert reply["location"] == f"/runs/{checkpoint.run.public_id}/"
     assert not Checkpoint.objects.exists()
     assert not default_storage.exists(f"{checkpoint.directory}/adapter_model.safetensors")

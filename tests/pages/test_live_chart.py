@@ -1,33 +1,30 @@
-"""The pages in a real browser against a real server: live, complete after every interruption, and never stalled."""
+"""The pages in a real browser against a real server: live, and complete after every interruption."""
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from urllib.parse import quote
 
 import pytest
 from django.conf import settings
-from django.db import connection, connections, transaction
+from django.db import connection, transaction
 from django.test import Client
+from django.utils import timezone
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from runs import events
 from runs.models import Metric, TrainingRun, User
 from runs.services import accounts
 from tests.pages import seed
+from tests.up.instances import free_port, wait_for
 
-logger = logging.getLogger(__name__)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -36,18 +33,11 @@ pytestmark = [
 ]
 WATCH = """
 window.problems = [];
-window.longest = {task: 0, frame: 0};
 addEventListener("securitypolicyviolation", (event) => problems.push(`CSP: ${event.violatedDirective} ${event.blockedURI}`));
 addEventListener("error", (event) => problems.push(`error: ${event.message}`));
 addEventListener("unhandledrejection", (event) => problems.push(`rejection: ${event.reason}`));
 window.alert = () => problems.push("a script from data ran");
-new PerformanceObserver((list) => {
-  for (const {duration} of list.getEntries()) longest.task = Math.max(longest.task, duration);
-}).observe({entryTypes: ["longtask"]});
-let lastFrame = performance.now();
-requestAnimationFrame(function frame(now) {
-  longest.frame = Math.max(longest.frame, now - lastFrame);
-  lastFrame = now;
+requestAnimationFrame(function frame() {
   requestAnimationFrame(frame);
 });
 """
@@ -57,10 +47,9 @@ class Server:
     """The web process on a port of its own; it can be stopped and started again."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
+        self.was_away = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -73,18 +62,21 @@ class Server:
             env={**os.environ, "DATABASE_URL": url},
             cwd=settings.BASE_DIR,
         )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.address}/health", timeout=2):
-                    return
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.1)
+        wait_for(self._answers, 120)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, "the server has ended"
+        try:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=30):
+                return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         """End it as a power cut would."""
         if self._process is not None:
+            self.was_away = True
             self._process.kill()
             self._process.wait()
             self._process = None
@@ -114,9 +106,10 @@ def alice(transactional_db: None) -> User:
     return seed.make_user("alice", "a good long password")
 
 
-# The browser itself says this when the server is gone, is going just then, and when it refuses what a form holds; the
-# page comes back from the first two and shows the last.
-TOLD = ("ERR_CONNECTION_REFUSED", "before receiving a handshake response", "status of 422")
+# The browser itself says this when the server refuses what a form holds, which the page shows.
+REFUSED = "status of 422"
+# And this of a server that is gone, or goes while it answers; the page comes back from both.
+AWAY = ("net::ERR_CONNECTION_", "net::ERR_EMPTY_RESPONSE", "before receiving a handshake response")
 
 
 @pytest.fixture
@@ -132,7 +125,8 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     messages: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning") and not any(told in message.text for told in TOLD):
+        told = [REFUSED, *(AWAY if server.was_away else ())]
+        if message.type in ("error", "warning") and not any(words in message.text for words in told):
             messages.append(message.text)
 
     tab.on("console", note)
@@ -143,13 +137,15 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     assert messages == []
 
 
-def add_steps(run: TrainingRun, steps: Sequence[int], *, step_s: float = 1.0) -> None:
+def add_steps(
+    run: TrainingRun, steps: Sequence[int], *, step_s: float = 1.0, ends_at: datetime | None = None
+) -> None:
     values = [
         (2 * step, step, {"loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_s": 5e3})
         for step in steps
     ]
     with transaction.atomic():
-        seed.add_values(run, values, step_s=step_s)
+        seed.add_values(run, values, step_s=step_s, ends_at=ends_at)
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
@@ -157,11 +153,11 @@ def open_run(tab: Page, run: TrainingRun) -> None:
     tab.goto(f"/runs/{quote(run.public_id)}/")
 
 
-def expect_values(tab: Page, run: TrainingRun, *, timeout_s: float = 30) -> None:
+def expect_values(tab: Page, run: TrainingRun) -> None:
     """Wait until the page holds exactly what is stored, and check every step of one chart."""
     number = Metric.objects.filter(run=run).count()
     grid = tab.locator("[data-chart-grid]")
-    expect(grid).to_have_attribute("data-num-values", str(number), timeout=1000 * timeout_s)
+    expect(grid).to_have_attribute("data-num-values", str(number))
     stored = set(Metric.objects.filter(run=run).values_list("name", flat=True))
     for name in stored:
         expected = str(Metric.objects.filter(run=run, name=name).count())
@@ -184,7 +180,7 @@ def test_a_value_arrives_while_the_page_is_open(tab: Page, alice: User) -> None:
     expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
     for last in range(1, 4):
         add_steps(run, [last])
-        expect_values(tab, run, timeout_s=20)
+        expect_values(tab, run)
     assert shown_steps(tab) == [1, 2, 3]
     expect(tab.locator("[data-part=facts]")).to_contain_text("0.6667")
     expect(tab.locator('[data-metric="loss"] canvas')).to_be_visible()
@@ -212,10 +208,10 @@ def test_a_restarted_server_costs_no_value_and_doubles_none(tab: Page, server: S
     for first in (21, 41):
         server.kill()
         add_steps(run, range(first, first + 10))
-        expect(tab.get_by_role("status").filter(has_text="Reconnecting")).to_be_visible(timeout=20_000)
+        expect(tab.get_by_role("status").filter(has_text="Reconnecting")).to_be_visible()
         server.start()
         add_steps(run, range(first + 10, first + 20))
-        expect_values(tab, run, timeout_s=60)
+        expect_values(tab, run)
     assert shown_steps(tab) == list(range(1, 61))
 
 
@@ -227,7 +223,7 @@ def test_a_page_left_and_returned_to_catches_up(tab: Page, alice: User) -> None:
     tab.goto("about:blank")
     add_steps(run, range(11, 31))
     tab.go_back()
-    expect_values(tab, run, timeout_s=60)
+    expect_values(tab, run)
     assert shown_steps(tab) == list(range(1, 31))
 
 
@@ -259,7 +255,7 @@ def test_zoom_follow_log_and_keys(tab: Page, alice: User) -> None:
     follow = tab.get_by_role("button", name="ollow")
     expect(follow).to_be_visible()
     assert 45 < shown_steps(tab)[0] < 55
-    assert "zoom=" in tab.url
+    expect(tab).to_have_url(re.compile("zoom="))
     add_steps(run, range(201, 211))
     expect(follow).to_contain_text("40 new values")
     follow.click()
@@ -295,13 +291,14 @@ def test_the_list_is_live_and_moves_by_keys(tab: Page, alice: User) -> None:
     first = seed.make_run(alice, name="first")
     tab.goto("/runs/")
     expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
-    add_steps(first, range(1, 6))
+    # A run whose last value is some seconds old waits for its client.
+    add_steps(first, range(1, 6), ends_at=timezone.now() + timedelta(hours=1))
     row = tab.locator(f'[data-run="{first.public_id}"]')
-    expect(row).to_contain_text("0.4000", timeout=20_000)
+    expect(row).to_contain_text("0.4000")
     expect(row).to_contain_text("running")
     expect(row.locator("svg")).to_be_visible()
     seed.make_run(alice, name="second")
-    expect(tab.locator("[data-run]").first).to_contain_text("second", timeout=20_000)
+    expect(tab.locator("[data-run]").first).to_contain_text("second")
     tab.keyboard.press("/")
     expect(tab.get_by_role("searchbox")).to_be_focused()
     tab.get_by_role("searchbox").blur()
@@ -319,7 +316,7 @@ def test_the_first_run_takes_the_place_of_the_instructions(tab: Page, alice: Use
     expect(tab.get_by_role("heading", name="Run your own loop")).to_be_visible()
     expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
     seed.make_run(alice, name="here I am")
-    expect(tab.get_by_role("link", name="here I am")).to_be_visible(timeout=20_000)
+    expect(tab.get_by_role("link", name="here I am")).to_be_visible()
 
 
 def test_a_login_link_signs_in_and_a_theme_stays(browser: Browser, server: Server, alice: User) -> None:
@@ -335,56 +332,3 @@ def test_a_login_link_signs_in_and_a_theme_stays(browser: Browser, server: Serve
     tab.get_by_role("button", name="Sign out").click()
     tab.wait_for_url("**/login/")
     context.close()
-
-
-class Trainers:
-    """Eight runs that commit as fast workers do: together some 2,000 values a second."""
-
-    def __init__(self, runs: Sequence[TrainingRun]) -> None:
-        self._runs = runs
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-        self.num_values = 0
-
-    def __enter__(self) -> Trainers:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        step = 1
-        while not self._stop.wait(0.2):
-            for run in self._runs:
-                add_steps(run, range(step, step + 12), step_s=0.02)
-                self.num_values += 4 * 12
-            step += 12
-        connections.close_all()
-
-
-def measure(tab: Page, prepare: Callable[[], Any]) -> dict[str, float]:
-    prepare()
-    tab.wait_for_timeout(1500)
-    tab.evaluate("window.longest = {task: 0, frame: 0}")
-    tab.wait_for_timeout(6000)
-    found: dict[str, float] = tab.evaluate("window.longest")
-    return found
-
-
-def test_eight_fast_runs_do_not_stall_the_pages(tab: Page, alice: User) -> None:
-    runs = [seed.make_run(alice, name=f"fast {n}") for n in range(8)]
-    with Trainers(runs) as trainers:
-        began = time.monotonic()
-        on_run = measure(tab, lambda: open_run(tab, runs[3]))
-        on_list = measure(tab, lambda: tab.goto("/runs/"))
-        rate = trainers.num_values / (time.monotonic() - began)
-    logger.info("%.0f values/s; longest task and frame in ms: run %s, list %s", rate, on_run, on_list)
-    assert rate > 500
-    assert on_run["task"] < 300
-    assert on_list["task"] < 300
-    assert on_run["frame"] < 1000
-    assert on_list["frame"] < 1000
-    open_run(tab, runs[3])
-    expect_values(tab, runs[3])

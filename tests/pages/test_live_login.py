@@ -29,7 +29,7 @@ def servers(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 def sign_in(server: Server, password: str) -> int:
     """Fill in the form as a browser does; returns the status of the answer."""
-    with httpx.Client(base_url=server.address, trust_env=False) as browser:
+    with httpx.Client(base_url=server.address, trust_env=False, timeout=60) as browser:
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', browser.get("/login/").text)
         assert token is not None
         form = {"username": "alice", "password": password, "csrfmiddlewaretoken": token[1]}

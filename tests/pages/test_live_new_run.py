@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,14 +38,6 @@ def _base_model(transactional_db: None, tmp_path: Path) -> Tokenizer:
     worker.save(update_fields=["memory_bytes"])
     make_sizes(worker)
     return tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _patience() -> Iterator[None]:
-    """Give a busy machine more than the usual five seconds."""
-    expect.set_options(timeout=20_000)
-    yield
-    expect.set_options(timeout=5_000)
 
 
 @pytest.fixture

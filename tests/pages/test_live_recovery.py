@@ -87,7 +87,7 @@ def test_marks_and_badge_tell_what_happened(tab: Page, run: TrainingRun) -> None
         reason="its result is another one than before",
     )
     marks = tab.locator(".lane-mark")
-    expect(marks).to_have_count(4, timeout=20_000)
+    expect(marks).to_have_count(4)
     labels = [
         "recovered, nothing lost at step 100: replayed 12 operations; back after 6.4 s",
         "recovered, nothing lost at step 180: replayed 20 operations; back after 41.0 s; "
@@ -115,7 +115,7 @@ def test_a_run_whose_worker_is_late_says_why_it_waits(tab: Page, run: TrainingRu
     status = tab.locator(".headline-status .status")
     expect(status).to_have_text("running")
     Worker.objects.update(lease_until=Now())
-    expect(status).to_have_text("waiting for worker", timeout=8_000)  # nobody told the page
+    expect(status).to_have_text("waiting for worker")  # nobody told the page
     expect(tab.locator(".reason")).to_contain_text("no GPU worker is running")
     shoot(tab, "waiting")
 
@@ -124,7 +124,7 @@ def test_a_run_that_a_full_disk_holds_up_says_so_for_as_long(tab: Page, run: Tra
     open_run(tab, run)
     holdups.enter(run.pk, holdups.NO_ROOM_FOR_REQUEST)
     status = tab.locator(".headline-status .status")
-    expect(status).to_have_text("held up", timeout=8_000)
+    expect(status).to_have_text("held up")
     expect(tab.locator(".reason")).to_have_text(holdups.NO_ROOM_FOR_REQUEST)
     shoot(tab, "held-up")
     holdups.clear(run.pk, holdups.NO_ROOM_FOR_REQUEST)
@@ -136,8 +136,8 @@ def test_a_run_without_its_client_is_parked(tab: Page, run: TrainingRun) -> None
     TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None)
     change(run)
     status = tab.locator(".headline-status .status")
-    expect(status).to_have_text("waiting for client", timeout=8_000)
+    expect(status).to_have_text("waiting for client")
     ServerClock.objects.update_or_create(pk=1, defaults={"uptime_s": 5000.0})
     change(run)
-    expect(status).to_contain_text("parked: its client went away", timeout=8_000)
+    expect(status).to_contain_text("parked: its client went away")
     shoot(tab, "parked")

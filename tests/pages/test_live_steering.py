@@ -77,9 +77,9 @@ def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: Tr
     tab.evaluate("window.isSamePage = true")
     tab.get_by_role("button", name="Pause", exact=True).focus()
     tab.keyboard.press("Enter")
+    expect(tab.get_by_text("The run pauses after the steps")).to_be_visible()  # for some seconds
     expect(tab.get_by_role("button", name="Resume")).to_be_visible()
     expect(tab.get_by_role("button", name="Pause", exact=True)).to_have_count(0)
-    expect(tab.get_by_text("The run pauses after the steps")).to_be_visible()
     expect(tab.get_by_role("region", name="State of the run")).to_contain_text("Paused at step 60")
     assert tab.evaluate("document.activeElement.closest('[data-part=steering]') !== null")
     expect(tab.locator(".lane-mark")).to_have_attribute("aria-label", "paused at step 60")
@@ -115,7 +115,7 @@ def test_an_open_dialog_and_a_typed_value_outlive_a_refresh(tab: Page, run: Trai
     rate = dialog.get_by_label("Learning rate")
     rate.fill("fast")
     note(run, "saved", 50, checkpoint="step-000050")
-    expect(tab.locator("[data-part=events]")).to_contain_text("step-000050", timeout=20_000)
+    expect(tab.locator("[data-part=events]")).to_contain_text("step-000050")
     expect(rate).to_be_focused()
     expect(rate).to_have_value("fast")
     dialog.get_by_role("button", name="Change", exact=True).click()
@@ -143,7 +143,7 @@ def test_folded_details_focus_and_selection_outlive_a_refresh(tab: Page, run: Tr
     tab.evaluate("getSelection().selectAllChildren(document.querySelector('.settings-group h3'))")
     for number in range(2):
         note(run, "saved", 40 + number, checkpoint=f"step-{number}")
-        expect(tab.locator("[data-part=events]")).to_contain_text(f"step-{number}", timeout=20_000)
+        expect(tab.locator("[data-part=events]")).to_contain_text(f"step-{number}")
     expect(details).to_have_attribute("open", "")
     expect(tab.get_by_role("button", name="Save checkpoint now")).to_be_focused()
     assert tab.evaluate("getSelection().toString()") == "Model and data"
@@ -232,7 +232,7 @@ def test_events_are_marks_that_tell_more(tab: Page, run: TrainingRun) -> None:  
     tab.keyboard.press("ArrowLeft")
     expect(marks.nth(1)).to_be_focused()
     note(run, "paused", 45)
-    expect(marks).to_have_count(4, timeout=20_000)
+    expect(marks).to_have_count(4)
     expect(marks.nth(1)).to_be_focused()
     assert tab.locator("img[src=x]").count() == 0
 
@@ -303,7 +303,7 @@ def test_answers_come_into_the_film_strip_while_it_is_open(
         FixedSample.objects.filter(pk=waiting.pk).update(operation=done.operation)
         done.delete()
         events.run_changed(run.pk, run.owner_id, run.public_id)
-    expect(cell).to_contain_text(f"{PAYLOAD} cave.", timeout=20_000)
+    expect(cell).to_contain_text(f"{PAYLOAD} cave.")
     expect(cell.locator("ins").first).to_be_visible()
     assert tab.locator("img[src=x]").count() == 0
     assert Operation.objects.filter(state=Operation.State.QUEUED).count() == 1
@@ -333,7 +333,7 @@ def test_the_film_strip_is_scrubbed_and_stays_where_it_is(
     expect(chosen).to_have_text("step 11")
     expect(slider).to_have_attribute("aria-valuetext", "step 11")
     answer(run, tokenizer, 31, "cave 31")
-    expect(tab.locator('.film-cell[data-key="1-31"]')).to_have_count(1, timeout=20_000)
+    expect(tab.locator('.film-cell[data-key="1-31"]')).to_have_count(1)
     expect(chosen).to_have_text("step 11")
     tab.get_by_role("link", name="6 older").click()
     expect(tab.locator('.film-cell[data-key="1-1"]')).to_have_count(1)
@@ -342,7 +342,7 @@ def test_the_film_strip_is_scrubbed_and_stays_where_it_is(
     tab.keyboard.press("End")
     expect(chosen).to_have_text("step 31")
     answer(run, tokenizer, 32, "cave 32")
-    expect(chosen).to_have_text("step 32", timeout=20_000)
+    expect(chosen).to_have_text("step 32")
     tab.get_by_label("Show removed words").check()
     expect(tab.locator('.film-cell[data-key="1-32"] del')).to_be_visible()
 
@@ -353,8 +353,8 @@ def test_a_restarted_server_costs_no_event(tab: Page, server: Server, run: Train
     server.kill()
     recipe_seed.add_event(run, "paused", 50)
     Recipe.objects.filter(run=run).update(state=Recipe.State.PAUSED)
-    expect(tab.get_by_role("status").filter(has_text="Reconnecting")).to_be_visible(timeout=20_000)
+    expect(tab.get_by_role("status").filter(has_text="Reconnecting")).to_be_visible()
     server.start()
-    expect(tab.get_by_role("button", name="Resume")).to_be_visible(timeout=60_000)
+    expect(tab.get_by_role("button", name="Resume")).to_be_visible()
     expect(tab.locator(".lane-mark")).to_have_attribute("aria-label", "paused at step 50")
     assert RunEvent.objects.filter(run=run).count() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def shoot(tab: Page, name: str) -> None:  # noqa: F811
 
 
 def test_a_worker_is_drained_by_keyboard_and_resumed(tab: Page, worker: Worker) -> None:  # noqa: F811
+    tab.clock.install()
+    tab.clock.pause_at(datetime.now() + timedelta(minutes=1))  # noqa: DTZ005 - as the page has it
     tab.goto("/workers/")
     row = tab.locator(f'tr[data-key="{worker.pk}"]')
     expect(row.locator(".status")).to_have_text("alive")
@@ -76,7 +79,8 @@ def test_a_worker_is_drained_by_keyboard_and_resumed(tab: Page, worker: Worker) 
     expect(row.locator(".status")).to_have_text("draining")
     shoot(tab, "workers-draining")
     TrainingRun.objects.filter(worker=worker).update(worker=None, free_since=Now())
-    expect(row.locator(".status")).to_have_text("drained", timeout=4_000)  # sooner than a page usually looks
+    tab.clock.run_for(1_000)  # sooner than a page usually looks
+    expect(row.locator(".status")).to_have_text("drained")
     expect(tab.get_by_text("1 run waits; nothing is lost.")).to_be_visible()
     shoot(tab, "workers-drained")
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 from django.test import Client
+from pytest_django.fixtures import Settings
 
+import mintweb.settings
 from runs.models import LoginLink, User
 from runs.services import accounts, lockout
 from tests.pages.conftest import PASSWORD
+from tests.up.instances import clean_environment
 
 pytestmark = pytest.mark.django_db
 
@@ -67,6 +75,24 @@ def test_a_login_link_works_once(client: Client, alice: User) -> None:
     reply = Client().post(f"/login/{token}/")
     assert reply.status_code == 403
     assert b"used before" in reply.content
+
+
+def test_behind_a_proxy_forms_work_at_the_public_address(
+    alice: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    """The proxy says neither scheme nor client, as one on another machine that is not believed."""
+    address = {"MINTWEB_DATA_DIR": str(tmp_path), "MINTWEB_PUBLIC_URL": "https://mint.example.org/"}
+    monkeypatch.setattr(os, "environ", clean_environment(**address))
+    values = runpy.run_path(mintweb.settings.__file__)
+    for name in ("ALLOWED_HOSTS", "CSRF_TRUSTED_ORIGINS", "SESSION_COOKIE_SECURE"):
+        setattr(settings, name, values[name])
+    headers = {"host": "mint.example.org", "origin": "https://mint.example.org"}
+    browser = Client(enforce_csrf_checks=True, headers=headers)
+    form = browser.get("/login/").content.decode()
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', form)
+    assert token
+    assert sign_in(browser, "alice", PASSWORD, csrfmiddlewaretoken=token[1]) == 302
+    assert browser.cookies["mintweb_session"]["secure"]
 
 
 def test_signing_in_changes_the_session_key(client: Client, alice: User) -> None:

@@ -29,7 +29,7 @@ from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
     tab,
 )
 from tests.worker import conftest as worker_side
-from tests.worker.conftest import finished, wait_for
+from tests.worker.conftest import drawing_no_end, finished, wait_for
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -38,15 +38,6 @@ pytestmark = [
 ]
 MODEL = "mintweb/tiny"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202e[](javascript:alert(3))"
-# Pressed in the page: by the time that a busy machine has passed a click on to it, the answer may be complete.
-STOP_AT_FIRST_WORD = """() => {
-  const box = document.querySelector("[data-talk]");
-  new MutationObserver((_, observer) => {
-    if (!box.querySelector(".talk-answer[data-state='drawing']")) return;
-    observer.disconnect();
-    box.querySelector("[data-talk-stop]").click();
-  }).observe(box, { subtree: true, attributes: true, attributeFilter: ["data-state"] });
-}"""
 
 
 @pytest.fixture
@@ -98,15 +89,15 @@ def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> 
     say(tab, "Tell me a story about a fox.")
     answers = box(tab).locator(".talk-answer")
     expect(answers).to_have_count(2)
-    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(2, timeout=60_000)
+    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(2)
     expect(answers.nth(0).locator(".talk-by")).to_have_text(MODEL)
     expect(answers.nth(1).locator(".talk-by")).to_have_text("step-000001, step 1")
-    expect(answers.nth(0).locator(".talk-end")).to_contain_text(re.compile(r"\d+ tokens, \d+ a second"))
+    expect(answers.nth(0).locator(".talk-end")).to_contain_text(re.compile(r"\d+ tokens, [\d.]+ a second"))
     assert len(answers.nth(0).locator(".talk-text").inner_text()) > 20
     expect(box(tab).get_by_role("button", name="Stop")).to_be_hidden()
 
     say(tab, "And then?")
-    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(4, timeout=60_000)
+    expect(box(tab).locator('.talk-answer[data-state="done"]')).to_have_count(4)
     renderer = rendering.renderer_of(MODEL)
     for number, row in enumerate(Operation.objects.filter(kind="sample").order_by("-pk")[:2]):
         asked = from_canonical(StoredSample, bytes(row.payload or b""))
@@ -118,14 +109,20 @@ def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> 
     expect(box(tab).get_by_text("Ask something.")).to_be_visible()
 
 
-def test_stopping_keeps_what_is_there(tab: Page, trained: TrainingRun) -> None:  # noqa: F811
+def test_stopping_keeps_what_is_there(
+    tab: Page,  # noqa: F811
+    trained: TrainingRun,
+    worker: GpuWorker,
+) -> None:
     open_run(tab, trained)
     box(tab).get_by_text("Settings").click()
     box(tab).get_by_label("Longest answer, tokens").fill("1500")
     box(tab).get_by_label("Temperature").fill("5")
-    tab.evaluate(STOP_AT_FIRST_WORD)
-    say(tab, "Go on for ever")
-    expect(box(tab).locator('.talk-answer[data-state="stopped"]')).to_have_count(2, timeout=20_000)
+    with drawing_no_end(worker):
+        say(tab, "Go on for ever")
+        expect(box(tab).locator('.talk-answer[data-state="drawing"]').first).to_be_visible()
+        box(tab).get_by_role("button", name="Stop").click()
+        expect(box(tab).locator('.talk-answer[data-state="stopped"]')).to_have_count(2)
     assert len(box(tab).locator(".talk-text").first.inner_text()) > 0
 
 
@@ -137,7 +134,7 @@ def test_hostile_text_stays_text(
     say(tab, HOSTILE)
     expect(box(tab).locator(".talk-said")).to_have_text(HOSTILE)
     answer(HOSTILE)
-    expect(box(tab).locator(".talk-text")).to_have_text(HOSTILE, timeout=20_000)
+    expect(box(tab).locator(".talk-text")).to_have_text(HOSTILE)
     assert box(tab).locator("img, script:not([type='application/json'])").count() == 0
 
 
@@ -153,7 +150,7 @@ def test_a_run_without_weights_offers_to_save(tab: Page, alice: User) -> None:  
     expect(box(tab).locator(".talk-note")).to_contain_text("Saving the weights")
     seed.add_checkpoint(run, "manual-000000", step=0)
     answer("Here I am")
-    expect(box(tab).locator(".talk-text")).to_have_text("Here I am", timeout=20_000)
+    expect(box(tab).locator(".talk-text")).to_have_text("Here I am")
 
 
 def test_an_answer_survives_a_restart_of_the_server(
@@ -173,4 +170,4 @@ def test_an_answer_survives_a_restart_of_the_server(
     Operation.objects.filter(pk=first.pk).update(state="failed", error="stopped")
     assert again.payload_digest
     answer("Back again")
-    expect(box(tab).locator(".talk-text")).to_have_text("Back again", timeout=20_000)
+    expect(box(tab).locator(".talk-text")).to_have_text("Back again")

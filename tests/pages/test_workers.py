@@ -6,6 +6,7 @@ import pytest
 from django.test import Client
 
 from runs.models import TrainingRun, User, Worker
+from runs.services import workers
 from tests.pages import seed
 
 pytestmark = pytest.mark.django_db
@@ -66,6 +67,15 @@ def test_an_operator_drains_and_resumes_without_javascript(page: Client, operato
     assert f"Worker {worker} takes runs again." in text
     assert '<span class="status status-good">alive</span>' in text
     assert "are drained" not in text
+
+
+def test_it_says_who_draws_the_samples(page: Client, alice: User) -> None:
+    worker = serving()
+    words = "samples by the engine: the vLLM server at gpu1:8100 does not answer (ConnectError)"
+    assert workers.renew(worker, busy_share=0.0, samplers={MODEL: words})
+    assert f"{MODEL}: {words}" in text_of(page)
+    assert workers.renew(worker, busy_share=0.0)
+    assert "samples by" not in text_of(page)
 
 
 def test_a_worker_that_has_ended_is_not_drained(page: Client, operator: User) -> None:

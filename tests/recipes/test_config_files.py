@@ -119,10 +119,10 @@ def test_a_tag_builds_nothing(tag: str) -> None:
 def test_a_bomb_of_anchors_is_refused_at_once() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-    began = time.monotonic()
+    began = time.process_time()
     assert refused("\n".join(lines)) == "line 2, column 10: an alias (*) is not taken here"
     assert refused("base: &b {seed: 1}\nlora:\n  <<: *b").startswith("line 3, column 7: an alias")
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_deep_or_large_file_is_refused() -> None:

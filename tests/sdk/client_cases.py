@@ -226,7 +226,7 @@ def works_without_a_loop():
     client = created.result()
     future = created.forward_backward([GOOD], "cross_entropy")
     step = client.optim_step(ADAM)
-    output = future.result(timeout=30)
+    output = future.result(timeout=120)
     saved = client.save_state("s").result()
     client.load_state(saved.path).result()
     client.load_state_with_optimizer(saved.path).result()

@@ -68,7 +68,7 @@ def run_client(client_env: str) -> RunClient:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
 

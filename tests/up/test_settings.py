@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -15,6 +17,17 @@ from mintweb import addresses, environment, settings
 
 from .instances import ROOT, clean_environment
 
+TELL_OF_SETTINGS = (
+    "README.md",
+    "docs/api.md",
+    "docs/architecture.md",
+    "docs/operations.md",
+    "docs/recipes.md",
+)
+OF_EXAMPLES = {"MINTWEB_URL"}
+# Set by `mintweb/programs.py` for its workers, and by tests.
+NOT_FOR_PEOPLE = {"MINTWEB_NUM_LOCAL_WORKERS", "MINTWEB_FAILPOINTS"}
+
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
@@ -24,11 +37,23 @@ from .instances import ROOT, clean_environment
         ("MINTWEB_HOST", "0.0.0.0", "set MINTWEB_ALLOW_PUBLIC=1 to allow that."),
         ("MINTWEB_ALLOW_PUBLIC", "maybe", "MINTWEB_ALLOW_PUBLIC is 'maybe'; it must be 1 or 0."),
         ("MINTWEB_DEVICE", "tpu", "MINTWEB_DEVICE is 'tpu'"),
+        ("MINTWEB_DEVICE", "mps", "MINTWEB_DEVICE is 'mps'"),
         ("MINTWEB_DEVICES", "cpu,tpu", "MINTWEB_DEVICES has 'tpu'; each item is cpu or cuda:0, cuda:1, ..."),
         ("MINTWEB_TENSOR_PARALLEL", "0", "MINTWEB_TENSOR_PARALLEL is 0; it must be between 1 and 64."),
         ("MINTWEB_DTYPE", "int8", "MINTWEB_DTYPE is 'int8'"),
+        ("MINTWEB_DTYPE", "float16", "MINTWEB_DTYPE is 'float16'; it must match auto|float32|bfloat16."),
         ("MINTWEB_BASE_MODELS", "a=/nowhere", "the directory /nowhere, which does not exist."),
         ("MINTWEB_BASE_MODELS", "=x", "each item is name or name=directory."),
+        (
+            "MINTWEB_VLLM",
+            "a=http://x:1",
+            "MINTWEB_VLLM names the base model 'a'; MINTWEB_BASE_MODELS has mintweb/tiny.",
+        ),
+        (
+            "MINTWEB_VLLM",
+            "mintweb/tiny=x:1",
+            "gives mintweb/tiny the address 'x:1'; each item is name=http://host:port.",
+        ),
         ("MINTWEB_API_KEY", "secret", "MINTWEB_API_KEY must be tml- or sk-mint-"),
         ("MINTWEB_STORAGE_URL", "ftp://x", "use s3://bucket/prefix"),
         ("MINTWEB_SECRET_KEY_FILE", "/nowhere", "MINTWEB_SECRET_KEY_FILE cannot be read"),
@@ -64,6 +89,25 @@ def test_the_command_line_shows_the_sentence_alone(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "mintweb: MINTWEB_PORT is 'http'; it must be a whole number.\n"
     assert done.stdout == ""
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    section = (ROOT / "docs/operations.md").read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(cells))) == sorted(settings_read() - NOT_FOR_PEOPLE)
+
+
+@pytest.mark.parametrize("path", TELL_OF_SETTINGS)
+def test_no_text_names_a_setting_that_is_none(path: str) -> None:
+    named = set(re.findall(r"MINTWEB_[A-Z_]*[A-Z]", (ROOT / path).read_text()))
+    assert {name.removesuffix("_FILE") for name in named} <= settings_read() | OF_EXAMPLES
+
+
+def settings_read() -> set[str]:
+    """Return the variables that settings.py reads: its strings that are a name and nothing else."""
+    tree = ast.parse(Path(settings.__file__).read_text())
+    texts = (str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {text for text in texts if re.fullmatch(r"MINTWEB_\w+|(DATABASE|REDIS)_URL", text)}
 
 
 def test_a_secret_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from mintweb.programs import WORKER_STOP_TIMEOUT_S
+
 from .instances import ROOT, Instance, all_processes, clean_environment, command, wait_for
 
 pytestmark = pytest.mark.e2e
 MakeInstance = Callable[..., Instance]
+PATIENCE_S = 100
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -35,7 +38,7 @@ def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
         url, headers={name.replace("_", "-"): text for name, text in headers.items()}
     )
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=10) as response:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=60) as response:
             return (
                 response.status,
                 response.read().decode(),
@@ -87,7 +90,7 @@ def test_it_says_where_it_is_and_how_to_connect(up: Instance) -> None:
 
 def test_the_login_link_works_once(up: Instance) -> None:
     link = shown(up, r"Log in once with\s+(\S+)")
-    wait_for(lambda: is_ready(up), 10)
+    wait_for(lambda: is_ready(up), PATIENCE_S)
     assert (up.data_dir / "api_key").stat().st_mode & 0o777 == 0o600
     status, body, headers = get(link)
     if status == HTTPStatus.OK:  # a page with a button, so that link previews do not spend the link
@@ -154,9 +157,9 @@ def test_a_killed_process_is_replaced(up: Instance, part: str) -> None:
     assert old
     for pid in old:
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: set(up.processes(part)) - set(old), 15, up.describe)
-    wait_for(lambda: is_ready(up), 60, up.describe)
-    wait_for(lambda: "(terminated by SIGKILL; not expected)" in up.output, 10, up.describe)
+    wait_for(lambda: set(up.processes(part)) - set(old), PATIENCE_S, up.describe)
+    wait_for(lambda: is_ready(up), PATIENCE_S, up.describe)
+    wait_for(lambda: "(terminated by SIGKILL; not expected)" in up.output, PATIENCE_S, up.describe)
 
 
 @pytest.mark.parametrize("part", ["bin/postgres", "redis-server"])
@@ -164,8 +167,8 @@ def test_a_killed_database_is_replaced(up: Instance, part: str) -> None:
     old = up.processes(part)
     assert old
     os.kill(old[0], signal.SIGKILL)
-    wait_for(lambda: set(up.processes(part)) - set(old), 15, up.describe)
-    wait_for(lambda: is_ready(up), 60, up.describe)
+    wait_for(lambda: set(up.processes(part)) - set(old), PATIENCE_S, up.describe)
+    wait_for(lambda: is_ready(up), PATIENCE_S, up.describe)
 
 
 def test_term_stops_everything_and_a_new_start_keeps_the_rows(up: Instance) -> None:
@@ -185,10 +188,12 @@ def test_term_stops_everything_and_a_new_start_keeps_the_rows(up: Instance) -> N
 def test_nothing_outlives_a_killed_up(make_instance: MakeInstance) -> None:
     instance = make_instance()
     instance.launch()
-    wait_for(lambda: instance.processes("--queues=gpu"), 60, instance.describe)
+    wait_for(lambda: instance.processes("--queues=gpu"), PATIENCE_S, instance.describe)
     instance.stop(signal.SIGKILL)
     wait_for(
-        lambda: not instance.processes(), 15, lambda: str([command(pid) for pid in instance.processes()])
+        lambda: not instance.processes(),
+        PATIENCE_S,
+        lambda: str([command(pid) for pid in instance.processes()]),
     )
     instance.start()
     assert instance.stop() == 0
@@ -198,11 +203,13 @@ def test_nothing_outlives_a_killed_supervisord(make_instance: MakeInstance) -> N
     instance = make_instance()
     instance.start()
     os.kill(int((instance.data_dir / "run" / "supervisord.pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: instance.returncode == 2, 15, instance.describe)
+    wait_for(lambda: instance.returncode == 2, PATIENCE_S, instance.describe)
     assert "mintweb: supervisord does not answer" in instance.output
     assert "Traceback" not in instance.output
     wait_for(
-        lambda: not instance.processes(), 15, lambda: str([command(pid) for pid in instance.processes()])
+        lambda: not instance.processes(),
+        PATIENCE_S,
+        lambda: str([command(pid) for pid in instance.processes()]),
     )
 
 
@@ -210,7 +217,7 @@ def test_a_program_that_keeps_ending_is_named_with_its_last_line(make_instance: 
     instance = make_instance()
     instance.env["UVICORN_SSL_CERTFILE"] = "/nowhere/cert.pem"
     instance.launch()
-    wait_for(lambda: instance.returncode == 2, 120, instance.describe)
+    wait_for(lambda: instance.returncode == 2, 2 * PATIENCE_S, instance.describe)
     sentence = "mintweb: web ended 5 times soon after its start, at last with: FileNotFoundError"
     assert sentence in instance.output, instance.describe()
     assert instance.output.count("exited: web (exit status 1; not expected)") >= 5
@@ -229,8 +236,8 @@ def test_a_program_that_dies_again_and_again_later_on_takes_nothing_down(make_in
         killed.update(pids)
         return "recipes ended 5 times soon after its start" in instance.output
 
-    wait_for(kill_and_look, 60, instance.describe)
-    wait_for(lambda: set(instance.processes("--queues=recipes")) - killed, 30, instance.describe)
+    wait_for(kill_and_look, 2 * PATIENCE_S, instance.describe)
+    wait_for(lambda: set(instance.processes("--queues=recipes")) - killed, PATIENCE_S, instance.describe)
     assert instance.returncode is None
     assert instance.stop() == 0
 
@@ -242,8 +249,8 @@ def test_a_second_interrupt_ends_a_worker_that_does_not_stop(make_instance: Make
     os.kill(worker, signal.SIGSTOP)
     assert instance.process is not None
     instance.process.send_signal(signal.SIGINT)
-    wait_for(lambda: not instance.processes("uvicorn"), 15, instance.describe)
-    assert instance.stop(signal.SIGINT) == 0
+    wait_for(lambda: not instance.processes("uvicorn"), PATIENCE_S, instance.describe)
+    assert instance.stop(signal.SIGINT, timeout_s=WORKER_STOP_TIMEOUT_S / 2) == 0
     assert instance.processes() == []
 
 
@@ -251,7 +258,7 @@ def test_a_second_interrupt_ends_a_worker_that_does_not_stop(make_instance: Make
 def test_an_interrupt_while_starting_stops_what_has_begun(make_instance: MakeInstance, part: str) -> None:
     instance = make_instance()
     instance.launch()
-    wait_for(lambda: instance.processes(part), 60, instance.describe)
+    wait_for(lambda: instance.processes(part), PATIENCE_S, instance.describe)
     assert instance.stop(signal.SIGINT) == 0
     assert instance.processes() == []
 

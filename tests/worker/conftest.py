@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from runs.services.operations import Submission
 from runs.services.training_runs import Lora
 
 MODEL = "test/random"
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
+FEW_TOKENS = 100
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +193,24 @@ def wait_for(condition: Callable[[], Any], *, what: str, deadline_s: float = DEA
             return value
         time.sleep(0.01)
     raise AssertionError(f"{what} did not come about within {deadline_s} s")
+
+
+@contextmanager
+def drawing_no_end(worker: GpuWorker) -> Iterator[None]:
+    """Let a worker draw some tokens of its samples and then only look after them, so that no longer one ends by itself."""
+    desk = worker.scheduler._desk
+    step, left = desk.step, iter(range(FEW_TOKENS))
+
+    def step_or_tend() -> None:
+        if next(left, None) is not None:
+            step()
+        else:
+            time.sleep(0.01)
+            desk.tend()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk, "step", step_or_tend)
+        yield
 
 
 def losses_of(operation: Operation) -> float:
