@@ -42,13 +42,17 @@ def opened_by(token: str) -> Checkpoint:
 
 def tar(checkpoint: Checkpoint) -> Iterator[bytes]:
     """Yield a tar file of the adapter's files while they are read."""
+    num_bytes = 2 * tarfile.BLOCKSIZE
     for name, file in checkpoints.files(checkpoint, with_optimizer=False):
         info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = file.size, int(checkpoint.created_at.timestamp()), 0o644
         yield info.tobuf(tarfile.USTAR_FORMAT)
         yield from file.chunks(_CHUNK_BYTES)
-        yield bytes(-info.size % tarfile.BLOCKSIZE)
-    yield bytes(2 * tarfile.BLOCKSIZE)
+        padding = -info.size % tarfile.BLOCKSIZE
+        yield bytes(padding)
+        num_bytes += tarfile.BLOCKSIZE + info.size + padding
+    # Two empty blocks end it, and POSIX wants the last record whole.
+    yield bytes(2 * tarfile.BLOCKSIZE + -num_bytes % tarfile.RECORDSIZE)
 
 
 def zipped(checkpoint: Checkpoint) -> Iterator[bytes]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
-
-from mintweb import probes
-from runs.exceptions import RequestInvalid
+from runs.exceptions import NotFound
+from runs.management.database_command import DatabaseCommand
 from runs.services import workers
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     """Drain or resume a worker."""
 
     help = "Have a GPU worker finish what it computes, let its runs go and take nothing new; without a number, list them."
@@ -25,11 +22,6 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Ask the worker, and print what the live ones do."""
-        try:
-            probes.check_database()
-        except probes.NotAnswering as error:
-            self.stderr.write(f"mintweb: {error}.")
-            sys.exit(2)
         if options["worker"] is not None:
             steer(options["worker"], resume=options["resume"])
         for worker in workers.with_state().filter(workers.is_alive()).order_by("pk"):
@@ -43,8 +35,5 @@ def steer(pk: int, *, resume: bool) -> None:
     """Drain or resume the worker of this number."""
     worker = workers.with_state().filter(pk=pk).first()
     if worker is None:
-        raise CommandError(f"there is no worker {pk}.")
-    try:
-        (workers.resume if resume else workers.drain)(worker)
-    except RequestInvalid as error:
-        raise CommandError(f"{error.message}.") from None
+        raise NotFound(f"there is no worker {pk}")
+    (workers.resume if resume else workers.drain)(worker)

@@ -25,6 +25,7 @@ from supervisor.childutils import getRPCInterface
 
 from mintweb import embedded, probes, programs
 from runs.exceptions import NotAuthenticated
+from runs.management.commands.create_user import login_address
 from runs.services import accounts, keys
 
 REMIND_EVERY_S = 15.0
@@ -226,13 +227,12 @@ def allow_many_connections() -> None:
 def welcome_lines() -> str:
     """Return what people need to begin: the address, a fresh login link and the SDK's variables."""
     address = probes.public_address()
-    link = accounts.create_login_link(accounts.ensure_admin())
     spellings = keys.spellings(api_key())
     return "\n".join(
         [
             "",
             f"mintweb is ready at {address}",
-            f"Log in once with     {address}/login/{link}/",
+            f"Log in once with     {login_address(accounts.ensure_admin())}",
             "",
             "For a MinT or Tinker program:",
             f"  export MINT_BASE_URL={address} MINT_API_KEY={spellings['mint']}",
