@@ -20,7 +20,7 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from channels.layers import get_channel_layer
 from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
-from django.db import DatabaseError, InterfaceError, close_old_connections
+from django.db import DatabaseError, InterfaceError
 from django.template.loader import render_to_string
 from django.utils.crypto import constant_time_compare
 
@@ -28,6 +28,7 @@ from runs import events
 from runs.exceptions import MintError
 from runs.models import User
 from runs.services import access, metrics, run_rows
+from runs.threads import with_connection
 
 logger = logging.getLogger(__name__)
 
@@ -269,13 +270,4 @@ class RunListConsumer(LiveConsumer):
 
 async def in_thread(call: Callable[[], Result]) -> Result:
     """Run database work beside the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, _with_connection, call)
-
-
-def _with_connection(call: Callable[[], Result]) -> Result:
-    close_old_connections()
-    try:
-        return call()
-    except (DatabaseError, InterfaceError):
-        close_old_connections()
-        raise
+    return await asyncio.get_running_loop().run_in_executor(_threads, with_connection, call)

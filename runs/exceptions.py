@@ -6,6 +6,7 @@ MintError                500  server
 + OperatorsOnly          403  user    only a person with staff rights may do this
 + NotFound               404  user    no such object, or not yours: both look the same
 + MethodNotAllowed       405  user
++ BodyTooSlow            408  user    the SDK sends the request again
 + PayloadTooLarge        413  user
 + UnsupportedMedia       415  user    content type or content encoding
 + SequenceConflict       422  user    a seq_id came again with another request
@@ -106,6 +107,14 @@ class MethodNotAllowed(MintError):
 
     code = "method_not_allowed"
     http_status = 405
+    category = "user"
+
+
+class BodyTooSlow(MintError):
+    """the request body did not arrive in time; send the request again"""
+
+    code = "body_too_slow"
+    http_status = 408
     category = "user"
 
 

@@ -69,7 +69,7 @@ class _Talk:
 
     def news(self) -> dict[str, Any]:
         """Return what the page lacks of the text so far, without the halves of a character."""
-        text = readable(self.renderer, self.tokens).rstrip(_INCOMPLETE)
+        text = self.renderer.answer(self.tokens).rstrip(_INCOMPLETE)
         shown, self.shown, self.has_news = self.shown, text, False
         if text.startswith(shown):
             return self.message(more=text[len(shown) :])
@@ -281,15 +281,9 @@ class PlaygroundConsumer(LiveConsumer):
         return get_channel_layer()
 
 
-def readable(renderer: Renderer, tokens: list[int]) -> str:
-    """Return tokens as text without the token that ended them."""
-    is_ended = bool(tokens) and tokens[-1] in renderer.stop_tokens
-    return renderer.decode(tokens[:-1] if is_ended else tokens)
-
-
 def _last_words(talk: _Talk, answer: Answer) -> dict[str, Any]:
     if answer.error:
         return talk.message(error=answer.error, place="")
-    text = readable(talk.renderer, answer.tokens)
+    text = talk.renderer.answer(answer.tokens)
     facts = {"stop_reason": answer.stop_reason, "num_tokens": len(answer.tokens), "seconds": answer.seconds}
     return talk.message(text=text, done=True, **facts)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
 from celery import shared_task
 
 from runs import events
@@ -13,6 +17,7 @@ from runs.services import (
     datasets,
     disk,
     expired_operations,
+    expired_samples,
     idempotency,
     lockout,
     payload_files,
@@ -22,6 +27,8 @@ from runs.services import (
     webhooks,
     workers,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @shared_task(name="runs.tasks.check_dataset", ignore_result=True)
@@ -38,20 +45,42 @@ def deliver_webhooks() -> None:
 
 @shared_task(name="runs.tasks.housekeeping", ignore_result=True)
 def housekeeping() -> None:
-    """Enter the end of dead workers, delete what has expired or is cached too long, and begin lost checks anew."""
-    workers.bury_dead()
-    checkpoints.delete_expired()
-    expired_operations.forget()
-    payload_files.delete_orphans()
-    state_folders.delete_orphans()
-    tokens.remove_unused()
-    webhooks.forget_old()
-    idempotency.forget_old()
-    lockout.forget_old()
-    tallies.add_up()
-    uploads.clean_up()
-    datasets.remove_orphans()
-    dataset_rows.remove_unused_copies()
-    disk.measure()
+    """Enter the end of dead workers, delete what has expired or is cached too long, and begin lost checks anew.
+
+    Raises:
+        ExceptionGroup: what went wrong; it held up nothing else.
+    """
+    problems: list[Exception] = []
+    for chore in _CHORES:
+        try:
+            chore()
+        except Exception as error:  # a folder that vanished, a bucket that is away: no other chore's problem
+            logger.exception("housekeeping: %s.%s failed", chore.__module__, chore.__name__)
+            problems.append(error)
+    if problems:
+        raise ExceptionGroup("housekeeping", problems)
+
+
+def _begin_lost_checks() -> None:
     for version_pk in dataset_checks.unfinished():
         events.ring_dataset_check(version_pk)
+
+
+_CHORES: Final[Sequence[Callable[[], object]]] = (
+    workers.bury_dead,
+    checkpoints.delete_expired,
+    expired_operations.forget,
+    expired_samples.forget,
+    payload_files.delete_orphans,
+    state_folders.delete_orphans,
+    tokens.remove_unused,
+    webhooks.forget_old,
+    idempotency.forget_old,
+    lockout.forget_old,
+    tallies.add_up,
+    uploads.clean_up,
+    datasets.remove_orphans,
+    dataset_rows.remove_unused_copies,
+    disk.measure,
+    _begin_lost_checks,
+)

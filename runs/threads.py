@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from django.db import InterfaceError, OperationalError, close_old_connections, connections
+from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connections
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -44,3 +44,13 @@ def until_reachable(action: Callable[[], Result]) -> Result:
             close_old_connections()
             logger.warning("the database does not answer, trying again: %s", error)
             time.sleep(_RETRY_S)
+
+
+def with_connection(call: Callable[[], Result]) -> Result:
+    """Make a database call in a thread that lives on: a connection that failed in it is not used again."""
+    close_old_connections()
+    try:
+        return call()
+    except (DatabaseError, InterfaceError):
+        close_old_connections()
+        raise

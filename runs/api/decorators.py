@@ -25,6 +25,7 @@ from django.conf import settings
 from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections
 
 from runs.exceptions import (
+    BodyTooSlow,
     MethodNotAllowed,
     MintError,
     NotAuthenticated,
@@ -52,6 +53,8 @@ HOLD_SHARE: Final = 0.6
 _AGAIN_S: Final = 0.5
 _SERVERS_FAULT: Final = 500
 _BODY_TIMEOUT_S: Final = 30
+# What anyone may send who has no key; the SDKs send a few hundred bytes there.
+_OPEN_BODY_BYTES: Final = 64 << 10
 _SHORT_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _DURATION: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _num_failures = 0
@@ -150,11 +153,14 @@ View = Callable[[ApiRequest], Reply] | Callable[[ApiRequest], Coroutine[Any, Any
 
 
 class Endpoint:
-    """An ASGI application with one view per method; `needs_key` is its access policy."""
+    """An ASGI application with one view per method; `needs_key` is its access policy. Some take small bodies only."""
 
-    def __init__(self, views: Mapping[str, View], *, needs_key: bool) -> None:
+    def __init__(
+        self, views: Mapping[str, View], *, needs_key: bool, max_body_bytes: int | None = None
+    ) -> None:
         self.views = views
         self.needs_key = needs_key
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -175,7 +181,8 @@ class Endpoint:
         path_args: Mapping[str, str] = scope["url_route"]["kwargs"]
         if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
-        body = await _read_body(receive, headers)
+        limit = min(self._max_body_bytes or settings.MAX_BODY_BYTES, settings.MAX_BODY_BYTES)
+        body = await _read_body(receive, headers, limit=limit)
         request = ApiRequest(
             method=scope["method"],
             scheme=scope.get("scheme", "http"),
@@ -195,9 +202,9 @@ def endpoint(**views: View) -> Endpoint:
     return Endpoint(views, needs_key=True)
 
 
-def open_endpoint(**views: View) -> Endpoint:
+def open_endpoint(*, max_body_bytes: int = _OPEN_BODY_BYTES, **views: View) -> Endpoint:
     """Make an endpoint that anyone may call."""
-    return Endpoint(views, needs_key=False)
+    return Endpoint(views, needs_key=False, max_body_bytes=max_body_bytes)
 
 
 async def respond(scope: Scope, send: Send, answering: Coroutine[Any, Any, Reply]) -> None:
@@ -270,9 +277,10 @@ async def in_thread(call: Callable[[], Result], pool: ThreadPoolExecutor = _thre
     return await asyncio.get_running_loop().run_in_executor(pool, _with_connection, call)
 
 
-# What a client does next: exchange its key for a fresh token, or wait for so many seconds.
+# What a client does next: exchange its key for a fresh token, wait for so many seconds, send no more of a slow body.
 _HINTS: Final[Mapping[int, Mapping[str, str]]] = {
     401: {"www-authenticate": 'Bearer error="invalid_token"'},
+    408: {"retry-after": "1", "connection": "close"},
     429: {"retry-after": "1"},
     507: {"retry-after": "5"},
 }
@@ -339,16 +347,18 @@ def _crash_reply(scope: Scope) -> Reply:
     )
 
 
-async def _read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
+async def _read_body(receive: Receive, headers: Mapping[str, str], *, limit: int) -> bytes:
     """Read the body, never holding more than the limit whatever Content-Length says."""
-    limit = settings.MAX_BODY_BYTES
     declared = headers.get("content-length", "")
     if _SHORT_NUMBER.fullmatch(declared) and int(declared) > limit:
         raise PayloadTooLarge(f"the body has {declared} bytes; the most is {limit}")
     try:
         raw = await asyncio.wait_for(_receive_all(receive, limit), _BODY_TIMEOUT_S)
     except TimeoutError:
-        raise PayloadTooLarge(f"the body did not arrive within {_BODY_TIMEOUT_S} s") from None
+        message = (
+            f"the body did not arrive within {_BODY_TIMEOUT_S} s; send the request again, or less at a time"
+        )
+        raise BodyTooSlow(message) from None
     encoding = headers.get("content-encoding", "")
     if not encoding:
         return raw

@@ -35,7 +35,7 @@ _start_up = [
     _route("sessions", endpoint(GET=service.list_sessions)),
     _route("sessions/<str:session_id>", endpoint(GET=service.get_session)),
     _route("sessions/<str:session_id>/finish", endpoint(POST=service.finish_session)),
-    _route("telemetry", open_endpoint(POST=service.telemetry)),
+    _route("telemetry", open_endpoint(POST=service.telemetry, max_body_bytes=service.MAX_TELEMETRY_BYTES)),
 ]
 _training = [
     _route("create_model", endpoint(POST=training.create_model)),

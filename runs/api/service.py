@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from runs.api.decorators import NO_CONTENT, ApiRequest, Reply, json_reply
 from runs.schemas import requests
 from runs.schemas.parsing import validate
 from runs.services import access, base_models, keys, sessions
 
+# A client sends 100 events at a time, some with a traceback.
+MAX_TELEMETRY_BYTES: Final = 1 << 20
 CLIENT_CONFIG = {"pjwt_auth_enabled": True, "use_pyqwest_transport": False, "proto_compress_fwdbwd": False}
 
 

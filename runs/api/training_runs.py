@@ -6,20 +6,23 @@ from typing import Any
 
 from runs import ids
 from runs.api.decorators import NO_CONTENT, ApiRequest, Reply, json_reply
+from runs.exceptions import NotFound
 from runs.models import Checkpoint, TrainingRun, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
 from runs.services import access, archives, checkpoints, sampling, tallies, training_runs
 from runs.services.tallies import Total
+from runs.services.training_runs import Latest
 
 
 def list_training_runs(request: ApiRequest) -> Reply:
     """List the user's runs, newest first."""
     offset, limit = request.page(default_limit=20)
-    rows = access.runs_of(request.user)
+    rows = list(access.runs_of(request.user).select_related("owner")[offset : offset + limit])
+    latest = training_runs.latest_of(rows)
     return json_reply(
         {
-            "training_runs": [_run(run) for run in rows[offset : offset + limit]],
+            "training_runs": [_run(run, latest[run.pk]) for run in rows if run.pk in latest],
             "cursor": _cursor(offset, limit, tallies.total_of(request.user, tallies.Kind.RUNS)),
         }
     )
@@ -27,14 +30,23 @@ def list_training_runs(request: ApiRequest) -> Reply:
 
 def get_training_run(request: ApiRequest) -> Reply:
     """Return one run."""
-    return json_reply(_run(access.get_run(request.user, request.path_args["run_id"])))
+    run = access.get_run(request.user, request.path_args["run_id"])
+    latest = training_runs.latest_of([run]).get(run.pk)
+    if latest is None:
+        raise NotFound("the run was deleted just now")
+    return json_reply(_run(run, latest))
 
 
 def list_run_checkpoints(request: ApiRequest) -> Reply:
-    """List a run's checkpoints, newest first."""
+    """List a run's checkpoints, newest first; there is a cursor when the page does not hold them all."""
+    offset, limit = request.page(default_limit=1000)
     run = access.get_run(request.user, request.path_args["run_id"])
     rows = access.checkpoints_of(request.user).filter(run=run)
-    return json_reply({"checkpoints": [_checkpoint(row) for row in rows], "cursor": None})
+    page = list(rows[offset : offset + limit + 1])
+    cursor = None
+    if offset or len(page) > limit:
+        cursor = {"offset": offset, "limit": limit, "total_count": rows.count()}
+    return json_reply({"checkpoints": [_checkpoint(row) for row in page[:limit]], "cursor": cursor})
 
 
 def list_checkpoints(request: ApiRequest) -> Reply:
@@ -98,10 +110,7 @@ def _own_checkpoint(request: ApiRequest) -> Checkpoint:
     )
 
 
-def _run(run: TrainingRun) -> dict[str, Any]:
-    named = run.checkpoints.filter(is_ephemeral=False).select_related("run")
-    training = named.filter(kind=Checkpoint.Kind.TRAINING).first()
-    sampler = named.filter(kind=Checkpoint.Kind.SAMPLER).first()
+def _run(run: TrainingRun, latest: Latest) -> dict[str, Any]:
     owner: User = run.owner
     return {
         "training_run_id": run.public_id,
@@ -110,9 +119,9 @@ def _run(run: TrainingRun) -> dict[str, Any]:
         "is_lora": True,
         "corrupted": run.state == TrainingRun.State.FAILED,
         "lora_rank": run.lora_rank,
-        "last_request_time": training_runs.last_request_at(run).isoformat(),
-        "last_checkpoint": _checkpoint(training) if training else None,
-        "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,
+        "last_request_time": latest.asked_at.isoformat(),
+        "last_checkpoint": _checkpoint(latest.training) if latest.training else None,
+        "last_sampler_checkpoint": _checkpoint(latest.sampler) if latest.sampler else None,
         "user_metadata": run.user_metadata or None,
     }
 

@@ -18,8 +18,8 @@ from runs.models.workers import Worker
 class Operation(models.Model):
     """One operation on a run (ordered by seq) or of a sampling session (in any order).
 
-    The payload goes once no replay can need it, the result of a run's operation some time after that; a
-    done one without a result was forgotten. `attempts` counts the workers that took it, `lone_attempts` those that tried it with nothing beside it.
+    The payload goes once no replay can need it, the result some time after that; a done one without a result
+    was forgotten. `attempts` counts the workers that took it, `lone_attempts` those that tried it with nothing beside it.
     """
 
     class Kind(models.TextChoices):
@@ -87,6 +87,22 @@ class Operation(models.Model):
                 fields=["id"],
                 condition=models.Q(state="queued", sampling_session__isnull=False),
                 name="sample_queued",
+            ),
+            models.Index(
+                fields=["owner", "id"],
+                condition=models.Q(state="queued", sampling_session__isnull=False),
+                name="sample_queued_of_owner",
+            ),
+            models.Index(
+                fields=["sampling_session"],
+                condition=models.Q(sampling_session__isnull=False)
+                & ~models.Q(state="queued")
+                & (
+                    models.Q(payload__isnull=False)
+                    | ~models.Q(payload_file="")
+                    | models.Q(result__isnull=False)
+                ),
+                name="sample_kept",
             ),
             models.Index(
                 fields=["payload_file"], condition=~models.Q(payload_file=""), name="operation_payload_file"

@@ -12,7 +12,8 @@ class Worker(models.Model):
     `lease_until` is set and compared with the database's clock only. A run belongs to the worker
     its row names; who finds that worker dead may take the run by raising its fence. `fingerprint` says
     what it computes with, for each base model it has loaded. `drain_asked_at` is when an operator had it take
-    nothing new and let go of what it holds.
+    nothing new and let go of what it holds. `samplers` says in words who draws its samples, for each base model
+    with a server for that.
     """
 
     host = models.CharField(max_length=200)
@@ -26,6 +27,7 @@ class Worker(models.Model):
     stopped_at = models.DateTimeField(null=True)
     busy_share = models.FloatField(null=True)
     drain_asked_at = models.DateTimeField(null=True)
+    samplers = models.JSONField(default=dict, db_default={})
 
     class Meta:
         ordering = ["-started_at"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from asgiref.sync import sync_to_async
 from django.contrib import messages
-from django.core.files.base import File
-from django.http import HttpRequest, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.http import require_GET, require_POST
@@ -20,13 +17,13 @@ from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
 from runs.pages.policies import signed_in
-from runs.services import access, checkpoint_facts, disk, run_rows, sampling, tallies
+from runs.services import access, archives, checkpoint_facts, disk, run_rows, sampling, tallies
 from runs.services import checkpoints as service
 from runs.services.checkpoint_facts import CheckpointFacts
+from runs.streams import streamed
 
 MAX_ROWS: Final = 500
 LIFETIMES: Final = ((86_400, "1 day"), (7 * 86_400, "7 days"), (30 * 86_400, "30 days"), (0, "for ever"))
-_CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +70,12 @@ def download(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRes
     """Send the adapter's files as a tar archive, while they are read."""
     path = ids.parse_checkpoint_id(run_id, kind, name)
     checkpoint = access.get_checkpoint(_user(request), path)
-    response = StreamingHttpResponse(_tar(checkpoint), content_type="application/x-tar")
     session, _, number = run_id.partition(":train:")
-    response["Content-Disposition"] = f'attachment; filename="{session[:8]}-{number}-{checkpoint.name}.tar"'
-    return response
+    return streamed(
+        archives.tar(checkpoint),
+        content_type="application/x-tar",
+        filename=f"{session[:8]}-{number}-{checkpoint.name}.tar",
+    )
 
 
 @signed_in
@@ -146,29 +145,6 @@ def _rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
     listed = list(checkpoints)
     facts = checkpoint_facts.facts_of(listed)
     return [row_of(checkpoint, facts.get(checkpoint.pk, checkpoint_facts.UNKNOWN)) for checkpoint in listed]
-
-
-async def _tar(checkpoint: Checkpoint) -> AsyncIterator[bytes]:
-    """Yield a tar archive whose names are the bare file names of the adapter."""
-    parts = _tar_parts(
-        service.files(checkpoint, with_optimizer=False), mtime=checkpoint.created_at.timestamp()
-    )
-    read_part = sync_to_async(lambda: next(parts, None))
-    while (part := await read_part()) is not None:
-        yield part
-
-
-def _tar_parts(files: Iterator[tuple[str, File[bytes]]], *, mtime: float) -> Iterator[bytes]:
-    num_bytes = 0
-    for name, file in files:
-        info = tarfile.TarInfo(name.rpartition("/")[2])
-        info.size, info.mtime, info.mode = file.size, int(mtime), 0o644
-        yield info.tobuf(tarfile.USTAR_FORMAT)
-        yield from file.chunks(_CHUNK_BYTES)
-        padding = -info.size % tarfile.BLOCKSIZE
-        yield bytes(padding)
-        num_bytes += tarfile.BLOCKSIZE + info.size + padding
-    yield bytes(2 * tarfile.BLOCKSIZE + -(num_bytes + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
 
 
 def _delete(request: HttpRequest, chosen: Sequence[Checkpoint]) -> None:

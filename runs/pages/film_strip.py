@@ -12,9 +12,9 @@ from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
 from runs.models import FixedSample, Operation, TrainingRun, User
-from runs.pages import sample_texts
 from runs.pages.policies import signed_in
 from runs.pages.word_changes import Change, changes
+from runs.recipes.rendering import decoder_of
 from runs.schemas.results import decode_sample
 from runs.services import recipe_status, recipes
 
@@ -169,7 +169,7 @@ def _cell(key: str, answer: _Answer | None, before: str | None) -> Cell:
 
 
 def _reader_of(base_model: str) -> Reader:
-    decode = sample_texts.decoder_of(base_model)
+    decode = decoder_of(base_model)
 
     def read(sample: FixedSample) -> _Answer:
         operation = sample.operation

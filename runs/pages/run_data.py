@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from typing import Final, overload
 
-from asgiref.sync import sync_to_async
-from django.http import HttpRequest, HttpResponseBase, JsonResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponseBase, JsonResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 
@@ -16,6 +14,7 @@ from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
 from runs.pages.policies import signed_in
 from runs.services import access, histories, metric_exports, metrics
+from runs.streams import streamed
 
 MAX_NAMES: Final = 32
 _PAGE_VALUES: Final = 10_000
@@ -71,16 +70,9 @@ def as_csv(request: HttpRequest, run_id: str) -> HttpResponseBase:
     run = _run(request, run_id)
     name = request.GET.get("name", "")
     parts = metric_exports.as_csv(metric_exports.pages(run, name=name))
-    response = StreamingHttpResponse(_pulled(parts), content_type="text/csv; charset=utf-8")
     session, _, number = run.public_id.partition(":train:")
-    response["Content-Disposition"] = f'attachment; filename="metrics-{session[:8]}-{number}.csv"'
-    return response
-
-
-async def _pulled(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
-    read = sync_to_async(lambda: next(parts, None))
-    while (part := await read()) is not None:
-        yield part
+    filename = f"metrics-{session[:8]}-{number}.csv"
+    return streamed(parts, content_type="text/csv; charset=utf-8", filename=filename)
 
 
 def _run(request: HttpRequest, run_id: str) -> TrainingRun:

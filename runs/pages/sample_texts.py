@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -70,19 +69,6 @@ def texts_of(samples: Iterable[Operation], *, base_model: str) -> list[SampleTex
     tokenizer = _tokenizer_of(base_model)
     texts = (_text_of(sample, tokenizer) for sample in samples)
     return [text for text in texts if text is not None]
-
-
-def decoder_of(base_model: str) -> Callable[[Sequence[int]], str]:
-    """Return what turns tokens into plain text without special tokens; without a tokenizer, into their numbers."""
-    tokenizer = _tokenizer_of(base_model)
-
-    def decode(tokens: Sequence[int]) -> str:
-        if tokenizer is None:
-            return " ".join(str(token) for token in tokens)
-        text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
-
-    return decode
 
 
 def _text_of(row: Operation, tokenizer: Any) -> SampleText | None:
@@ -147,9 +133,9 @@ def _special_tokens(tokenizer: Any) -> frozenset[int]:
 
 def _tokenizer_of(base_model: str) -> Any:
     info = base_models.find(base_model)
-    if info is None:
+    if info is None or info.folder is None:
         return None
-    path = Path(info.tokenizer_id) / "tokenizer.json"
+    path = info.folder / "tokenizer.json"
     return _load(str(path), path.stat().st_mtime) if path.is_file() else None
 
 

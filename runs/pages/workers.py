@@ -29,7 +29,11 @@ _TONES: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRow:
-    """What the table shows of a worker; `only_here` are the base models for which no other one takes runs."""
+    """What the table shows of a worker.
+
+    `only_here` are the base models for which no other one takes runs, `samplers` who draws samples of a base model
+    where there is a server for that.
+    """
 
     pk: int
     state: WorkerState
@@ -46,6 +50,7 @@ class WorkerRow:
     can_drain: bool
     can_resume: bool
     only_here: str
+    samplers: list[str]
 
 
 @signed_in
@@ -101,6 +106,7 @@ def _row(worker: Worker, serving: Sequence[Worker]) -> WorkerRow:
         can_drain=state == WorkerState.ALIVE,
         can_resume=state in (WorkerState.DRAINING, WorkerState.DRAINED),
         only_here=", ".join(name for name in workers.models_of(worker) if name not in elsewhere),
+        samplers=[f"{name}: {words}" for name, words in worker.samplers.items()] if is_alive else [],
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from runs.schemas.recipes import SampleSettings, SftConfig
+from runs.schemas.recipes import Changes, SampleSettings, SftConfig
+from runs.services import base_models
 from runs.services.base_models import BaseModelInfo
 
 NUM_EPOCHS: Final = 3.0
@@ -57,6 +58,27 @@ def completed(config: SftConfig, *, info: BaseModelInfo, num_steps: int) -> SftC
         "samples": samples.model_copy(update={"every": samples.every or eval_every}),
     }
     return config.model_copy(update=values)
+
+
+def decided(changes: Changes, held: SftConfig) -> Changes:
+    """Return changes to the settings of a run whose data is read, null replaced by what the rules make of it.
+
+    What no rule decides stays null.
+
+    Raises:
+        RequestInvalid: the base model, which the rules ask about, is not offered any more.
+    """
+    names = {"learning_rate", "eval_every", "save_every"} & changes.model_fields_set
+    asked = {name: getattr(changes, name) for name in names}
+    reset = [name for name, value in asked.items() if value is None]
+    if not reset:
+        return changes
+    whole = completed(
+        held.model_copy(update=asked),
+        info=base_models.get(held.base_model),
+        num_steps=changes.num_steps or held.num_steps or 1,
+    )
+    return changes.model_copy(update={name: getattr(whole, name) for name in reset})
 
 
 def samples_every(samples: SampleSettings, config: SftConfig) -> int:

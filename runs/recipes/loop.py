@@ -14,13 +14,13 @@ from typing import Final
 
 from django.db import InterfaceError, OperationalError
 
-from runs.exceptions import DiskFull, MintError, RequestInvalid
+from runs.exceptions import DiskFull, MintError, RateLimited, RequestInvalid
 from runs.models import DatasetVersion, Recipe
 from runs.recipes import defaults, materials, rendering, sft
 from runs.recipes.materials import Materials
 from runs.recipes.sft import Material
 from runs.schemas.recipes import SftConfig
-from runs.services import base_models, blobs, holdups, recipe_steps
+from runs.services import base_models, blobs, holdups, recipe_rows, recipe_steps
 from runs.services.recipe_rows import State
 from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Work in the log beyond what the worker has done: enough that the device never waits for a turn of the loop.
 AHEAD_S: Final = 2.0
 MIN_AHEAD, MAX_AHEAD = 4, 256
-# A run that has no room on the disk is tried again after so long.
-NO_ROOM_S: Final = 5.0
+# A run that an error holds up is tried again after so long.
+HELD_UP_S: Final = 5.0
 
 
 class RecipeLoop:
@@ -54,27 +54,29 @@ class RecipeLoop:
                 self._let_on(recipe)
             except (OperationalError, InterfaceError):
                 raise
-            except DiskFull:
-                self._hold_up(recipe)
-            except (MintError, OSError) as error:
-                logger.warning("run %s cannot go on: %s", recipe.run.public_id, error)
-                recipe_steps.fail(recipe, str(error))
+            except (DiskFull, RateLimited) as error:
+                self._hold_up(recipe, error)
+            except FileNotFoundError as error:
+                _fail(recipe, error)
+            except OSError as error:
+                self._hold_up(recipe, error)
+            except MintError as error:
+                _fail(recipe, error)
             except Exception as error:
                 logger.exception("run %s cannot go on", recipe.run.public_id)
                 recipe_steps.fail(recipe, f"the server failed: {type(error).__name__}")
         return any(recipe.state != State.PAUSED for recipe in recipes)
 
-    def _hold_up(self, recipe: Recipe) -> None:
-        """Try again later what found no room on the disk: no run ends for that."""
-        logger.warning("run %s is held up: the disk is full", recipe.run.public_id)
-        self._held_until[recipe.pk] = time.monotonic() + NO_ROOM_S
-        self.materials.forget_failed(recipe)
-        holdups.enter(recipe.run_id, holdups.NO_ROOM_FOR_STEP)
+    def _hold_up(self, recipe: Recipe, error: MintError | OSError) -> None:
+        """Try again later what met an error that passes: no run ends for that."""
+        logger.warning("run %s is held up: %s", recipe.run.public_id, error)
+        self._held_until[recipe.pk] = time.monotonic() + HELD_UP_S
+        holdups.enter(recipe.run_id, holdups.reason_for_step(error))
 
     def _let_on(self, recipe: Recipe) -> None:
         self._held_until.pop(recipe.pk, None)
-        if recipe.run.held_up == holdups.NO_ROOM_FOR_STEP:
-            holdups.clear(recipe.run_id, holdups.NO_ROOM_FOR_STEP)
+        if recipe.run.held_up in holdups.OF_STEPS:
+            holdups.clear(recipe.run_id, recipe.run.held_up)
 
     def _advance(self, recipe: Recipe) -> None:
         if recipe.state == State.PREPARING:
@@ -107,12 +109,12 @@ class RecipeLoop:
         recipe_steps.prepared(recipe, completed, materials.summary_of(material))
 
     def _begin(self, recipe: Recipe) -> None:
+        """Start or go on once the data is there and a slot is free; only a run that starts is measured first."""
         material = self.materials.get(recipe)
-        if material is None:
+        if material is None or not recipe_rows.has_free_slot():
             return
-        config = SftConfig.model_validate(recipe.config)
-        evaluations = _evaluations(recipe, material, recipe.next_seq)
-        recipe_steps.begin(recipe, Step(evaluations=evaluations, prompts=config.samples.prompts))
+        first = _before_training(recipe, material) if recipe.started_at is None else Step()
+        recipe_steps.begin(recipe, first)
 
     # -- what the worker did -------------------------------------------------------------------------
 
@@ -192,6 +194,17 @@ class RecipeLoop:
             recipe_steps.drop_sampled_weights(recipe)
             recipe_steps.end(recipe, State.FINISHED)
         self._paces.pop(recipe.pk, None)
+
+
+def _fail(recipe: Recipe, error: MintError | OSError) -> None:
+    logger.warning("run %s cannot go on: %s", recipe.run.public_id, error)
+    recipe_steps.fail(recipe, str(error))
+
+
+def _before_training(recipe: Recipe, material: Material) -> Step:
+    """Return what is due before the first step."""
+    config = SftConfig.model_validate(recipe.config)
+    return Step(evaluations=_evaluations(recipe, material, recipe.next_seq), prompts=config.samples.prompts)
 
 
 def _step(recipe: Recipe, material: Material) -> Step:

@@ -1,9 +1,17 @@
-"""Get a recipe's data ready in a thread of its own, so that tokenising one dataset holds up no other run."""
+"""Get recipes' data ready in threads, so that tokenising one dataset holds up no other run.
+
+What is in the cache is opened beside what has to be tokenised first. A run whose base model no worker has
+loaded yet takes no thread: it is looked at again.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from django.db import connections
@@ -16,51 +24,103 @@ from runs.recipes.sft import HeldOut, Material
 from runs.recipes.tokens import TokenStore
 from runs.schemas.recipes import SftConfig
 from runs.services import base_models, recipe_steps
-from runs.services.base_models import BaseModelInfo
+from runs.services.recipe_rows import State
 
+_NUM_OPENING: Final = 2
+_NUM_TOKENISING: Final = 2
+_NEED_DATA: Final = (State.PREPARING, State.QUEUED, State.RUNNING)
 _PROGRESS_S: Final = 0.5
 _MAX_LABEL: Final = 40
+_StoreOf = Callable[[DatasetVersion, SftConfig], TokenStore]
 
 
 class DataError(MintError):
     """nothing in this dataset can be trained on"""
 
 
+class _NotCached(Exception):
+    """Not all of a recipe's data is in the cache."""
+
+
+class _NoLongerNeeded(Exception):
+    """The run was stopped while its data was being tokenised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """One recipe's data on its way; `made` says what is tokenised for it, None while it is looked for in the cache."""
+
+    future: Future[Material | None]
+    progress: _Progress
+    made: tuple[object, ...] | None
+
+
 class Materials:
     """The data of the recipes that the loop looks after, by recipe."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="materials")
-        self._futures: dict[int, Future[Material]] = {}
+        self._opening = ThreadPoolExecutor(_NUM_OPENING, thread_name_prefix="opening")
+        self._tokenising = ThreadPoolExecutor(_NUM_TOKENISING, thread_name_prefix="tokenising")
+        self._readings: dict[int, _Reading] = {}
 
     def get(self, recipe: Recipe) -> Material | None:
-        """Return the recipe's data, or None while it is being read.
+        """Return the recipe's data, or None while it is not there yet; after an error the next call begins anew.
 
         Raises:
             MintError: the data cannot be used; the message is for the person.
             OSError: a file cannot be read or written.
         """
-        future = self._futures.get(recipe.pk)
-        if future is None:
-            future = self._futures[recipe.pk] = self._pool.submit(_in_thread, recipe)
-        return future.result() if future.done() else None
-
-    def forget_failed(self, recipe: Recipe) -> None:
-        """Let data that could not be read be read again."""
-        future = self._futures.get(recipe.pk)
-        if future is not None and future.done() and future.exception() is not None:
-            del self._futures[recipe.pk]
+        reading = self._readings.get(recipe.pk)
+        if reading is None:
+            self._open(recipe)
+        elif reading.future.done():
+            return self._result(recipe, reading)
+        return None
 
     def keep_only(self, recipes: list[Recipe]) -> None:
-        """Let go of the data of every other recipe."""
-        wanted = {recipe.pk for recipe in recipes}
-        for pk in [pk for pk in self._futures if pk not in wanted]:
-            del self._futures[pk]
+        """Let go of the data of every other recipe, and of those that need none in their state."""
+        wanted = {recipe.pk for recipe in recipes if recipe.state in _NEED_DATA}
+        for pk in [pk for pk in self._readings if pk not in wanted]:
+            reading = self._readings.pop(pk)
+            reading.progress.is_over.set()
+            reading.future.cancel()
 
-    def wait(self, recipe: Recipe) -> None:
-        """Wait until the recipe's data is ready or cannot be."""
-        if self.get(recipe) is None:
-            self._futures[recipe.pk].exception()
+    def _result(self, recipe: Recipe, reading: _Reading) -> Material | None:
+        if reading.future.exception() is not None:
+            del self._readings[recipe.pk]
+        material = reading.future.result()
+        if material is None:
+            self._tokenise(recipe)
+        return material
+
+    def _open(self, recipe: Recipe) -> None:
+        """Look into the cache, unless the data cannot be there: until the model is loaded, or its tokens are made."""
+        is_loaded = base_models.get(recipe.config["base_model"]).is_loaded
+        if is_loaded and not self._is_being_made(recipe):
+            self._begin(recipe, self._opening, _opened, made=None)
+
+    def _tokenise(self, recipe: Recipe) -> None:
+        """Have the data made; recipes that train on the same take one thread together."""
+        if self._is_being_made(recipe):
+            del self._readings[recipe.pk]
+        else:
+            self._begin(recipe, self._tokenising, _made, made=_trained_on(recipe))
+
+    def _is_being_made(self, recipe: Recipe) -> bool:
+        wanted = _trained_on(recipe)
+        return any(one.made == wanted and not one.future.done() for one in self._readings.values())
+
+    def _begin(
+        self,
+        recipe: Recipe,
+        pool: ThreadPoolExecutor,
+        read: Callable[[Recipe, _Progress], Material | None],
+        *,
+        made: tuple[object, ...] | None,
+    ) -> None:
+        progress = _Progress(recipe)
+        future = pool.submit(_in_thread, read, recipe, progress)
+        self._readings[recipe.pk] = _Reading(future=future, progress=progress, made=made)
 
 
 def summary_of(material: Material) -> dict[str, Any]:
@@ -78,19 +138,38 @@ def summary_of(material: Material) -> dict[str, Any]:
     }
 
 
-def _in_thread(recipe: Recipe) -> Material:
+def _in_thread(
+    read: Callable[[Recipe, _Progress], Material | None], recipe: Recipe, progress: _Progress
+) -> Material | None:
     try:
-        return load(recipe)
+        return read(recipe, progress)
     finally:
         connections.close_all()
 
 
-def load(recipe: Recipe) -> Material:
-    """Read the recipe's datasets as tokens and divide them; seconds to minutes the first time."""
+def _trained_on(recipe: Recipe) -> tuple[object, ...]:
+    """Return what two recipes share only if they train on the same tokens."""
+    names = ("base_model", "train_on", "max_length")
+    return (recipe.dataset_version_id, *(recipe.config[name] for name in names))
+
+
+def _opened(recipe: Recipe, _: _Progress) -> Material | None:
+    """Return the recipe's data if all of it is in the cache."""
+    try:
+        return _read(recipe, _cached)
+    except _NotCached:
+        return None
+
+
+def _made(recipe: Recipe, progress: _Progress) -> Material:
+    """Return the recipe's data, tokenised now where it is not in the cache; seconds to minutes."""
+    return _read(recipe, partial(_prepared, progress))
+
+
+def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
+    """Read the recipe's datasets as tokens and divide them."""
     config = SftConfig.model_validate(recipe.config)
-    info = _when_loaded(config.base_model)
-    progress = _Progress(recipe)
-    store = _store(recipe.dataset_version, config, info, progress)
+    store = store_of(recipe.dataset_version, config)
     rows, held_out_rows = split(store.num_trained, config.validation, seed=config.seed)
     if len(rows) == 0:
         raise DataError(
@@ -99,7 +178,7 @@ def load(recipe: Recipe) -> Material:
         )
     held_out = [HeldOut(label="split", store=store, rows=held_out_rows)] if len(held_out_rows) else []
     for version in recipe.validation_versions.select_related("dataset"):
-        held_out += _other(version, config, info, progress)
+        held_out += _other(version, config, store_of(version, config))
     plan = BatchPlan(
         rows,
         store.lengths,
@@ -110,43 +189,47 @@ def load(recipe: Recipe) -> Material:
     return Material(store=store, rows=rows, plan=plan, held_out=held_out)
 
 
-def _store(
-    version: DatasetVersion, config: SftConfig, info: BaseModelInfo, progress: _Progress
-) -> TokenStore:
+def _cached(version: DatasetVersion, config: SftConfig) -> TokenStore:
+    store = tokens.open_store(
+        version, config.base_model, train_on=config.train_on, max_length=_max_length(config)
+    )
+    if store is None:
+        raise _NotCached
+    return store
+
+
+def _prepared(progress: _Progress, version: DatasetVersion, config: SftConfig) -> TokenStore:
     return tokens.prepare(
         version,
         config.base_model,
         train_on=config.train_on,
-        max_length=config.max_length or defaults.max_length(info),
+        max_length=_max_length(config),
         progress=progress.enter,
     )
 
 
-def _other(
-    version: DatasetVersion, config: SftConfig, info: BaseModelInfo, progress: _Progress
-) -> list[HeldOut]:
+def _max_length(config: SftConfig) -> int:
+    return config.max_length or defaults.max_length(base_models.get(config.base_model))
+
+
+def _other(version: DatasetVersion, config: SftConfig, store: TokenStore) -> list[HeldOut]:
     """Return a dataset given for validation, or a seeded part of a large one."""
-    store = _store(version, config, info, progress)
     rows = some_of(store.num_trained, max_rows=config.validation.max_rows, seed=config.seed)
     label = version.dataset.name[:_MAX_LABEL] or version.dataset.public_id
     return [HeldOut(label=label, store=store, rows=rows)] if len(rows) else []
 
 
-def _when_loaded(base_model: str) -> BaseModelInfo:
-    """Wait for a worker to say what the base model is like."""
-    while not (info := base_models.get(base_model)).is_loaded:
-        time.sleep(_PROGRESS_S)
-    return info
-
-
 class _Progress:
-    """Enters how far the reading is, now and then."""
+    """Enters how far the reading is, now and then, and ends it once `is_over` is set."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._next_at = 0.0
+        self.is_over = threading.Event()
 
     def enter(self, share: float) -> None:
+        if self.is_over.is_set():
+            raise _NoLongerNeeded
         if time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + _PROGRESS_S
             recipe_steps.enter_progress(self._recipe, share)

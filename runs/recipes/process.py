@@ -40,10 +40,11 @@ class RecipeProcess:
             thread.start()
 
     def stop(self) -> None:
-        """Let the running turn end."""
+        """Let the running turn end, and what is being tokenised: the process ends after its threads."""
         self._stopping.set()
         self._bell.set()
         self._threads[0].join()
+        self._loop.materials.keep_only([])
 
     def _run(self) -> None:
         while not self._stopping.is_set():

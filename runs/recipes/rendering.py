@@ -6,7 +6,7 @@ Training, the preview of a row and prompts for samples all go through here, so t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -152,6 +152,11 @@ class Renderer:
         """Return tokens as text, special ones by their names."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
+    def answer(self, tokens: Sequence[int]) -> str:
+        """Return sampled tokens as text, without the token that ended them."""
+        is_ended = bool(tokens) and tokens[-1] in self.stop_tokens
+        return self.decode(tokens[:-1] if is_ended else tokens)
+
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -245,14 +250,25 @@ def renderer_of(base_model: str) -> Renderer:
         raise RequestInvalid(
             f"unknown base model {base_model[:80]!r}; this server offers {names}", place="base_model"
         )
-    folder = Path(info.tokenizer_id)
-    if not folder.is_dir():
+    folder = info.folder
+    if folder is None:
         raise RequestInvalid(
             f"the files of base model {base_model} are not on this machine yet; "
             "start a worker that loads it, or name its folder in MINTWEB_BASE_MODELS",
             place="base_model",
         )
     return _renderer(base_model, folder, _stamp(folder))
+
+
+def decoder_of(base_model: str) -> Callable[[Sequence[int]], str]:
+    """Return what turns sampled tokens into text, without the token that ended them.
+
+    Where the base model is not on offer any more its tokens are returned as numbers.
+    """
+    try:
+        return renderer_of(base_model).answer
+    except RequestInvalid:
+        return lambda tokens: " ".join(map(str, tokens))
 
 
 @lru_cache(maxsize=_KEPT_MODELS)

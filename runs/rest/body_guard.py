@@ -6,19 +6,24 @@ only from someone with a key.
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any, Final
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest
 
 from runs.exceptions import MintError, NotAuthenticated, PayloadTooLarge
 from runs.rest import errors
 from runs.services import keys
+from runs.threads import with_connection
 
+logger = logging.getLogger(__name__)
 _TAKES_FILE: Final = re.compile(r"/rest/v1/datasets(/[^/]+/versions)?")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -67,9 +72,12 @@ async def _limit(scope: Message, headers: dict[bytes, str]) -> int:
         if not credential:
             raise NotAuthenticated("a key is needed")
         if keys.cached_user(credential) is None:
-            await sync_to_async(keys.authenticate)(credential)
+            await sync_to_async(with_connection)(partial(keys.authenticate, credential))
     except NotAuthenticated as error:
         raise _Refusal(error) from None
+    except (OperationalError, InterfaceError) as error:
+        logger.warning("the database did not answer: %s", error)
+        raise _Refusal(errors.Unavailable()) from None
     return settings.MAX_UPLOAD_BYTES
 
 

@@ -16,9 +16,9 @@ from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller, check_match
 from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.runs import RequestModel
-from runs.rest.streams import streamed
 from runs.schemas.names import PathText
 from runs.services import access, archives, checkpoints, sampling
+from runs.streams import streamed
 
 router = Router(tags=["checkpoints"])
 
@@ -79,11 +79,10 @@ def list_checkpoints(
 
 @router.post("/checkpoints/delete", response=Deleted, summary="Delete many checkpoints")
 def delete_checkpoints(request: HttpRequest, body: Annotated[DeleteCheckpoints, JsonBody(...)]) -> Deleted:
-    """Delete checkpoints with their files; when one of them does not exist none is deleted."""
+    """Delete checkpoints with their files; when one of them does not exist, or a fork needs it, none is."""
     paths = [ids.parse_path(path, place="paths") for path in dict.fromkeys(body.paths)]
     chosen = [access.get_checkpoint(caller(request), path) for path in paths]
-    for checkpoint in chosen:
-        checkpoints.delete(checkpoint)
+    checkpoints.delete(*chosen)
     return Deleted(num_deleted=len(chosen))
 
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, StringConstraints
 from runs.rest.boundary import caller
 from runs.rest.paging import Limit, pack, unpack
 from runs.rest.rendering import Number
-from runs.rest.streams import streamed
 from runs.services import access, metric_exports, metrics
+from runs.streams import streamed
 
 router = Router(tags=["metrics"])
 

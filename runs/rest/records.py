@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -11,10 +11,10 @@ from ninja import Router
 from pydantic import BaseModel
 
 from runs.models import Evaluation, FixedSample, Operation, RunEvent
+from runs.recipes.rendering import decoder_of
 from runs.rest.boundary import caller
 from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.rendering import Number
-from runs.rest.texts import decoder_of
 from runs.schemas.results import decode_sample
 from runs.services import access, recipe_status
 
@@ -101,7 +101,7 @@ def _measured(row: Evaluation) -> Measured:
     )
 
 
-def _sampled(row: FixedSample, decode: Callable[[list[int]], str]) -> Sampled:
+def _sampled(row: FixedSample, decode: Callable[[Sequence[int]], str]) -> Sampled:
     operation = row.operation
     shown: dict[str, Any] = {"state": "pending", "text": "", "stop_reason": "", "num_tokens": 0, "error": ""}
     error = row.error or (operation.error if operation is not None else "")

@@ -10,13 +10,12 @@ from ninja import Query, Router, Status
 from pydantic import BaseModel, Field, model_validator
 
 from runs import ids
-from runs.exceptions import NotFound
+from runs.exceptions import NotFound, ResultExpired
 from runs.models import Operation
-from runs.recipes.rendering import renderer_of
+from runs.recipes.rendering import decoder_of, renderer_of
 from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller
 from runs.rest.runs import RequestModel
-from runs.rest.texts import decoder_of
 from runs.rest.waiting import MAX_WAIT_S, wait_for
 from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
@@ -109,6 +108,7 @@ def ask_sample(request: HttpRequest, body: Annotated[Ask, JsonBody(...)]) -> Sta
         schemas.check_prompt(sample, vocab_size=info.vocab_size, max_context=info.max_context)
     payload = requests.canonical_json(sample)
     pk = operations.submit_sample(held, Submission(kind=Operation.Kind.SAMPLE, seq=0, payload=payload))
+    sessions.finish(session, "asked")  # nothing more comes in it
     return Status(202, _read(request, f"op-{pk}"))
 
 
@@ -118,7 +118,7 @@ def get_sample(
     sample_id: str,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the answer.")] = 0.0,
 ) -> SampleOut:
-    """Return the answer, or `queued` when there is none within the time."""
+    """Return the answer, or `queued` when there is none within the time; an answer is kept for a day."""
     found = _operation(request, sample_id)
     if wait and found.state == Operation.State.QUEUED:
         wait_for(found.pk, wait)
@@ -157,6 +157,8 @@ def _read(request: HttpRequest, sample_id: str) -> SampleOut:
     row = _operation(request, sample_id)
     held = row.sampling_session
     assert held is not None
+    if row.state == Operation.State.DONE and row.result is None:
+        raise ResultExpired
     sequences: list[Sequence] = []
     if row.state == Operation.State.DONE and row.result and row.result_is_proto:
         decode = decoder_of(held.base_model)

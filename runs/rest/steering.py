@@ -14,12 +14,13 @@ from pydantic import BaseModel, Field, JsonValue
 from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Recipe
+from runs.recipes import defaults
 from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller
 from runs.rest.rendering import Number
 from runs.rest.runs import RequestModel, RunDetail, read
 from runs.schemas.names import CheckpointName, DisplayName
-from runs.schemas.recipes import MAX_STEPS, Changes
+from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
 from runs.services import access, recipe_status, recipes
 
 router = Router(tags=["steering"])
@@ -109,8 +110,8 @@ def stop_run(request: HttpRequest, run_id: str, body: Annotated[Stop, JsonBody(S
 
 @router.post("/{run_id}/change", response=RunStatus, summary="Change settings")
 def change_run(request: HttpRequest, run_id: str, body: Annotated[Changes, JsonBody(...)]) -> RunStatus:
-    """Change settings from the next step on."""
-    return _act(request, run_id, lambda recipe: recipes.change(recipe, body))
+    """Change settings from the next step on; null puts a learning rate or an interval back at its default."""
+    return _act(request, run_id, lambda recipe: _change(recipe, body))
 
 
 @router.post("/{run_id}/extend", response=RunStatus, summary="Train longer")
@@ -146,6 +147,12 @@ def fork_run(request: HttpRequest, run_id: str, body: Annotated[Fork, JsonBody(F
         source="rest",
     )
     return Status(201, read(caller(request), made.public_id))
+
+
+def _change(recipe: Recipe, changes: Changes) -> None:
+    if recipe.preparation:
+        changes = defaults.decided(changes, SftConfig.model_validate(recipe.config))
+    recipes.change(recipe, changes)
 
 
 def _act(request: HttpRequest, run_id: str, act: Callable[[Recipe], object]) -> RunStatus:

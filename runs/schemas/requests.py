@@ -105,31 +105,6 @@ class FinishSession(SdkRequest):
     detail: Text | None = None
 
 
-class AssignProject(SdkRequest):
-    project_id: Id
-
-
-class SessionOwner(WireModel):
-    type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: Annotated[list[Id], Field(max_length=100)] = []
-
-
-class SessionCursor(WireModel):
-    last_created_at: Id
-    last_session_id: Id
-
-
-class SearchSessions(SdkRequest):
-    session_id: Id | None = None
-    project_ids: Annotated[list[Id], Field(max_length=100)] | None = None
-    user_metadata: Metadata = {}
-    display_name: DisplayName | None = None
-    owner: SessionOwner = SessionOwner()
-    statuses: Annotated[list[Id], Field(max_length=20)] | None = None
-    limit: Annotated[int, Field(ge=1, le=200)] = 50
-    cursor: SessionCursor | None = None
-
-
 class Telemetry(SdkRequest):
     """Events may hold tracebacks and API keys, so they are not even read."""
 
@@ -244,16 +219,6 @@ class SaveWeightsForSampler(SdkRequest):
         return self
 
 
-class SaveWeightsExternal(SdkRequest):
-    model_id: Id
-    path: CheckpointName
-    seq_id: SeqId
-    ttl_seconds: Ttl | None = None
-    age_encryption_recipients: Unsupported = None
-    overwrite: bool = False
-    user_metadata: Metadata | None = None
-
-
 class LoadWeights(SdkRequest):
     """Into an existing model (`model_id`, `seq_id`), or into a new one (`session_id`, `model_seq_id`)."""
 
@@ -285,23 +250,6 @@ class WeightsInfo(SdkRequest):
     tinker_path: PathText
 
 
-class CopyWeights(SdkRequest):
-    """Into a project, or into a session as one of its models."""
-
-    source_path: PathText
-    destination_project_id: Id | None = None
-    session_id: Id | None = None
-    model_seq_id: SeqId | None = None
-    ttl_seconds: Ttl | None = None
-    weights_access_token: Secret = None
-
-    @model_validator(mode="after")
-    def _whole_destination(self) -> CopyWeights:
-        if (self.session_id is None) != (self.model_seq_id is None):
-            raise ValueError("give session_id and model_seq_id together")
-        return self
-
-
 class SetTtl(SdkRequest):
     """null removes the time limit."""
 
@@ -314,25 +262,6 @@ class SetTtl(SdkRequest):
 class RetrieveFuture(SdkRequest):
     request_id: Id
     allow_metadata_only: bool = False
-
-
-class FuturesTarget(WireModel):
-    type: Literal["sampling_session"]
-    sampling_session_id: Id
-    cloned_sampler_id: SeqId = 0
-
-
-class RetrieveFutures(SdkRequest):
-    """No `timeout` means a long poll; 0 only acknowledges."""
-
-    target: FuturesTarget
-    prev_cursor: SeqId = 0
-    timeout: Annotated[float, Field(ge=0, le=600)] | None = None
-    retrieved_request_ids: Annotated[list[Id], Field(max_length=100_000)] = []
-
-
-class CancelFuture(SdkRequest):
-    request_id: Id
 
 
 # -- stored form ------------------------------------------------------------------------------------

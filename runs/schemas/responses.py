@@ -45,22 +45,6 @@ class Failure(TypedDict):
     category: Category
 
 
-class CompleteMetadata(TypedDict):
-    status: Literal["complete_metadata"]
-    response_payload_size: int
-
-
-class Completion(TypedDict):
-    state: Literal["finished", "failed"]
-    request_id: str
-    response_payload_uncompressed_size: NotRequired[int]
-
-
-class Completions(TypedDict):
-    completions: list[Completion]
-    cursor: int
-
-
 def untyped_future(
     request_id: str, model_id: str | None = None, *, sample_sequence_ids: Sequence[str] | None = None
 ) -> UntypedFuture:
@@ -86,10 +70,6 @@ def try_again(request_id: str, queue_state: QueueState = "active", *, reason: st
 def failure(error: str, category: Category) -> Failure:
     """Return a failed operation, to be sent with status 200; clients raise it and do not retry."""
     return {"error": error, "category": category}
-
-
-def complete_metadata(size_bytes: int) -> CompleteMetadata:
-    return {"status": "complete_metadata", "response_payload_size": size_bytes}
 
 
 # -- results of operations --------------------------------------------------------------------------
@@ -120,25 +100,10 @@ class SaveWeightsForSamplerResult(TypedDict):
     sampling_session_id: NotRequired[str]
 
 
-class SaveWeightsExternalResult(TypedDict):
-    type: Literal["save_weights_external"]
-    path: str
-    size_bytes: NotRequired[int]
-
-
 class LoadWeightsResult(TypedDict):
     type: Literal["load_weights"]
     path: str
     model_id: str
-
-
-class InterpolateResult(TypedDict):
-    type: Literal["mint_interpolate_checkpoints"]
-    path: str
-    checkpoint_type: str
-    source_paths: list[str]
-    coefficients: list[float]
-    has_rank_shards: bool
 
 
 def create_model_result(model_id: str) -> CreateModelResult:
@@ -164,10 +129,6 @@ def save_weights_for_sampler_result(path: str) -> SaveWeightsForSamplerResult:
 
 def ephemeral_sampler_result(sampling_session_id: str) -> SaveWeightsForSamplerResult:
     return {"type": "save_weights_for_sampler", "path": None, "sampling_session_id": sampling_session_id}
-
-
-def save_weights_external_result(path: str, *, size_bytes: int) -> SaveWeightsExternalResult:
-    return {"type": "save_weights_external", "path": path, "size_bytes": size_bytes}
 
 
 def load_weights_result(path: str, *, model_id: str) -> LoadWeightsResult:
@@ -286,12 +247,3 @@ class SamplerReply(TypedDict):
     sampler_id: str
     base_model: str
     model_path: str | None
-
-
-class ExternalWeightsUrls(TypedDict):
-    urls: dict[str, str]
-    expires: str
-
-
-class CopiedWeights(TypedDict):
-    tinker_path: str

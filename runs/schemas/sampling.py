@@ -1,13 +1,13 @@
-"""Sampling requests, MinT's own requests, and the check of a prompt against its base model."""
+"""Sampling requests, and the check of a prompt against its base model."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from runs.exceptions import RequestInvalid
-from runs.schemas.data import ModelInput, TensorData, WireModel, check_vocabulary
+from runs.schemas.data import ModelInput, WireModel, check_vocabulary
 from runs.schemas.names import Id, Int64, ModelName, PathText, SeqId
 from runs.schemas.problems import show
 from runs.schemas.requests import SdkRequest, Unsupported
@@ -151,33 +151,3 @@ def check_prompt(sample: Sample, *, vocab_size: int, max_context: int) -> None:
             place="prompt",
         )
     check_vocabulary(tokens, vocab_size, place="prompt")
-
-
-class ReverseKlDatum(WireModel):
-    student_input: ModelInput
-    reference_input: ModelInput
-    target_tokens: TensorData
-    weights: TensorData
-
-
-class MintReverseKl(SdkRequest):
-    model_id: Id
-    reference_model_path: PathText
-    data: Annotated[list[ReverseKlDatum], Field(min_length=1, max_length=65_536)]
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    seq_id: SeqId | None = None
-
-
-class MintInterpolate(SdkRequest):
-    source_paths: Annotated[list[PathText], Field(min_length=1, max_length=64)]
-    coefficients: Annotated[list[float], Field(min_length=1, max_length=64)]
-    output_path: PathText | None = None
-    output_checkpoint_type: Literal["sampler", "training"] = "sampler"
-
-    @model_validator(mode="after")
-    def _one_coefficient_each(self) -> MintInterpolate:
-        if len(self.coefficients) != len(self.source_paths):
-            raise ValueError(
-                f"has {len(self.coefficients)} coefficients for {len(self.source_paths)} source_paths"
-            )
-        return self

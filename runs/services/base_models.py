@@ -9,6 +9,7 @@ from typing import Final
 
 from django.conf import settings
 from django.db.models.functions import Now
+from huggingface_hub import try_to_load_from_cache
 
 from runs.exceptions import RequestInvalid
 from runs.models import BaseModel, Worker
@@ -69,6 +70,17 @@ class BaseModelInfo:
     def tokenizer_id(self) -> str:
         """What a client gives to AutoTokenizer: the folder when there is one, else the name."""
         return self.directory if Path(self.directory).is_dir() else self.name
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are on this machine: the folder, or the hub's cache once a worker has downloaded it."""
+        if Path(self.directory).is_dir():
+            return Path(self.directory)
+        try:
+            found = try_to_load_from_cache(self.directory, "config.json")
+        except ValueError:  # no name of the hub's
+            return None
+        return Path(found).parent if isinstance(found, str) else None
 
 
 def available() -> list[BaseModelInfo]:

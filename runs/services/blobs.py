@@ -35,6 +35,7 @@ def put(digest: str, data: bytes) -> str:
 
     Raises:
         DiskFull: there is no room; nothing was stored.
+        OSError: the disk or the bucket fails.
     """
     name = f"{PAYLOADS}/{digest[:2]}/{digest}"
     if isinstance(storages["default"], FileSystemStorage):
@@ -42,8 +43,10 @@ def put(digest: str, data: bytes) -> str:
         if not _touch(path):
             with room():
                 _write_durably(path, data)
-    elif _age_s(name) > GRACE_S / 2:
-        default_storage.save(name, ContentFile(data))
+        return name
+    with away():
+        if _age_s(name) > GRACE_S / 2:
+            default_storage.save(name, ContentFile(data))
     return name
 
 
@@ -159,6 +162,17 @@ def room() -> Iterator[None]:
         if error.errno in _NO_ROOM:
             raise DiskFull from error
         raise
+
+
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """Tell a failing bucket as a failing disk is told: each client of one has errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def _write_durably(path: Path, data: bytes) -> None:

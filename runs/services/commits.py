@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import Any, Final
 
 from django.db import connection, transaction
@@ -27,7 +26,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import blobs, webhooks
+from runs.services import checkpoints, webhooks
 
 NUM_SNAPSHOTS_KEPT: Final = 2
 EVENT_STEPS: Final = 100
@@ -280,7 +279,9 @@ def _register_checkpoints(run: RunCommit) -> None:
 def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:
     """Enter a checkpoint of an operation, and open the sampling session that it was made for, if any."""
     if new.overwrite:
-        _delete_namesakes(run, new)
+        namesakes = Checkpoint.objects.filter(run_id=run.run_pk, kind=new.kind, name=new.name)
+        for old in namesakes.select_related("run"):
+            checkpoints.discard(old)
     checkpoint = Checkpoint.objects.create(
         owner_id=run.owner_id,
         run_id=run.run_pk,
@@ -296,14 +297,6 @@ def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint
     )
     if new.sampling_session_seq is not None:
         _open_sampling_session(run, checkpoint, new.sampling_session_seq)
-
-
-def _delete_namesakes(run: RunCommit, new: NewCheckpoint) -> None:
-    old = Checkpoint.objects.filter(run_id=run.run_pk, kind=new.kind, name=new.name)
-    folders = list(old.values_list("directory", flat=True))
-    old.delete()
-    for folder in folders:
-        transaction.on_commit(partial(blobs.delete_folder, folder))
 
 
 def _open_sampling_session(run: RunCommit, checkpoint: Checkpoint, seq_id: int) -> None:

@@ -18,14 +18,13 @@ from runs.datasets import checking
 from runs.datasets.checking import Outcome, Progress, Report
 from runs.models import DatasetVersion
 from runs.services import base_models, blobs
+from runs.services.advisory_locks import LockClass
 from runs.services.dataset_rows import INDEX, ROWS, drop_copies, local_copy
 
 ORIGINAL: Final = "original"
 BAD_ROWS: Final = "bad.jsonl"
 # The CPU worker has one process more than this, so that long checks do not hold up housekeeping.
 NUM_SLOTS: Final = 2
-_VERSION_LOCKS: Final = 7_767_103
-_SLOT_LOCKS: Final = 7_767_104
 _TELL_S: Final = 1.0
 State = DatasetVersion.State
 
@@ -42,7 +41,7 @@ def check(version_pk: int) -> None:
     """
     tried: set[int] = set()
     while (pk := _next(version_pk, tried)) is not None:
-        with _any_lock(_SLOT_LOCKS, range(NUM_SLOTS)) as has_slot:
+        with _any_lock(LockClass.DATASET_SLOT, range(NUM_SLOTS)) as has_slot:
             if not has_slot:
                 return
             tried.add(pk)
@@ -69,7 +68,7 @@ def _next(version_pk: int, tried: set[int]) -> int | None:
 
 
 def _check(version_pk: int) -> None:
-    with _any_lock(_VERSION_LOCKS, [version_pk]) as is_mine:
+    with _any_lock(LockClass.DATASET_VERSION, [version_pk]) as is_mine:
         version = _waiting().filter(pk=version_pk).first()
         if not is_mine or version is None:
             return
@@ -86,7 +85,7 @@ def _check(version_pk: int) -> None:
 
 
 def _report(version: DatasetVersion, output: Path) -> Report:
-    files = {info.name: Path(info.tokenizer_id) / "tokenizer.json" for info in base_models.available()}
+    files = {info.name: info.folder / "tokenizer.json" for info in base_models.available() if info.folder}
     return checking.run(
         local_copy(f"{version.directory}/{ORIGINAL}"),
         version.filename,
@@ -155,7 +154,7 @@ class _Teller:
 
 
 @contextmanager
-def _any_lock(lock_class: int, numbers: range | list[int]) -> Iterator[bool]:
+def _any_lock(lock_class: LockClass, numbers: range | list[int]) -> Iterator[bool]:
     """Hold one of these advisory locks, if one is free; PostgreSQL frees it if this process dies."""
     with connection.cursor() as cursor:
         held = None

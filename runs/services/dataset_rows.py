@@ -16,6 +16,7 @@ from django.core.files.storage import FileSystemStorage, default_storage, storag
 
 from runs.exceptions import RequestInvalid
 from runs.models import DatasetVersion
+from runs.services import blobs
 
 ROWS: Final = "rows.jsonl"
 INDEX: Final = "rows.idx"
@@ -85,7 +86,7 @@ def local_copy(name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as copy:
         try:
-            with default_storage.open(name) as source:
+            with blobs.away(), default_storage.open(name) as source:
                 shutil.copyfileobj(source, copy, 1 << 20)
         except BaseException:
             Path(copy.name).unlink()

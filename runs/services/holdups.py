@@ -1,4 +1,4 @@
-"""What holds a run up for a while and passes by itself: a full disk, a kept state that cannot be read just now.
+"""What holds a run up for a while and passes by itself: a full disk, a file that cannot be read just now.
 
 Whoever meets it enters a sentence and tries again; who gets through clears it. One that nobody has met again for a
 while is not shown any more, so a client or a worker that is gone leaves nothing behind.
@@ -14,6 +14,7 @@ from django.db.models import Case, Q, When
 from django.db.models.functions import Now
 
 from runs import events
+from runs.exceptions import DiskFull, MintError, RateLimited
 from runs.models import TrainingRun
 
 # Longer than the longest pause between two tries: of the SDK, and of a worker (`gpuworker.seats.LONGEST_PUT_OFF_S`).
@@ -27,6 +28,22 @@ NO_ROOM_FOR_STEP: Final = (
     "the server's disk is full, so the next step cannot be stored; "
     "it is tried again until there is room, and nothing is lost"
 )
+NO_TURN_FOR_STEP: Final = (
+    "too many operations are waiting already, so the next step or sample is not entered yet; "
+    "it is tried again until it can be, and nothing is lost"
+)
+NO_STORAGE_FOR_STEP: Final = (
+    "the server cannot read or write its files just now, so the next step is not entered yet; "
+    "it is tried again until it can be, and nothing is lost"
+)
+OF_STEPS: Final = (NO_ROOM_FOR_STEP, NO_TURN_FOR_STEP, NO_STORAGE_FOR_STEP)
+
+
+def reason_for_step(error: MintError | OSError) -> str:
+    """Return the sentence for a run whose next step met an error that passes."""
+    if isinstance(error, DiskFull):
+        return NO_ROOM_FOR_STEP
+    return NO_TURN_FOR_STEP if isinstance(error, RateLimited) else NO_STORAGE_FOR_STEP
 
 
 def put_off(problem: str) -> str:

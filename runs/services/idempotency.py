@@ -15,11 +15,11 @@ from django.db.models.functions import Now
 
 from runs.exceptions import RequestInvalid, StillAnswering
 from runs.models import IdempotentReply, User
+from runs.services.advisory_locks import LockClass
 
 LIFETIME: Final = timedelta(hours=24)
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.05
-_LOCK_CLASS: Final = 7_767_104
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,5 +107,5 @@ def _only_one(user: User, key: str) -> Iterator[None]:
 
 def _call(function: str, number: int) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT {function}(%s, %s)", [_LOCK_CLASS, number])
+        cursor.execute(f"SELECT {function}(%s, %s)", [LockClass.IDEMPOTENCY_KEY, number])
         return bool(cursor.fetchone()[0])

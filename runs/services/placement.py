@@ -16,16 +16,13 @@ from django.db import connection
 from django.db.models import Exists
 
 from runs.models import Worker
-from runs.services.workers import serving
+from runs.services.workers import UNNAMED, serving
 
 # A run counts as active for so long after its last operation, so that clients that think do not look like ended ones.
 ACTIVE_S: Final = 60
 PATIENCE_S: Final = 3
 # Fewer runs more than another worker are no reason to move one: that would only go to and fro.
 HYSTERESIS: Final = 2
-
-# Workers of earlier versions entered one fingerprint without its base model's name: they count for every one.
-_UNNAMED: Final = "torch"
 
 _COUNT = """
 SELECT w.id, (SELECT count(*) FROM runs_trainingrun r WHERE r.worker_id = w.id AND r.base_model = %s
@@ -79,7 +76,7 @@ class Surroundings:
 
 def look(worker: Worker, base_models: Sequence[str]) -> Surroundings:
     """Return what a worker that serves these base models has to know before it takes runs."""
-    others = serving().exclude(pk=worker.pk).filter(fingerprint__has_any_keys=[*base_models, _UNNAMED])
+    others = serving().exclude(pk=worker.pk).filter(fingerprint__has_any_keys=[*base_models, UNNAMED])
     me = Worker.objects.filter(pk=worker.pk).annotate(has_company=Exists(others))
     found = me.values_list("has_company", "drain_asked_at").first()
     has_company, drain_asked_at = found or (False, None)
@@ -96,7 +93,7 @@ def wanted(base_models: Sequence[str]) -> list[str]:
 def loads(worker: Worker, base_model: str) -> Loads:
     """Return how the runs of a base model are spread now."""
     with connection.cursor() as cursor:
-        cursor.execute(_COUNT, [base_model, ACTIVE_S, [base_model, _UNNAMED], base_model])
+        cursor.execute(_COUNT, [base_model, ACTIVE_S, [base_model, UNNAMED], base_model])
         counts: dict[int | None, int] = dict(cursor.fetchall())
     num_free = counts.pop(None)
     mine = counts.pop(worker.pk, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from django.db.models import Count
+
 from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, SamplingSession, Session, TrainingRun, User
@@ -155,14 +157,23 @@ def waiting_words(user: User, operation_pk: int) -> str:
     if reason:
         return f"waiting: {reason}"
     if operation.worker_id is None:
-        before = Operation.objects.filter(
-            state=Operation.State.QUEUED,
-            sampling_session__base_model=operation.sampling_session.base_model,
-            pk__lt=operation.pk,
-        ).count()
+        before = _num_before(operation, operation.sampling_session.base_model)
         if before:
             return f"waiting: {before} {'sample is' if before == 1 else 'samples are'} before this one"
     return _busy_words(user, operation.sampling_session.base_model)
+
+
+def _num_before(operation: Operation, base_model: str) -> int:
+    """Return about how many samples are begun before this one: owners take turns, the oldest of each first."""
+    queued = Operation.objects.filter(state=Operation.State.QUEUED, sampling_session__base_model=base_model)
+    num_taken = queued.exclude(worker=None).count()
+    waiting = queued.filter(worker=None)
+    num_own = waiting.filter(owner_id=operation.owner_id, pk__lt=operation.pk).count()
+    others = (
+        waiting.exclude(owner_id=operation.owner_id).order_by().values_list("owner").annotate(Count("pk"))
+    )
+    num_in_turn: int = sum(min(num, num_own + 1) for _, num in others)
+    return num_taken + num_own + num_in_turn
 
 
 def _busy_words(user: User, base_model: str) -> str:

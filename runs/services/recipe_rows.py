@@ -27,6 +27,11 @@ def num_slots() -> int:
     return slots
 
 
+def has_free_slot() -> bool:
+    """Say whether one more may train now; only the transaction that starts it knows for certain."""
+    return Recipe.objects.filter(state__in=HOLDING_A_SLOT).count() < num_slots()
+
+
 @contextmanager
 def locked(recipe: Recipe) -> Iterator[Recipe]:
     """Give the recipe's row as it is now, locked, and save it afterwards; one transaction."""

@@ -8,8 +8,8 @@ from typing import Final
 
 from django.db.models import QuerySet
 
-from runs.models import Evaluation, FixedSample, Metric, Recipe, TrainingRun
-from runs.services import recipe_rows
+from runs.models import FixedSample, Metric, Recipe, TrainingRun
+from runs.services import base_models, recipe_rows
 from runs.services.recipe_rows import State
 from runs.services.recipes import ACTIONS
 
@@ -72,11 +72,6 @@ def status_of(recipe: Recipe) -> RecipeStatus:
     )
 
 
-def evaluations_of(run: TrainingRun) -> list[Evaluation]:
-    """Return the run's finished evaluations in order of step and label."""
-    return list(Evaluation.objects.filter(run=run, loss__isnull=False))
-
-
 def fixed_samples_of(run: TrainingRun) -> QuerySet[FixedSample]:
     """Return the run's samples of its fixed prompts with their operations; those of the base model have no step."""
     return FixedSample.objects.filter(run=run).select_related("operation").order_by("step", "id")
@@ -93,7 +88,7 @@ def outlook() -> tuple[int, float | None]:
     The time is None when nobody can tell.
     """
     position = queue_length() + 1
-    if position == 1 and _has_free_slot():
+    if position == 1 and recipe_rows.has_free_slot():
         return 0, 0.0
     return position, _starts_in(position)
 
@@ -103,9 +98,12 @@ def _phase(recipe: Recipe, step: int, position: int | None) -> str:
     if state == State.FAILED:
         return f"failed: {recipe.error}"
     if state == State.PREPARING:
+        info = base_models.find(recipe.run.base_model)
+        if info is not None and not info.is_loaded:
+            return f"waiting until base model {info.name} is loaded"
         return f"reading the dataset: {recipe.progress:.0%}"
     if state == State.QUEUED:
-        return f"queued, position {position}" if position and not _has_free_slot() else "starting"
+        return f"queued, position {position}" if position and not recipe_rows.has_free_slot() else "starting"
     if state == State.PAUSED:
         return f"paused at step {step}"
     if state == State.RUNNING:
@@ -120,13 +118,9 @@ def _position(recipe: Recipe) -> int | None:
     return waiting.count() + 1
 
 
-def _has_free_slot() -> bool:
-    return Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).count() < recipe_rows.num_slots()
-
-
 def _starts_in(position: int) -> float | None:
     """Return when the waiting run at a position starts: as many runs must end before, the soonest first."""
-    if _has_free_slot():
+    if recipe_rows.has_free_slot():
         return 0.0
     running = Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).select_related("run")
     ends = sorted(high for one in running if (high := _time_left(one, one.run.step)[1]) is not None)

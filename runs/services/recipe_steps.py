@@ -21,12 +21,12 @@ from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
 from runs.schemas.recipes import SftConfig
 from runs.services import checkpoints, operations, recipe_rows, sampling, webhooks
+from runs.services.advisory_locks import LockClass
 from runs.services.operations import Submission
 from runs.services.recipe_rows import State
 
 VALIDATION_LOSS: Final = "validation_loss"
 _AUTOMATIC: Final = "step-"
-_SLOTS_LOCK: Final = 7_767_102
 # A step of these that fails leaves the run in a state that its recipe did not mean.
 _FATAL: Final = (
     Operation.Kind.CREATE_MODEL,
@@ -81,9 +81,9 @@ def enter_progress(recipe: Recipe, share: float) -> None:
 
 
 def prepared(recipe: Recipe, config: SftConfig, preparation: dict[str, Any]) -> None:
-    """Let a recipe whose data is ready wait for a slot, every open setting decided."""
+    """Let a recipe whose data is ready wait for a slot, every open setting decided, unless one changed meanwhile."""
     with recipe_rows.locked(recipe) as row:
-        if row.state == State.PREPARING:
+        if (row.state, row.config) == (State.PREPARING, recipe.config):
             row.config = config.model_dump(mode="json")
             row.num_steps = config.num_steps or 0
             row.preparation = preparation
@@ -95,7 +95,7 @@ def begin(recipe: Recipe, first: Step) -> bool:
     """Start or go on when a slot is free; `first` is what a run that starts submits before it trains."""
     with transaction.atomic():
         _only_one_counts_slots()
-        if Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).count() >= recipe_rows.num_slots():
+        if not recipe_rows.has_free_slot():
             return False
         with recipe_rows.locked(recipe) as row:
             if row.state != State.QUEUED:
@@ -165,17 +165,20 @@ def end(recipe: Recipe, state: State) -> None:
 
 def delete_weights(recipe: Recipe) -> None:
     """Delete every checkpoint of the recipe's run."""
-    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id):
+    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id).select_related("run"):
         checkpoints.discard(checkpoint)
 
 
 def prune(recipe: Recipe, *, keep: int) -> None:
-    """Delete automatic checkpoints beyond the newest ones and the best; `keep` counts the best."""
+    """Delete automatic checkpoints beyond the newest ones and the best, as soon as no fork needs them.
+
+    Args:
+        keep: how many stay, with the best.
+    """
     rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=_AUTOMATIC).order_by("-step")
-    others = [row for row in rows if row.step != recipe.best_step]
+    others = [row for row in rows.select_related("run") if row.step != recipe.best_step]
     num_newest = keep - 1 if len(others) < len(rows) else keep
-    for checkpoint in others[num_newest:]:
-        checkpoints.discard(checkpoint)
+    checkpoints.discard_unneeded(others[num_newest:])
 
 
 # -- evaluations -----------------------------------------------------------------------------------------
@@ -385,4 +388,4 @@ def _loss(evaluation: Evaluation) -> float:
 
 def _only_one_counts_slots() -> None:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_SLOTS_LOCK])
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [LockClass.RECIPE_SLOTS])

@@ -32,6 +32,8 @@ ACTIONS: Final[Mapping[str, tuple[State, ...]]] = {
     "extend": (State.FINISHED, State.STOPPED),
     "retry": (State.FAILED,),
 }
+# Settings that the loop needs decided once a run's data is read.
+_DECIDED: Final = ("num_steps", "learning_rate", "eval_every", "save_every")
 
 
 def start(user: User, config: SftConfig, *, name: str = "", source: str) -> TrainingRun:
@@ -125,12 +127,14 @@ def change(recipe: Recipe, changes: Changes) -> None:
     """Change settings from the next step that is not in the log yet; an event says what they were.
 
     Raises:
-        RequestInvalid: nothing is changed, or the run has passed the new end already.
+        RequestInvalid: nothing is changed, the run has passed the new end already, or a setting is left open
+            that was decided when the run's data was read.
     """
     with _steering(recipe, "change") as row:
         given = {key: value for key, value in changes.given().items() if row.config.get(key) != value}
         if not given:
             raise RequestInvalid("nothing to change: the settings have these values already")
+        _refuse_open(row, given)
         if given.get("num_steps") is not None and given["num_steps"] <= row.next_step:
             raise RequestInvalid(
                 f"{given['num_steps']} is not after step {row.next_step}, which is submitted already",
@@ -269,6 +273,12 @@ def _steering(recipe: Recipe, action: str) -> Iterator[Recipe]:
         yield row
     recipe.refresh_from_db()
     events.ring_recipes()
+
+
+def _refuse_open(row: Recipe, given: Mapping[str, Any]) -> None:
+    for name in _DECIDED:
+        if row.preparation and given.get(name, ...) is None:
+            raise RequestInvalid("must be a number now that the run's data is read, got null", place=name)
 
 
 def _queue(row: Recipe) -> None:

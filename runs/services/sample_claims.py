@@ -1,5 +1,7 @@
 """Which sample requests a worker takes. They have no order and no state: whoever takes one first answers it.
 
+Owners take turns: many samples of one do not stand before the few of another.
+
 A worker that ends in order gives back what it has no answer to; that it took them is no attempt.
 
 The answer is stored by `services.commits.commit_sample`.
@@ -19,21 +21,39 @@ from django.db.models.functions import Greatest
 from runs.models import Operation, SamplingSession, Worker
 from runs.services import operations
 
+# Many samples may wait: the owners are found by leaps through an index, and of each only the first rows are looked at,
+# some more than are taken, since other workers take at the same time. What a row refers to is asked in subqueries, as
+# joins have the planner sort all that wait.
 _TAKE_SAMPLES = """
-UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,
-  started_at = COALESCE(started_at, clock_timestamp())
-FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, (SELECT %s::bigint AS id) AS me
-WHERE runs_operation.id IN (
-  SELECT op.id FROM runs_operation op JOIN runs_samplingsession s ON s.id = op.sampling_session_id
-  LEFT JOIN runs_worker w ON w.id = op.worker_id
-  WHERE op.state = 'queued' AND op.sampling_session_id IS NOT NULL AND s.base_model = ANY(%s)
-    AND (op.worker_id IS NULL OR w.stopped_at IS NOT NULL
-         OR (op.worker_id = %s AND NOT op.id = ANY(%s::bigint[])))
-    AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %s AND me.drain_asked_at IS NULL)
-    AND NOT EXISTS (SELECT 1 FROM runs_checkpoint c WHERE c.id = s.checkpoint_id AND c.is_ephemeral
-                    AND c.size_bytes = 0 AND NOT c.directory = ANY(%s::text[]))
-  ORDER BY op.id LIMIT %s FOR UPDATE OF op SKIP LOCKED)
-RETURNING runs_operation.id, sampling_session_id, payload, payload_file, attempts, lone_attempts
+WITH RECURSIVE owners AS (
+  SELECT 0::bigint AS id
+  UNION ALL
+  SELECT (SELECT owner_id FROM runs_operation WHERE state = 'queued' AND sampling_session_id IS NOT NULL
+          AND owner_id > owners.id ORDER BY owner_id, id LIMIT 1) FROM owners WHERE owners.id IS NOT NULL
+), turns AS (
+  SELECT next.id, next.place FROM owners CROSS JOIN LATERAL (
+    SELECT op.id, row_number() OVER (ORDER BY op.id) AS place FROM runs_operation op
+    WHERE op.owner_id = owners.id AND op.state = 'queued' AND op.sampling_session_id IS NOT NULL
+      AND (op.worker_id IS NULL OR (op.worker_id = %(worker)s AND NOT op.id = ANY(%(held)s::bigint[]))
+           OR (SELECT w.stopped_at IS NOT NULL FROM runs_worker w WHERE w.id = op.worker_id))
+      AND (SELECT s.base_model = ANY(%(base_models)s) AND NOT EXISTS (
+             SELECT 1 FROM runs_checkpoint c WHERE c.id = s.checkpoint_id AND c.is_ephemeral
+             AND c.size_bytes = 0 AND NOT c.directory = ANY(%(unwritten)s::text[]))
+           FROM runs_samplingsession s WHERE s.id = op.sampling_session_id)
+    ORDER BY op.id LIMIT 1 + 4 * %(limit)s / (SELECT count(*) - 1 FROM owners)) AS next
+  ORDER BY next.place, next.id LIMIT 4 * %(limit)s
+), chosen AS MATERIALIZED (
+  SELECT op.id, turns.place FROM turns JOIN runs_operation op ON op.id = turns.id
+  WHERE op.state = 'queued' AND (op.worker_id IS NULL OR op.worker_id = %(worker)s
+        OR (SELECT w.stopped_at IS NOT NULL FROM runs_worker w WHERE w.id = op.worker_id))
+    AND EXISTS (SELECT 1 FROM runs_worker me WHERE me.id = %(worker)s AND me.drain_asked_at IS NULL)
+  ORDER BY turns.place, op.id LIMIT %(limit)s FOR UPDATE OF op SKIP LOCKED
+)
+UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM %(worker)s)::int,
+  worker_id = %(worker)s, started_at = COALESCE(started_at, clock_timestamp())
+FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, chosen
+WHERE runs_operation.id = chosen.id
+RETURNING chosen.place, runs_operation.id, sampling_session_id, payload, payload_file, attempts, lone_attempts
 """
 
 
@@ -68,28 +88,30 @@ def take_samples(
     held: Collection[int] = (),
     unwritten: Collection[str] = (),
 ) -> list[TakenSample]:
-    """Return sample requests that no live worker has, oldest first; `held` are those this one knows it has.
+    """Return sample requests that no live worker has, in turns between owners, the oldest of each first.
+
+    `held` are those this worker knows it has.
 
     Weights whose file is not written yet can be sampled from where they are in memory: `unwritten` names those here.
     """
     if not Operation.objects.filter(state=Operation.State.QUEUED, sampling_session__isnull=False).exists():
         return []
-    values: list[Any] = [
-        worker.pk,
-        list(base_models),
-        worker.pk,
-        list(held),
-        worker.pk,
-        list(unwritten),
-        limit,
-    ]
+    values: dict[str, Any] = {
+        "worker": worker.pk,
+        "base_models": list(base_models),
+        "held": list(held),
+        "unwritten": list(unwritten),
+        "limit": limit,
+    }
     with connection.cursor() as cursor:
         cursor.execute(_TAKE_SAMPLES, values)
         rows = cursor.fetchall()
-    found = SamplingSession.objects.filter(pk__in={row[1] for row in rows}).select_related("checkpoint")
+    found = SamplingSession.objects.filter(pk__in={row[2] for row in rows}).select_related("checkpoint")
     sessions = {session.pk: session for session in found}
     taken = []
-    for pk, session_pk, payload, payload_file, attempts, lone_attempts in sorted(rows, key=itemgetter(0)):
+    for _, pk, session_pk, payload, payload_file, attempts, lone_attempts in sorted(
+        rows, key=itemgetter(0, 1)
+    ):
         session = sessions[session_pk]
         checkpoint = session.checkpoint
         taken.append(

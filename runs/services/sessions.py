@@ -7,11 +7,13 @@ down: an outage must not make it look as if every client had gone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 from django.db import connection
-from django.db.models import QuerySet, Subquery, Value
+from django.db.models import Q, QuerySet, Subquery, Value
 from django.db.models.functions import Coalesce, Now
+from django.utils import timezone
 
 from runs import ids
 from runs.models import ServerClock, Session, User
@@ -65,8 +67,22 @@ def tick() -> None:
 
 
 def silent() -> QuerySet[Session]:
-    """Return the open sessions of clients that have vanished; nothing of theirs is deleted."""
-    return Session.objects.filter(finished_at=None, heard_uptime_s__lte=_uptime() - Value(float(SILENT_S)))
+    """Return the open sessions of clients that have vanished; they may come back."""
+    return Session.objects.filter(_is_silent_for(timedelta(seconds=SILENT_S)))
+
+
+def over() -> QuerySet[Session]:
+    """Return the sessions of clients that are not there: they closed them, or have vanished."""
+    return Session.objects.filter(Q(finished_at__isnull=False) | _is_silent_for(timedelta(seconds=SILENT_S)))
+
+
+def past(*, finished: timedelta, silent: timedelta) -> QuerySet[Session]:
+    """Return the sessions that were closed so long ago, or whose clients have been silent for so long."""
+    return Session.objects.filter(Q(finished_at__lt=timezone.now() - finished) | _is_silent_for(silent))
+
+
+def _is_silent_for(time: timedelta) -> Q:
+    return Q(finished_at=None, heard_uptime_s__lte=_uptime() - Value(time.total_seconds()))
 
 
 def _uptime() -> Coalesce:

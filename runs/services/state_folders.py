@@ -2,7 +2,8 @@
 
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
 higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
-holds gets a higher one here, if its last owner left something.
+holds gets a higher one here, if its last owner left something. So do folders go whose rows were deleted: at once,
+as a rule, but by this when somebody died in between or a fork had still to read the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
 from runs.models import Checkpoint, Snapshot, TrainingRun
-from runs.services import blobs
+from runs.services import blobs, checkpoints
 
 _ROWS: Final[dict[str, type[Checkpoint] | type[Snapshot]]] = {
     "checkpoints": Checkpoint,
@@ -53,6 +54,8 @@ def _delete_orphans(kind: str, folder: Path) -> int:
     if fence is None:
         blobs.delete_folder(f"{kind}/{run_pk}")
         return 1
+    if kind == "checkpoints" and checkpoints.forks_to_load(run_pk).exists():
+        return 0
     found = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()}
     if any(_fence_of(name) == fence for name in found - _named(kind, run_pk)):
         fence += _raise_fence(run_pk, fence)

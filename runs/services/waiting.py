@@ -41,11 +41,13 @@ def reason_of_run(run: TrainingRun) -> str:
 def _without_worker(base_model: str) -> str:
     if not workers.live().exists():
         return NO_WORKER
+    if workers.having(base_model).exists():
+        return ""
     info = base_models.find(base_model)
-    if info is None or not info.is_loaded:
-        error = f": {info.error}" if info and info.error else ""
+    if info is None or info.error:
+        error = f": {info.error}" if info else ""
         return f"no worker has the base model {base_model!r}{error}"
-    return ""
+    return f"the worker is still loading {base_model!r}; the operation is safe and starts once it is loaded"
 
 
 def _drained(base_model: str, holder_pk: int | None) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import socket
 import ssl
 import time
@@ -21,6 +22,8 @@ import httpx
 from django.conf import settings
 
 from runs.exceptions import RequestInvalid
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 10
 _MAX_ANSWER_BYTES: Final = 500
@@ -62,19 +65,34 @@ def check_url(url: str) -> None:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise RequestInvalid(f"is no web address: {error}", place="url") from None
-    if parsed.scheme not in _PORTS or not parsed.host:
+    host = _host_of(parsed)
+    if parsed.scheme not in _PORTS or not host:
         raise RequestInvalid("must begin with http:// or https:// and a host", place="url")
     if parsed.userinfo or parsed.fragment:
         raise RequestInvalid("must hold no user name and no fragment", place="url")
     try:
-        address = ipaddress.ip_address(parsed.host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return
-    if not _may_go_to(parsed.host, str(address)):
+    if not _may_go_to(host, str(address)):
         raise RequestInvalid(
-            f"{parsed.host} is inside the server's network; the setting MINTWEB_WEBHOOK_HOSTS can allow it",
+            f"{host} is inside the server's network; the setting MINTWEB_WEBHOOK_HOSTS can allow it",
             place="url",
         )
+
+
+def _host_of(url: httpx.URL) -> str:
+    """Return the host as the resolver takes it."""
+    try:
+        url.host.encode("idna")
+    except UnicodeError:
+        raise RequestInvalid(
+            f"{url.raw_host.decode()!r} is no host name: each part between dots has 1 to 63 valid characters",
+            place="url",
+        ) from None
+    if url.port is not None and not 1 <= url.port <= 65_535:
+        raise RequestInvalid(f"the port must be 1 to 65535, got {url.port}", place="url")
+    return url.host
 
 
 def signature(secret: str, body: bytes, *, timestamp: int) -> str:
@@ -101,7 +119,14 @@ async def _send(message: Message) -> Outcome:
     except _Refused as error:
         return Outcome(is_delivered=False, answer=f"refused: {error}")
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as error:
-        return Outcome(is_delivered=False, answer=f"{type(error).__name__}: {error}"[:_MAX_ANSWER_BYTES])
+        return _failure(error)
+    except Exception as error:  # or the others' outcomes would be lost, and what arrived sent again for ever
+        logger.exception("a message could not be sent", extra={"delivery": message.delivery_id})
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Outcome:
+    return Outcome(is_delivered=False, answer=f"{type(error).__name__}: {error}"[:_MAX_ANSWER_BYTES])
 
 
 async def _exchange(message: Message) -> Outcome:

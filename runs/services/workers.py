@@ -6,6 +6,7 @@ milliseconds when the process dies, and a lease for hosts that vanish without cl
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -32,14 +33,17 @@ from django.db.models.functions import Coalesce, Greatest, Now
 from runs import events
 from runs.exceptions import RequestInvalid
 from runs.models import Operation, TrainingRun, Worker
+from runs.services.advisory_locks import LockClass
 
 LEASE_S: Final = 15
 HEARTBEAT_S: Final = 3
 # A page looks every 5 s: one that stops counting a worker this long before its lease ends tells within 15 s.
 DOUBT_S: Final = 6
-LOCK_CLASS: Final = 7_767_101
+LOCK_CLASS: Final = LockClass.WORKER
 # A worker takes its lock just after its row is there; until then only its lease says that it lives.
 LOCK_GRACE_S: Final = 2
+# Workers of earlier versions entered one fingerprint without its base model's name: they count for every one.
+UNNAMED: Final = "torch"
 
 
 class WorkerState(StrEnum):
@@ -78,13 +82,17 @@ def describe(
     )
 
 
-def renew(worker: Worker, *, busy_share: float) -> bool:
-    """Push the lease out; false when the worker was declared dead meanwhile."""
+def renew(worker: Worker, *, busy_share: float, samplers: Mapping[str, str] | None = None) -> bool:
+    """Push the lease out; false when the worker was declared dead meanwhile.
+
+    Args:
+        samplers: who draws the samples, in words, for each base model with a server for that.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            "UPDATE runs_worker SET lease_until = clock_timestamp() + make_interval(secs => %s), busy_share = %s"
-            " WHERE id = %s AND stopped_at IS NULL",
-            [LEASE_S, busy_share, worker.pk],
+            "UPDATE runs_worker SET lease_until = clock_timestamp() + make_interval(secs => %s), busy_share = %s,"
+            " samplers = %s::jsonb WHERE id = %s AND stopped_at IS NULL",
+            [LEASE_S, busy_share, json.dumps(dict(samplers or {})), worker.pk],
         )
         return bool(cursor.rowcount == 1)
 
@@ -133,9 +141,13 @@ def serving() -> QuerySet[Worker]:
     return live().filter(drain_asked_at=None)
 
 
+def having(base_model: str) -> QuerySet[Worker]:
+    """Return the live workers that have a base model loaded and take what is asked of it."""
+    return live().filter(fingerprint__has_any_keys=[base_model, UNNAMED])
+
+
 def models_of(worker: Worker) -> list[str]:
     """Return the base models that a worker has loaded."""
-    # Earlier versions entered the fingerprint of one base model, without its name.
     return [name for name, fingerprint in worker.fingerprint.items() if isinstance(fingerprint, dict)]
 
 

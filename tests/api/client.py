@@ -147,6 +147,11 @@ class RawRequest:
         return int(self.sent[0]["status"])
 
     @property
+    def headers(self) -> dict[str, str]:
+        """The headers answered."""
+        return {name.decode(): value.decode() for name, value in self.sent[0]["headers"]}
+
+    @property
     def content(self) -> dict[str, Any]:
         """The JSON answered."""
         content: dict[str, Any] = json.loads(self.sent[1]["body"])

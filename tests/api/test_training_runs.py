@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from django.core import signing
 from django.core.files.storage import default_storage
+from django.db.backends.utils import CursorWrapper
 
 from runs.api.decorators import in_thread
 from runs.models import Checkpoint, TrainingRun
@@ -46,6 +47,53 @@ async def test_runs_are_listed_in_pages_newest_first(alice: Actor) -> None:
     assert seen == newest_first
     everything = (await alice.get("training_runs")).json()
     assert everything["cursor"] == {"offset": 0, "limit": 20, "total_count": 5}
+
+
+@pytest.fixture
+def queries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what is asked of the database in any thread, but what a new connection asks."""
+    asked: list[str] = []
+    execute = CursorWrapper.execute
+
+    def noting(cursor: CursorWrapper, sql: Any, params: Any = None) -> Any:
+        if '"runs_' in str(sql):
+            asked.append(str(sql))
+        return execute(cursor, sql, params)
+
+    monkeypatch.setattr(CursorWrapper, "execute", noting)
+    return asked
+
+
+async def test_a_long_list_takes_no_more_queries_than_a_short_one(alice: Actor, queries: list[str]) -> None:
+    def make_runs(number: int) -> None:
+        for _ in range(number):
+            run = rows.make_run(alice.user)
+            for kind in Checkpoint.Kind.values:
+                for name in ("first", "last"):
+                    rows.make_checkpoint(run, name, kind=kind)
+
+    await alice.get("training_runs")  # the key is known from now on
+    counts = []
+    for number in (2, 18):
+        await in_thread(lambda number=number: make_runs(number))  # type: ignore[misc]
+        queries.clear()
+        listed = (await alice.get("training_runs")).json()["training_runs"]
+        counts.append(len(queries))
+    assert counts[0] == counts[1]
+    assert len(listed) == 20
+    assert {run["last_checkpoint"]["checkpoint_id"] for run in listed} == {"weights/last"}
+    assert {run["last_sampler_checkpoint"]["checkpoint_id"] for run in listed} == {"sampler_weights/last"}
+    assert {run["model_owner"] for run in listed} == {alice.user.username}
+
+
+async def test_many_checkpoints_of_a_run_come_in_pages(alice: Actor, run: TrainingRun) -> None:
+    for name in "abc":
+        await in_thread(lambda name=name: rows.make_checkpoint(run, name))  # type: ignore[misc]
+    path = f"training_runs/{run.public_id}/checkpoints?limit=2"
+    for offset, names in ((0, "cb"), (2, "a")):
+        page = (await alice.get(f"{path}&offset={offset}")).json()
+        assert [row["checkpoint_id"] for row in page["checkpoints"]] == [f"weights/{name}" for name in names]
+        assert page["cursor"] == {"offset": offset, "limit": 2, "total_count": 3}
 
 
 @pytest.mark.parametrize("path", ["training_runs", "checkpoints", "sessions"])
@@ -176,6 +224,8 @@ async def test_an_archive_holds_the_files_bytes(checkpoint: Checkpoint) -> None:
         file = archive.extractfile("adapter_model.safetensors")
         assert file is not None
         assert file.read() == b"adapter_model.safetensors"
+    assert len(content) % tarfile.RECORDSIZE == 0
+    assert content.endswith(bytes(2 * tarfile.BLOCKSIZE))
 
 
 async def test_a_changed_or_foreign_signature_opens_nothing(alice: Actor, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from pytest_django.fixtures import Settings
 
+from runs.api import decorators
 from runs.models import TrainingRun
 from tests.api import bodies
 from tests.api.client import Actor, RawRequest, Stopwatch, error_of, operation, operation_pk, seqs_of
@@ -63,6 +64,27 @@ async def test_a_lying_content_length_changes_nothing(alice: Actor, limit: int, 
 
     await request.run(receive)
     assert request.status == 200
+
+
+@pytest.mark.parametrize(("path", "at_most"), [("client/config", 64 << 10), ("telemetry", 1 << 20)])
+async def test_little_is_read_of_who_has_no_key(path: str, at_most: int) -> None:
+    async def endless() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 1024, "more_body": True}
+
+    request = RawRequest(path)
+    await request.run(endless)
+    assert request.status == 413
+    assert request.num_received == at_most // 1024 + 1
+
+
+async def test_a_body_that_does_not_arrive_is_to_be_sent_again(
+    alice: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decorators, "_BODY_TIMEOUT_S", 0.05)
+    request = RawRequest("optim_step", headers=[("x-api-key", alice.key)])
+    await request.run(asyncio.Event().wait)
+    assert (request.status, request.content["code"]) == (408, "body_too_slow")
+    assert request.headers["retry-after"] == "1"
 
 
 async def test_a_length_above_the_limit_is_refused_unread(alice: Actor, limit: int) -> None:

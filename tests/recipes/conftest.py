@@ -113,6 +113,11 @@ def begin(alice: User, worker: Staff, add_dataset: Callable[..., DatasetVersion]
     return start
 
 
+def read(loop: RecipeLoop, recipe: Recipe) -> None:
+    """Wait until the loop has the recipe's data."""
+    wait_for(lambda: loop.materials.get(recipe), what="the data")
+
+
 def turn_until(
     recipe: Recipe,
     condition: Callable[[Recipe], Any],
@@ -128,7 +133,7 @@ def turn_until(
         nonlocal loop
         if make_loop is not None:
             loop = make_loop()
-            loop.materials.wait(recipe)
+            read(loop, recipe)
         loop.turn()
         row = Recipe.objects.select_related("run").get(pk=recipe.pk)
         return row if condition(row) else None

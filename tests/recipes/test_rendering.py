@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,6 +188,14 @@ def test_sentencepiece_completions_stay_one_text(sentencepiece_like: Tokenizer, 
         assert made.tokens.tolist() == [*body, sentencepiece_like.token_to_id("</s>")]
 
 
+def test_an_answer_is_shown_without_the_token_that_ended_it_and_with_all_others(tiny: Renderer) -> None:
+    end = next(token for token in tiny.stop_tokens if tiny.decode([token]) == "<|im_end|>")
+    words = tiny.prompt("Ahoy!", as_chat=False)
+    assert tiny.answer([*words, end]) == tiny.answer(words) == "Ahoy!"
+    assert tiny.answer([end, *words]) == "<|im_end|>Ahoy!"
+    assert tiny.answer([end]) == tiny.answer([]) == ""
+
+
 def test_a_text_is_trained_on_as_a_whole(tiny: Renderer, byte_level: Tokenizer, tmp_path: Path) -> None:
     row = {"text": "Once upon a time."}
     made = tiny.row(row, train_on="last", max_length=100)
@@ -315,7 +325,7 @@ def test_unusable_folders_are_told(byte_level: Tokenizer, tmp_path: Path) -> Non
 
 @pytest.mark.django_db
 def test_renderers_are_found_by_base_model_and_follow_their_files(
-    byte_level: Tokenizer, tmp_path: Path, settings: Settings
+    byte_level: Tokenizer, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(tmp_path / "model", byte_level, chat_models.CHATML)
     settings.BASE_MODELS = {"test/found": str(folder), "test/hub": "test/hub"}
@@ -323,7 +333,15 @@ def test_renderers_are_found_by_base_model_and_follow_their_files(
     assert rendering.renderer_of("test/found") is first
     save(folder, byte_level, chat_models.LLAMA3)
     assert rendering.renderer_of("test/found").digest != first.digest
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(RequestInvalid, match="files of base model test/hub are not on this machine"):
         rendering.renderer_of("test/hub")
+    cached = tmp_path / "hub" / "models--test--hub"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(folder, cached / "snapshots" / "c0ffee")
+    (cached / "snapshots" / "c0ffee" / "config.json").write_text("{}")
+    assert rendering.renderer_of("test/hub").digest == rendering.renderer_of("test/found").digest
     with pytest.raises(RequestInvalid, match="unknown base model 'test/none'; this server offers test/found"):
         rendering.renderer_of("test/none")
+    assert rendering.decoder_of("test/none")([3, 14]) == "3 14"

@@ -9,8 +9,8 @@ import pytest
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Metric, Recipe, RunEvent, TrainingRun, User
 from runs.recipes.loop import RecipeLoop
-from runs.schemas.recipes import Changes
-from runs.services import recipe_status, recipes
+from runs.schemas.recipes import Changes, SftConfig
+from runs.services import recipe_status, recipe_steps, recipes
 from runs.services.recipe_rows import State
 from tests.recipes.conftest import Staff, ended, turn_until
 from tests.recipes.test_loop import break_a_step, series
@@ -166,6 +166,15 @@ def test_a_failed_run_goes_on_from_its_newest_checkpoint(begin: Begin, worker: S
     retried = event(recipe, "retried")
     assert retried.detail["from_step"] % 3 == 0
     assert series(recipe, "loss")[-1] == series(undisturbed, "loss")[-1]
+
+
+def test_a_change_while_the_data_is_read_is_not_lost(begin: Begin) -> None:
+    recipe = begin()
+    seen = Recipe.objects.get(pk=recipe.pk)
+    recipes.change(recipe, Changes(learning_rate=2e-4))
+    recipe_steps.prepared(seen, SftConfig.model_validate({**seen.config, "learning_rate": 1e-3}), {"a": 1})
+    recipe = turn_until(recipe, lambda row: row.state == State.RUNNING, what="the first step")
+    assert recipe.config["learning_rate"] == 2e-4
 
 
 @pytest.mark.parametrize("action", ["resume", "retry", "extend"])

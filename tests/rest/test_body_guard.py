@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import connections
+from django.db import connection, connections
 from pytest_django.fixtures import Settings
 
+from runs.api.decorators import in_thread
 from runs.rest.body_guard import BodyGuard
+from tests.api.test_outage import _reconnect, database_away  # noqa: F401 - a fixture
 from tests.rest.client import Rest
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -88,3 +90,28 @@ async def test_a_request_without_a_body_passes(key: str) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False) as client:
         assert (await client.get("/rest/v1/datasets")).status_code == 200
         assert (await client.post("/rest/v1/datasets")).status_code == 200
+
+
+def backend_pid() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return int(cursor.fetchone()[0])
+
+
+def end_backend(pid: int) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+
+async def test_a_connection_that_died_is_replaced(key: str) -> None:
+    pid = await sync_to_async(backend_pid)()
+    await in_thread(lambda: end_backend(pid))
+
+    assert (await post("/rest/v1/datasets", LIMIT + 1, key=key, is_told=True))[:2] == (200, LIMIT + 1)
+
+
+async def test_while_the_database_is_away_large_files_are_to_come_again(key: str) -> None:
+    async with database_away():
+        status, num_bytes, error = await post("/rest/v1/datasets", LIMIT + 1, key="tml-unknown", is_told=True)
+    assert (status, num_bytes, error["code"]) == (503, 0, "unavailable")
+    assert (await post("/rest/v1/datasets", LIMIT + 1, key=key, is_told=True))[:2] == (200, LIMIT + 1)

@@ -6,9 +6,11 @@ import io
 import json
 import tarfile
 import zipfile
+from typing import Any
 
 import pytest
 from django.core.files.storage import default_storage
+from pytest_django import DjangoCaptureOnCommitCallbacks
 
 from runs.models import Checkpoint, TrainingRun
 from tests.pages import seed
@@ -97,8 +99,13 @@ def test_what_is_published_is_still_not_anybodys_to_change(
     assert Checkpoint.objects.filter(pk=checkpoint.pk, is_public=True).exists()
 
 
-def test_a_checkpoint_is_deleted_with_its_files(alice: Rest, checkpoint: Checkpoint) -> None:
-    alice.done("DELETE", address(checkpoint), status=204)
+def test_a_checkpoint_is_deleted_with_its_files(
+    alice: Rest,
+    checkpoint: Checkpoint,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    with django_capture_on_commit_callbacks(execute=True):
+        alice.done("DELETE", address(checkpoint), status=204)
     assert not default_storage.exists(f"{checkpoint.directory}/adapter_model.safetensors")
     alice.refused("DELETE", address(checkpoint), status=404)
 
@@ -114,3 +121,22 @@ def test_many_are_deleted_or_none(alice: Rest, run: TrainingRun) -> None:
     assert reply == {"num_deleted": 4}
     assert [one["name"] for one in alice.get("checkpoints")["items"]] == ["step-4"]
     assert alice.refused("POST", "checkpoints/delete", {"paths": []})["place"] == "paths"
+
+
+@pytest.mark.parametrize("headers", [{}, {"idempotency_key": "a"}])
+@pytest.mark.django_db(transaction=True)
+def test_none_are_deleted_when_a_fork_needs_one(transactional_db: None, headers: dict[str, Any]) -> None:
+    alice = Rest.make("alice")
+    run = seed.make_run(alice.user)
+    made = [seed.add_checkpoint(run, f"step-{step}") for step in range(3)]
+    fork = seed.make_run(alice.user, name="child", parent=run, parent_path=path_of(made[2]))
+    body = {"paths": [path_of(one) for one in made]}
+    error = alice.refused("POST", "checkpoints/delete", body, **headers)
+    assert error["message"].startswith("cannot delete step-2 while the fork child has not loaded it")
+    assert len(alice.get("checkpoints")["items"]) == 3
+    for one in made:
+        alice.download(address(one, "/download"))
+    TrainingRun.objects.filter(pk=fork.pk).update(state="closed")
+    for _ in range(2 if headers else 1):
+        assert alice.post("checkpoints/delete", body, status=200, **headers) == {"num_deleted": 3}
+    assert not any(default_storage.exists(one.directory) for one in made)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
-from django.db import IntegrityError
+from django.db import IntegrityError, connection
 from django.db.models.functions import Now
 
 from runs.models import Dataset, DatasetVersion, IdempotentReply, Recipe, TrainingRun, Webhook
-from runs.services import idempotency
+from runs.services import dataset_checks, idempotency
 from runs.services.idempotency import Answer
 from runs.tasks import housekeeping
 from tests.rest.client import Rest
@@ -156,3 +158,27 @@ def test_who_waits_too_long_is_told_to_come_back(
 
     assert race([first, second]) == [201, 409]
     assert not Webhook.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_requests_that_are_being_answered_take_no_place_from_checks_of_datasets(
+    transactional_db: None, add_rows: Callable[..., DatasetVersion]
+) -> None:
+    """Two of so many keys at once, whose numbers happen to be those of the places."""
+    alice = Rest.make("somebody")
+    classes: list[int] = []
+
+    def look() -> Answer:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT classid FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+            )
+            classes.extend(row[0] for row in cursor.fetchall())
+        return Answer(status=201, body=b"{}")
+
+    idempotency.once(alice.user, "a", digest="0", answer=look)
+    (lock_class,) = classes
+    with psycopg.connect(**connection.get_connection_params(), autocommit=True) as other:
+        for number in range(dataset_checks.NUM_SLOTS):
+            other.execute("SELECT pg_advisory_lock(%s, %s)", [lock_class, number])
+        add_rows([{"prompt": "What is 1 + 1?", "completion": "2"}])

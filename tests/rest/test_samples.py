@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models.functions import Now
 from tokenizers import Tokenizer
 
-from runs.models import Operation, TrainingRun
+from runs.models import Operation, Session, TrainingRun
 from runs.schemas import tinker_pb2 as pb
-from runs.services import commits
+from runs.services import commits, expired_operations, expired_samples
 from runs.services.commits import Result
 from tests.pages import seed
 from tests.rest.client import Rest
@@ -159,3 +161,17 @@ def test_waiting_ends_with_the_answer_or_the_time(transactional_db: None) -> Non
         replies = [one.result(timeout=10) for one in waiting]
     assert [one["sequences"][0]["text"] for one in replies] == ["A fox."] * 4
     assert time.monotonic() - begin < 20
+
+
+def test_an_answer_that_was_deleted_is_told(alice: Rest) -> None:
+    asked = alice.post("samples", {"prompt": "Who?", "base_model": BASE_MODEL}, status=202)
+    answer(asked["id"], "A fox.")
+    later = Now() - expired_operations.KEEP_RESULTS - timedelta(minutes=1)
+    Operation.objects.filter(pk=int(asked["id"].removeprefix("op-"))).update(finished_at=later)
+    expired_samples.forget()
+    reply = alice.send("GET", f"samples/{asked['id']}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (410, "result_expired")
+    Session.objects.filter(display_name="REST").update(finished_at=later)
+    expired_samples.forget()
+    assert alice.send("GET", f"samples/{asked['id']}").status_code == 404
+    assert not Session.objects.filter(display_name="REST").exists()

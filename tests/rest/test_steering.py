@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from runs.exceptions import RequestInvalid
 from runs.models import Operation, Recipe, RunEvent, TrainingRun
+from runs.schemas.recipes import Changes
+from runs.services import recipes
 from tests.pages import recipe_seed, seed
 from tests.rest.client import Rest
 
@@ -85,9 +88,47 @@ def test_settings_change_from_the_next_step_on(alice: Rest, recipe: Recipe) -> N
 
 
 @pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"learning_rate": None}, {"learning_rate": 0.0016, "eval_every": 40}),
+        ({"eval_every": None, "save_every": None, "num_steps": 1000}, {"eval_every": 100, "save_every": 100}),
+        ({"eval_every": 7, "save_every": None}, {"eval_every": 7, "save_every": 7}),
+        ({"early_stopping": None, "learning_rate": 1e-3}, {"early_stopping": None, "learning_rate": 1e-3}),
+    ],
+)
+def test_null_puts_a_setting_back_at_its_default(
+    alice: Rest, recipe: Recipe, body: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    alice.post(address(recipe, "change"), body, status=200)
+    recipe.refresh_from_db()
+    assert {name: recipe.config[name] for name in expected} == expected
+    (told,) = RunEvent.objects.filter(run=recipe.run, kind="changed")
+    for name, text in told.detail.items():
+        assert text.endswith(f" to {recipe.config[name]}")
+
+
+def test_null_is_for_the_rules_to_decide_while_the_data_is_read(alice: Rest, recipe: Recipe) -> None:
+    Recipe.objects.filter(pk=recipe.pk).update(state=State.PREPARING, preparation={})
+    alice.post(address(recipe, "change"), {"learning_rate": None, "num_steps": None}, status=200)
+    recipe.refresh_from_db()
+    assert (recipe.config["learning_rate"], recipe.config["num_steps"]) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["num_steps", "learning_rate", "eval_every", "save_every"])
+def test_nothing_is_left_open_that_the_loop_needs(recipe: Recipe, name: str) -> None:
+    held = recipe.config
+    with pytest.raises(RequestInvalid, match=f"{name}: must be a number now that the run's data is read"):
+        recipes.change(recipe, Changes.model_validate({name: None}))
+    recipe.refresh_from_db()
+    assert recipe.config == held
+
+
+@pytest.mark.parametrize(
     ("body", "place"),
     [
         ({}, ""),
+        ({"num_steps": None}, "num_steps"),
+        ({"samples": None, "learning_rate": None}, "samples"),
         ({"learning_rate": 2e-4}, ""),
         ({"num_steps": 10}, "num_steps"),
         ({"base_model": "other"}, "base_model"),

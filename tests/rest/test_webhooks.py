@@ -85,6 +85,10 @@ def test_a_webhook_is_made_changed_and_deleted(alice: Rest) -> None:
         ({"url": "https:///nowhere", "events": ["run.failed"]}, "url", "host"),
         ({"url": "https://me:pw@example.org/", "events": ["run.failed"]}, "url", "user name"),
         ({"url": "https://[::1", "events": ["run.failed"]}, "url", ""),
+        ({"url": "http://a..b/x", "events": ["run.failed"]}, "url", "'a..b' is no host name"),
+        ({"url": f"http://{'a' * 64}.org/", "events": ["run.failed"]}, "url", "1 to 63 valid characters"),
+        ({"url": "http://xn--/", "events": ["run.failed"]}, "url", "'xn--' is no host name"),
+        ({"url": "http://8.8.8.8:99999/", "events": ["run.failed"]}, "url", "1 to 65535, got 99999"),
     ],
 )
 def test_a_webhook_that_cannot_be_is_named(alice: Rest, body: Any, place: str, message: str) -> None:
@@ -296,6 +300,26 @@ def test_an_address_that_does_not_answer_is_told_later(alice: Rest, receiver: Re
     assert delivery["state"] == "pending"
     assert "ConnectError" in delivery["last_answer"]
     assert deliveries(alice, good)[0]["state"] == "delivered"
+
+
+@pytest.mark.parametrize("url", ["http://a..b/x", f"http://{'a' * 64}.org/", "http://xn--/"])
+def test_an_address_that_cannot_even_be_looked_up_costs_its_neighbours_nothing(
+    alice: Rest, receiver: Receiver, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    hooks = [watch(alice, receiver.url, "run.failed") for _ in range(3)]
+    Webhook.objects.filter(public_id=hooks[1]["id"]).update(url=url)
+    for hook in hooks:
+        alice.post(f"webhooks/{hook['id']}/test", status=202)
+    deliver_webhooks()
+    make_due()
+    deliver_webhooks()
+    assert len(receiver.told) == 2
+    (bad,) = deliveries(alice, hooks[1])
+    assert (bad["state"], bad["num_attempts"]) == ("pending", 2)
+    assert "label" in bad["last_answer"]
+    for hook in (hooks[0], hooks[2]):
+        assert [one["state"] for one in deliveries(alice, hook)] == ["delivered"]
+    assert "a message could not be sent" in caplog.text
 
 
 def test_an_address_that_is_switched_off_is_told_nothing(

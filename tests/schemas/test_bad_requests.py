@@ -273,7 +273,6 @@ ONE_OF = [
         {"model_id": "m", "seq_id": 1, "path": "a", "sampling_session_seq_id": 0},
     ),
     (sampling.CreateSamplingSession, {"session_id": "s", "sampling_session_seq_id": 0}),
-    (requests.CopyWeights, {"source_path": LOAD["path"], "session_id": "s"}),
 ]
 
 
@@ -285,8 +284,6 @@ def test_forms_that_exclude_each_other(model: type[requests.SdkRequest], body: d
 def test_unsupported_saves() -> None:
     body = {"model_id": "m", "seq_id": 1, "sampling_session_seq_id": 0, "kind": "inflight"}
     check(requests.SaveWeightsForSampler, body, "kind", "'inflight' is not supported")
-    body = {"model_id": "m", "seq_id": 1, "path": "a", "age_encryption_recipients": ["age1x"]}
-    check(requests.SaveWeightsExternal, body, "age_encryption_recipients", "not supported")
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 1.5, 10**10])
@@ -311,8 +308,3 @@ def test_secrets_are_not_stored() -> None:
     request = validate(requests.LoadWeights, json.dumps(body).encode())
     assert request.weights_access_token == "tml-secret"
     assert b"secret" not in requests.canonical_json(request)
-
-
-def test_interpolation_has_one_coefficient_each() -> None:
-    body = {"source_paths": [LOAD["path"]], "coefficients": [0.5, 0.5]}
-    check(sampling.MintInterpolate, body, "", "2 coefficients for 1 source_paths")

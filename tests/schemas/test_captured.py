@@ -24,26 +24,28 @@ REQUESTS: dict[str, type[requests.SdkRequest]] = {
     "/create_session": requests.CreateSession,
     "/session_heartbeat": requests.SessionHeartbeat,
     "/finish": requests.FinishSession,
-    "/project": requests.AssignProject,
-    "/sessions/search": requests.SearchSessions,
     "/telemetry": requests.Telemetry,
     "/create_model": requests.CreateModel,
     "/get_info": requests.GetInfo,
     "/optim_step": requests.OptimStep,
     "/save_weights": requests.SaveWeights,
     "/save_weights_for_sampler": requests.SaveWeightsForSampler,
-    "/save_weights_external": requests.SaveWeightsExternal,
     "/load_weights": requests.LoadWeights,
     "/weights_info": requests.WeightsInfo,
-    "/copy_weights": requests.CopyWeights,
     "/ttl": requests.SetTtl,
     "/create_sampling_session": sampling.CreateSamplingSession,
     "/asample": sampling.Sample,
     "/retrieve_future": requests.RetrieveFuture,
-    "/retrieve_futures": requests.RetrieveFutures,
-    "/mint/checkpoints/interpolate": sampling.MintInterpolate,
-    "/mint/forward_backward_reverse_kl": sampling.MintReverseKl,
 }
+# Answered 404.
+NOT_SERVED = (
+    "/project",
+    "/sessions/search",
+    "/save_weights_external",
+    "/copy_weights",
+    "/retrieve_futures",
+    "/mint/checkpoints/interpolate",
+)
 
 REPLIES: dict[str, Any] = {
     "create_session": responses.SessionCreated,
@@ -59,11 +61,8 @@ REPLIES: dict[str, Any] = {
     "list_sessions": responses.SessionList,
     "get_session": responses.SessionReply,
     "get_sampler": responses.SamplerReply,
-    "external_weights_urls": responses.ExternalWeightsUrls,
-    "copy_weights": responses.CopiedWeights,
     "create_sampling_session_model_path": responses.SamplingSessionCreated,
     "create_sampling_session_base_model": responses.SamplingSessionCreated,
-    "mint_interpolate.retrieve_future": responses.InterpolateResult,
 }
 
 
@@ -71,7 +70,8 @@ def json_requests() -> list[str]:
     with_body = []
     for name in captures.names("request"):
         request = captures.read(name, "request")
-        if request["method"] != "GET" and request.get("body") is not None:
+        is_served = not request["path"].endswith(NOT_SERVED)
+        if is_served and request["method"] != "GET" and request.get("body") is not None:
             with_body.append(name)
     return [
         name for name in with_body if "forward" not in captures.read(name, "request")["path"].split("/")[-1]
@@ -169,16 +169,12 @@ REMAKE: dict[str, Callable[[dict[str, Any]], Any]] = {
         body["request_id"], body["queue_state"], reason=body["queue_state_reason"]
     ),
     "failure": lambda body: responses.failure(body["error"], body["category"]),
-    "complete_metadata": lambda body: responses.complete_metadata(body["response_payload_size"]),
     "create_model": lambda body: responses.create_model_result(body["model_id"]),
     "save_weights": lambda body: responses.save_weights_result(body["path"]),
     "save_weights_for_sampler": lambda body: (
         responses.ephemeral_sampler_result(body["sampling_session_id"])
         if "sampling_session_id" in body
         else responses.save_weights_for_sampler_result(body["path"])
-    ),
-    "save_weights_external": lambda body: responses.save_weights_external_result(
-        body["path"], size_bytes=body["size_bytes"]
     ),
     "load_weights": lambda body: responses.load_weights_result(body["path"], model_id=body["model_id"]),
     "optim_step": lambda body: responses.optim_step_result(body["metrics"]),

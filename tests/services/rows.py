@@ -41,7 +41,7 @@ def make_user(name: str) -> User:
 
 
 def report_base_model(worker: Worker, *, error: str = "") -> None:
-    """Let a worker report the shipped base model as loaded, or as not loadable."""
+    """Let a worker report the shipped base model as loaded and serve it, or report it as not loadable."""
     info = BaseModelInfo(
         name=BASE_MODEL,
         directory="",
@@ -53,6 +53,8 @@ def report_base_model(worker: Worker, *, error: str = "") -> None:
         error=error,
     )
     base_models.report(worker, info)
+    fingerprints = {} if error else {BASE_MODEL: {"torch": "2"}}
+    workers.describe(worker, device="cpu", dtype="float32", fingerprints=fingerprints)
 
 
 def make_worker() -> Worker:
@@ -76,10 +78,15 @@ def optim_step(run: TrainingRun, seq: int, *, learning_rate: float = 1e-4) -> in
 
 
 def make_checkpoint(
-    run: TrainingRun, name: str = "one", *, kind: str = Checkpoint.Kind.TRAINING, is_public: bool = False
+    run: TrainingRun,
+    name: str = "one",
+    *,
+    kind: str = Checkpoint.Kind.TRAINING,
+    is_public: bool = False,
+    folder: str = "",
 ) -> Checkpoint:
-    """Save a checkpoint with files through a worker's commit."""
-    directory = f"checkpoints/{run.pk}/{uuid.uuid4().hex}"
+    """Save a checkpoint with files through a worker's commit; `folder` as a worker names it, if that matters."""
+    directory = f"checkpoints/{run.pk}/{folder or uuid.uuid4().hex}"
     for file in FILES:
         default_storage.save(f"{directory}/{file}", ContentFile(file.encode()))
     new = NewCheckpoint(kind=kind, name=name, directory=directory, size_bytes=100)

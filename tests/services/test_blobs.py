@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
+from django.core.files.storage import InMemoryStorage
+from pytest_django.fixtures import Settings
 
-from runs.services import blobs
+from runs.services import blobs, dataset_rows
+
+
+class EndpointError(Exception):
+    """What a bucket's client raises; it is no OSError."""
+
+
+class SilentBucket(InMemoryStorage):
+    """A bucket without a network."""
+
+    def exists(self, name: str) -> NoReturn:
+        """Find nobody to ask."""
+        raise EndpointError("could not connect to the endpoint")
+
+    def _open(self, name: str, mode: str = "rb") -> NoReturn:
+        raise EndpointError("could not connect to the endpoint")
 
 
 def failing(times: int, error: OSError) -> Callable[[], bytes]:
@@ -34,3 +52,16 @@ def test_what_fails_for_good_is_told() -> None:
 def test_what_is_not_there_is_told_at_once() -> None:
     with pytest.raises(FileNotFoundError):
         blobs.patiently(failing(1, FileNotFoundError()))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: blobs.put("ab" * 32, b"content"), lambda: dataset_rows.local_copy("datasets/1/rows.jsonl")],
+)
+def test_a_bucket_that_is_away_is_told_as_a_failing_disk(
+    settings: Settings, call: Callable[[], object]
+) -> None:
+    backend = {"BACKEND": f"{__name__}.SilentBucket"}
+    settings.STORAGES = {**settings.STORAGES, "default": backend}
+    with pytest.raises(OSError, match="could not connect to the endpoint"):
+        call()

@@ -10,7 +10,7 @@ from pytest_django.fixtures import Settings
 
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, TrainingRun, User, Worker
-from runs.services import claims, commits, operations, sample_claims, workers
+from runs.services import claims, commits, operations, playground, sample_claims, workers
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
 from tests.services.races import race
@@ -203,6 +203,32 @@ def test_samples_are_taken_once_and_oldest_first(alice: User, worker: HandWorker
     ] == pks[2:]
     assert sample_claims.take_samples(HandWorker().row, MODELS, limit=9) == []
     assert sample_claims.take_samples(worker.row, ["other/model"], limit=9) == []
+
+
+def test_owners_take_turns_with_their_samples(alice: User, worker: HandWorker) -> None:
+    many, other = rows.make_sampling_session(alice), rows.make_sampling_session(alice)
+    flood = [rows.sample(session, seq) for seq in range(5) for session in (many, other)]
+    few = rows.make_sampling_session(rows.make_user("bob"))
+    first, second = (rows.sample(few, seq) for seq in range(2))
+
+    taken = [sample.pk for sample in sample_claims.take_samples(worker.row, MODELS, limit=5)]
+
+    assert taken == [flood[0], first, flood[1], second, flood[2]]
+    rest = sample_claims.take_samples(worker.row, MODELS, limit=99, held=taken)
+    assert [sample.pk for sample in rest] == flood[3:]
+
+
+def test_people_are_told_how_many_samples_are_before_theirs(alice: User, worker: HandWorker) -> None:
+    rows.report_base_model(worker.row)
+    flooded = rows.make_sampling_session(alice)
+    for seq in range(5):
+        rows.sample(flooded, seq)
+    bob = rows.make_user("bob")
+    pk = rows.sample(rows.make_sampling_session(bob), 0)
+    assert playground.waiting_words(bob, pk) == "waiting: 1 sample is before this one"
+    sample_claims.take_samples(HandWorker().row, MODELS, limit=1)
+    last = rows.sample(flooded, 5)
+    assert playground.waiting_words(alice, last) == "waiting: 6 samples are before this one"
 
 
 def test_samples_of_a_dead_worker_are_taken_again(alice: User, worker: HandWorker) -> None:

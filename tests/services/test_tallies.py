@@ -97,9 +97,9 @@ def test_the_start_page_reads_runs_in_the_order_of_an_index(alice: User) -> None
 
 def test_the_last_request_is_that_of_the_last_operation(run: TrainingRun) -> None:
     first = run.operations.get()
-    assert training_runs.last_request_at(run) == first.created_at
+    assert training_runs.latest_of([run])[run.pk].asked_at == first.created_at
     run.operations.all().delete()
-    assert training_runs.last_request_at(run) == run.created_at
+    assert training_runs.latest_of([run])[run.pk].asked_at == run.created_at
 
 
 def test_the_disk_meter_knows_what_checkpoints_take(run: TrainingRun) -> None:

@@ -201,7 +201,7 @@ def test_a_name_is_cut_to_what_is_kept(run: TrainingRun) -> None:
 
 def test_the_last_request_is_the_latest_operation(run: TrainingRun) -> None:
     pk = rows.optim_step(run, 1)
-    assert training_runs.last_request_at(run) == Operation.objects.get(pk=pk).created_at
+    assert training_runs.latest_of([run])[run.pk].asked_at == Operation.objects.get(pk=pk).created_at
 
 
 def test_only_the_owner_reaches_a_row(alice: User, bob: User, run: TrainingRun) -> None:

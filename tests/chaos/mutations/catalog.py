@@ -109,8 +109,8 @@ MUTATIONS: Final = (
         name="unwritten weights are sampled where they are",
         protects_from="another worker takes a sample, finds no file and fails it",
         file="runs/services/sample_claims.py",
-        find="AND c.size_bytes = 0 AND NOT c.directory = ANY(%s::text[]))",
-        replace="AND c.size_bytes = 0 AND %s::text[] IS NULL)",
+        find="AND c.size_bytes = 0 AND NOT c.directory = ANY(%(unwritten)s::text[]))",
+        replace="AND c.size_bytes = 0 AND %(unwritten)s::text[] IS NULL)",
         red=(f"{_EARLY}test_samples_go_where_the_weights_are_until_the_file_is_there",),
     ),
     Mutation(
