@@ -1,8 +1,9 @@
 # `make up` starts mintweb, `make test` runs every check and test; both work on a fresh machine.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format bench chaos chaos-full faults-full sweep mutations proto clean dev sdk-envs chromium
+.PHONY: help up test check format bench chaos chaos-full faults-full sweep mutations proto clean dev sdk-envs chromium vllm-env
 VENV ?= .venv
+VLLM_ENV ?= .venv-vllm
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input
 CHECK_ENV = MINTWEB_DATA_DIR=.cache/check
@@ -70,6 +71,12 @@ sdk-envs: dev
 
 chromium:
 	@sh .ci/chromium
+
+vllm-env: ## Install vLLM for CPUs into .venv-vllm, for the tests that need a real server
+	@test -x $(VLLM_ENV)/bin/python || python3 -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --disable-pip-version-check -r tests/worker/vllm/requirements.txt
+	@# Those that come along are built for GPUs and do not load beside a torch for CPUs; texts need none.
+	$(VLLM_ENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 
 # A stamp per requirements file: a second run installs nothing.
 $(VENV)/.installed: requirements.txt $(VENV)/.made

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
 from django.conf import settings
@@ -19,8 +20,9 @@ from gpuworker.engine.residency import AdapterMemory
 from gpuworker.fingerprints import fingerprint_of
 from gpuworker.group import WorkerGroup
 from runs.models import Worker
-from runs.services import base_models, workers
+from runs.services import base_models
 from runs.services.base_models import BaseModelInfo, ModelSizes
+from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +37,50 @@ _group: WorkerGroup | None = None
 
 
 def load_engines(worker: Worker) -> dict[str, Engine]:
-    """Return an engine for each base model of the settings that could be loaded.
+    """Return an engine for each base model that is in a folder here and could be loaded; `absent` are the others.
 
     With MINTWEB_TENSOR_PARALLEL this starts the processes that hold parts of them; `end_group` ends those.
     """
     global _group
-    engines: dict[str, Engine] = {}
     torch.set_num_threads(settings.THREADS or _num_threads(map(str, settings.BASE_MODELS.values())))
     if settings.TENSOR_PARALLEL > 1:
         _group = WorkerGroup(_devices(), timeout_s=settings.HANG_S, on_lost=_end_process)
+    engines: dict[str, Engine] = {}
     for name, directory in settings.BASE_MODELS.items():
-        started_at = time.monotonic()
-        try:
-            engine = _load(name, resolve(str(directory)))
-        except BaseModelError as error:
-            logger.error("base model %s could not be loaded: %s", name, error)  # noqa: TRY400 - one sentence is enough
-            base_models.report(worker, BaseModelInfo(name=name, directory=str(directory), error=str(error)))
-            continue
-        engines[name] = engine
-        base_models.report(worker, _info(name, str(directory), engine))
-        workers.describe(
-            worker,
-            device=_device_words(engine),
-            dtype=engine.fingerprint["dtype"],
-            memory_bytes=engine.memory_bytes,
-            fingerprints={loaded: fingerprint_of(one) for loaded, one in engines.items()},
-        )
-        logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
+        if Path(directory).is_dir():
+            engines |= load(worker, name, Path(directory))
     return engines
+
+
+def absent() -> list[str]:
+    """Return the base models of the settings that the hub is to be asked for, which may take minutes."""
+    return [name for name, directory in settings.BASE_MODELS.items() if not Path(directory).is_dir()]
+
+
+def load(worker: Worker, name: str, folder: Path) -> dict[str, Engine]:
+    """Return the engine of a base model by its name, nothing if the folder cannot be loaded, and report which.
+
+    The worker's row in memory takes in what it computes with; others see that once it serves the base model.
+    """
+    started_at = time.monotonic()
+    try:
+        engine = _load(name, folder)
+    except BaseModelError as error:
+        refuse(worker, name, error)
+        return {}
+    until_reachable(partial(base_models.report, worker, _info(name, str(settings.BASE_MODELS[name]), engine)))
+    worker.device, worker.dtype = _device_words(engine), engine.fingerprint["dtype"]
+    worker.memory_bytes = engine.memory_bytes
+    worker.fingerprint = {**worker.fingerprint, name: fingerprint_of(engine)}
+    logger.info("base model %s is ready after %.1f s", name, time.monotonic() - started_at)
+    return {name: engine}
+
+
+def refuse(worker: Worker, name: str, error: BaseModelError) -> None:
+    """Report that a base model is not to be had."""
+    logger.error("base model %s could not be loaded: %s", name, error)
+    info = BaseModelInfo(name=name, directory=str(settings.BASE_MODELS[name]), error=str(error))
+    until_reachable(partial(base_models.report, worker, info))
 
 
 def end_group() -> None:
@@ -82,14 +100,17 @@ def resolve(directory_or_name: str) -> Path:
     if Path(directory_or_name).is_dir():
         return Path(directory_or_name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # Of the HTTP library that the hub's client uses: a connection that breaks off, for one.
+    http_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
         return Path(snapshot_download(directory_or_name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
+    except (http_error, OSError, ValueError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(
-            f"{directory_or_name!r} is no folder here and could not be downloaded: {str(error).splitlines()[0]}"
+            f"{directory_or_name!r} is no folder here and could not be downloaded: {reason}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from gpuworker.engine.types import Float32Array
 from runs.schemas import results
 
 # How far a log-probability (or a loss, by its size) may be from the stored one, by the base model's dtype.
-TOLERANCES: Final = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
+TOLERANCES: Final = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The first of the three stages: claim runs, take their next operations, decode them ahead of compute.
 
-Woken by NOTIFY, by compute when it has made room, and by itself every two seconds, so that a lost
+Woken by NOTIFY, by compute when it has made room, and by itself every second, so that a lost
 doorbell or a dead Redis costs no more than that.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import psycopg
@@ -39,8 +39,10 @@ class Lease:
         on_lost: Callable[[], None],
         on_stuck: Callable[[], None],
         on_hung: Callable[[], None],
+        samplers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._worker = worker
+        self._samplers = samplers
         self._busy_share = busy_share
         self._is_stuck = is_stuck
         self._on_lost = on_lost
@@ -94,7 +96,7 @@ class Lease:
         try:
             close_old_connections()
             self._lock_connection.execute("SELECT 1")
-            return workers.renew(self._worker, busy_share=self._busy_share())
+            return workers.renew(self._worker, busy_share=self._busy_share(), samplers=self._samplers())
         except (DatabaseFailure, psycopg.Error) as error:
             logger.warning("the lease could not be renewed: %s", error)
             self._reconnect()

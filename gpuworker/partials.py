@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _CHECK_S: Final = 0.5
 _IDLE_S: Final = 5.0
 _MAX_WAITING: Final = 1000
+_STOP_S: Final = 5.0
 
 
 class Partials:
@@ -38,6 +39,7 @@ class Partials:
         self._ended: set[int] = set()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
 
     def open(self, operation_pk: int) -> None:
         """Begin to look whether a sample ends elsewhere."""
@@ -64,6 +66,15 @@ class Partials:
             ended, self._ended = self._ended, set()
         return ended
 
+    def stop(self) -> None:
+        """Look and send no more."""
+        with self._wake:
+            self._is_stopped = True
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join(_STOP_S)
+
     def _put(
         self, sampling_session_pk: int, operation_pk: int, start: int, tokens: list[int], *, is_last: bool
     ) -> None:
@@ -76,6 +87,8 @@ class Partials:
 
     def _begin(self) -> None:
         """Wake the thread; called with the lock held."""
+        if self._is_stopped:
+            return
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="partials", daemon=True)
             self._thread.start()
@@ -93,6 +106,8 @@ class Partials:
         checked_at = time.monotonic()
         while True:
             with self._wake:
+                if self._is_stopped:
+                    return
                 if (
                     not self._waiting
                     and not self._wake.wait(_CHECK_S if self._open else _IDLE_S)

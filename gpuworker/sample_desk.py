@@ -1,4 +1,8 @@
-"""Samples between the log and the engines' decode loops: admit, step, hand over the answers."""
+"""Samples between the log and who draws them: admit, step, hand over the answers.
+
+An engine's decode loop draws them, or a vLLM server where there is one for the base model; what that does not draw
+the engine does.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,11 @@ from gpuworker import payloads, snapshots, suspicion
 from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
-from gpuworker.engine.types import SampleResult
+from gpuworker.engine.sampling import Sampler
+from gpuworker.engine.types import SampleRequest, SampleResult
 from gpuworker.partials import Partials
+from gpuworker.vllm_sampler import VllmSampler
+from gpuworker.vllm_wire import Refusal
 from runs.schemas.sampling import StoredSample
 from runs.services import claims
 from runs.services.commits import Result
@@ -30,10 +37,10 @@ PARTIALS_S: Final = 0.1
 
 @dataclass
 class _Open:
-    """A request in a decode loop; `num_shown` tokens of one that is watched are on their way to its page."""
+    """A request that is being drawn; `num_shown` tokens of one that is watched are on their way to its page."""
 
-    engine: Engine
-    session_pk: int
+    sampler: Sampler | VllmSampler
+    taken: TakenSample
     num_prompt_logprobs: int | None
     is_watched: bool
     num_shown: int = 0
@@ -42,8 +49,11 @@ class _Open:
 class SampleDesk:
     """Keeps the decode loops fed; used by the compute stage alone."""
 
-    def __init__(self, engines: Mapping[str, Engine], committer: Committer) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], committer: Committer, servers: Mapping[str, VllmSampler]
+    ) -> None:
         self._engines = engines
+        self._servers = servers
         self._committer = committer
         self._waiting: deque[TakenSample] = deque()
         self._open: dict[int, _Open] = {}
@@ -55,8 +65,15 @@ class SampleDesk:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has no answer yet."""
-        return bool(self._waiting) or any(engine.sampler.num_pending for engine in self._engines.values())
+        """Whether there is something to do here; what waits for servers to end, to be tried alone, is not."""
+        if any(engine.sampler.num_pending for engine in self._engines.values()):
+            return True
+        return bool(self._waiting) and not self.is_waiting
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a server has a request to draw, which `tend` takes over once it has ended."""
+        return any(server.num_pending for server in self._servers.values())
 
     @property
     def is_trying_alone(self) -> bool:
@@ -68,6 +85,10 @@ class SampleDesk:
         self._waiting.append(taken)
         self._admit_waiting()
 
+    def stop(self) -> None:
+        """Show no more of what is drawn."""
+        self._partials.stop()
+
     def note_kept(self, base_model: str, directory: str) -> None:
         """Count weights that a save has left in the engine, so that they are let go in their turn."""
         self._used[base_model, directory] = None
@@ -75,11 +96,17 @@ class SampleDesk:
 
     def step(self) -> None:
         """Advance every unfinished sequence by one token and hand over what is complete."""
-        self._drop_ended()
+        self.tend()
         self._admit_waiting()
         for engine in self._engines.values():
             if engine.sampler.num_pending:
                 self._step(engine)
+
+    def tend(self) -> None:
+        """Stop what is not wanted any more, take over what servers have drawn, and show what is watched."""
+        self._drop_ended()
+        for server in self._servers.values():
+            self._collect(server)
         if self._num_watched and time.monotonic() - self._shown_at >= PARTIALS_S:
             self._shown_at = time.monotonic()
             self._show()
@@ -91,7 +118,7 @@ class SampleDesk:
                 return
             self._begin(self._waiting.popleft())
 
-    def _begin(self, taken: TakenSample) -> None:
+    def _begin(self, taken: TakenSample, *, may_ask_server: bool = True) -> None:
         engine = self._engines[taken.base_model]
         try:
             if suspicion.is_poison(taken):
@@ -100,15 +127,29 @@ class SampleDesk:
             if suspicion.is_suspicious(taken):
                 self._note_alone(taken)
             body = payloads.read_sample(taken)
-            self._ensure_sampler(engine, taken)
-            engine.sampler.submit(payloads.sample_request(taken, body, max_context=engine.max_context))
+            request = payloads.sample_request(taken, body, max_context=engine.max_context)
+            server = self._server_for(taken, request) if may_ask_server else None
+            if server is None:
+                self._ensure_sampler(engine, taken)
+                engine.sampler.submit(request)
+            else:
+                server.submit(request, is_watched=body.stream)
         except EngineError as error:
             self._answer(taken.pk, payloads.error_result(error))
         except Exception as error:
             logger.exception("sample %s could not be begun", taken.pk)
             self._answer(taken.pk, _failure(error))
         else:
-            self._note_open(taken, body, engine)
+            self._note_open(taken, body, server or engine.sampler)
+
+    def _server_for(self, taken: TakenSample, request: SampleRequest) -> VllmSampler | None:
+        """Return who is asked first, if anybody: what ended workers is tried here, and alone."""
+        server = self._servers.get(taken.base_model)
+        if server is None or taken.is_lost or suspicion.is_suspicious(taken) or not server.accepts(request):
+            return None
+        if taken.checkpoint_directory:
+            self._note_used(taken.base_model, taken.checkpoint_directory)
+        return server
 
     def _note_alone(self, taken: TakenSample) -> None:
         """Enter, before it can end this worker too, that a request is tried alone; what was computed is kept first."""
@@ -116,23 +157,24 @@ class SampleDesk:
         until_reachable(partial(claims.count_lone_attempt, taken.pk))
         self._alone = taken.pk
 
-    def _note_open(self, taken: TakenSample, body: StoredSample, engine: Engine) -> None:
+    def _note_open(self, taken: TakenSample, body: StoredSample, sampler: Sampler | VllmSampler) -> None:
+        is_known = taken.pk in self._open
         self._open[taken.pk] = _Open(
-            engine=engine,
-            session_pk=taken.session_pk,
+            sampler=sampler,
+            taken=taken,
             num_prompt_logprobs=body.prompt_logprobs_last_n,
             is_watched=body.stream,
         )
-        if body.stream:
+        if body.stream and not is_known:
             self._num_watched += 1
             self._partials.open(taken.pk)
 
     def _show(self) -> None:
         for operation_pk, one in self._open.items():
             if one.is_watched:
-                tokens = one.engine.sampler.tokens_of(str(operation_pk), start=one.num_shown)
+                tokens = one.sampler.tokens_of(str(operation_pk), start=one.num_shown)
                 if tokens:
-                    self._partials.put(one.session_pk, operation_pk, one.num_shown, tokens)
+                    self._partials.put(one.taken.session_pk, operation_pk, one.num_shown, tokens)
                     one.num_shown += len(tokens)
 
     def _drop_ended(self) -> None:
@@ -140,7 +182,7 @@ class SampleDesk:
         for operation_pk in self._partials.pop_ended():
             one = self._open.get(operation_pk)
             if one is not None:
-                one.engine.sampler.cancel(str(operation_pk))
+                one.sampler.cancel(str(operation_pk))
                 self._answer(operation_pk, Result(error="stopped", category="user"))
 
     def _step(self, engine: Engine) -> None:
@@ -148,13 +190,20 @@ class SampleDesk:
             outcomes = engine.sampler.step()
         except Exception as error:
             logger.exception("a decode step failed; its requests fail with it")
-            for operation_pk in [pk for pk, one in self._open.items() if one.engine is engine]:
+            for operation_pk in [pk for pk, one in self._open.items() if one.sampler is engine.sampler]:
                 engine.sampler.cancel(str(operation_pk))
                 self._answer(operation_pk, _failure(error))
             return
         for request_id, outcome in outcomes:
             answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
             self._answer(int(request_id), answer)
+
+    def _collect(self, server: VllmSampler) -> None:
+        for request_id, outcome in server.step():
+            if isinstance(outcome, Refusal):
+                self._begin(self._open[int(request_id)].taken, may_ask_server=False)
+            else:
+                self._answer(int(request_id), outcome)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
         one = self._open.pop(operation_pk, None)
@@ -164,7 +213,7 @@ class SampleDesk:
         )
         if one is not None and one.is_watched:
             self._num_watched -= 1
-            self._partials.close(one.session_pk, operation_pk)
+            self._partials.close(one.taken.session_pk, operation_pk)
 
     def _ensure_sampler(self, engine: Engine, taken: TakenSample) -> None:
         if taken.is_lost:
@@ -172,13 +221,15 @@ class SampleDesk:
         directory = taken.checkpoint_directory
         if not directory:
             return
-        key = (taken.base_model, directory)
         if not engine.use_sampler(directory):
             if directory in self._committer.unwritten:
                 self._committer.flush()
             engine.load_sampler(directory, snapshots.fetch(directory))
-        self._used[key] = None
-        self._used.move_to_end(key)
+        self._note_used(taken.base_model, directory)
+
+    def _note_used(self, base_model: str, directory: str) -> None:
+        self._used[base_model, directory] = None
+        self._used.move_to_end((base_model, directory))
         self._evict()
 
     def _evict(self) -> None:
@@ -186,6 +237,8 @@ class SampleDesk:
         while len(self._used) > MAX_SAMPLERS:
             (base_model, directory), _ = self._used.popitem(last=False)
             self._engines[base_model].drop_sampler(directory)
+            if base_model in self._servers:
+                self._servers[base_model].drop(directory)
 
 
 def _failure(error: Exception) -> Result:

@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
@@ -26,8 +27,9 @@ from gpuworker.engine.types import ForwardBackward, OptimStep
 from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
 from gpuworker.residents import Residents
-from gpuworker.sample_desk import SampleDesk
+from gpuworker.sample_desk import PARTIALS_S, SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
+from gpuworker.vllm_sampler import VllmSampler
 from runs.services import claims
 from runs.threads import until_reachable
 
@@ -54,16 +56,18 @@ class Scheduler:
         *,
         release: Callable[[Seat], None],
         busy: BusyMeter,
+        servers: Mapping[str, VllmSampler] | None = None,
     ) -> None:
         self._engines = engines
         self._intake = intake
         self._committer = committer
         self._release = release
         self._busy = busy
-        self._desk = SampleDesk(engines, committer)
+        self._desk = SampleDesk(engines, committer, {} if servers is None else servers)
         self._share = DeviceShare()
         self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
+        self._is_pausing = False
         self._is_stopping = False
         self._checked_at = time.monotonic()
 
@@ -74,7 +78,7 @@ class Scheduler:
 
     def drain(self, *, idle_s: float, slice_s: float) -> None:
         """Work until nothing came for `idle_s` or the slice is over; returns at once if another thread works."""
-        if not self._draining.acquire(blocking=False):
+        if self._is_pausing or not self._draining.acquire(blocking=False):
             return
         try:
             self._drain(time.monotonic() + slice_s, idle_s)
@@ -83,8 +87,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a slice would find something to do."""
-        return self._desk.has_work or self._intake.ready.is_set() or self._has_heads()
+        """Whether a slice would find something to do, if only to wait for what servers draw."""
+        return self._can_compute or self._desk.is_waiting
 
     def tidy(self) -> None:
         """Let go of idle runs, unless some thread is at work."""
@@ -93,6 +97,18 @@ class Scheduler:
                 self._tidy()
             finally:
                 self._draining.release()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the running cycle end, and no other begin while inside: the engines are the caller's alone."""
+        self._is_pausing = True
+        self._intake.ready.set()
+        try:
+            with self._draining:
+                yield
+        finally:
+            self._is_pausing = False
+            self._intake.ready.set()
 
     def end_soon(self) -> None:
         """Begin no further cycle; `drain` returns once it has waited, if there is nothing to do.
@@ -109,15 +125,25 @@ class Scheduler:
             for seat in list(self._intake.seats.values()):
                 self._let_go(seat)
             self._committer.flush()
+        self._desk.stop()
 
     def _drain(self, deadline: float, idle_s: float) -> None:
-        while not self._is_stopping and time.monotonic() < deadline:
-            if not self.has_work and not self._intake.ready.wait(idle_s):
+        while not (self._is_stopping or self._is_pausing) and time.monotonic() < deadline:
+            if not self._wait(idle_s):
                 return
             self._intake.ready.clear()
             with self._busy.measuring():
                 self._work()
             self._tidy()
+
+    def _wait(self, idle_s: float) -> bool:
+        """Wait until there is something to do; false when nothing came and none is on its way from a server."""
+        if self._can_compute:
+            return True
+        if self._desk.is_waiting:
+            self._intake.ready.wait(PARTIALS_S)
+            return True
+        return self._intake.ready.wait(idle_s)
 
     def _work(self) -> None:
         """Run one cycle, then decode until sampling has its half; decode alone when there is nothing to train."""
@@ -126,6 +152,8 @@ class Scheduler:
         # Samples that came during the cycle are admitted now, so that one cycle is all they wait for.
         for taken in self._intake.pop_samples():
             self._desk.admit(taken)
+        if self._desk.is_waiting:
+            self._desk.tend()
         if has_trained:
             self._share.note_cycle(time.monotonic() - started_at)
             self._decode_while(lambda: self._share.is_samplings_turn)
@@ -136,11 +164,15 @@ class Scheduler:
             self._share.settle()
 
     def _decode_while(self, may_decode: Callable[[], bool]) -> None:
-        while self._desk.has_work and may_decode() and not self._is_stopping:
+        while self._desk.has_work and may_decode() and not (self._is_stopping or self._is_pausing):
             started_at = time.monotonic()
             self._busy.beat()
             self._desk.step()
             self._share.note_step(time.monotonic() - started_at)
+
+    @property
+    def _can_compute(self) -> bool:
+        return self._desk.has_work or self._intake.ready.is_set() or self._has_heads()
 
     def _has_heads(self) -> bool:
         return any(seat.has_work for seat in list(self._intake.seats.values()))
@@ -226,6 +258,7 @@ class Scheduler:
                 (head := seat.head) is not None
                 and not isinstance(head.request, ForwardBackward | OptimStep)
                 and not head.is_suspicious
+                and not seat.is_suspect
                 and not (isinstance(head.request, Save) and self._is_full(done))
             ):
                 self._apply_single(seat, head, done)
@@ -344,7 +377,11 @@ def _joins(operation: PreparedOperation, kind: type[ForwardBackward | OptimStep]
 
 
 def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
-    return [Turn(seat, seat.head) for seat in seats if seat.head is not None and _joins(seat.head, OptimStep)]
+    """Return the optimizer steps that are next; those on an adapter in doubt wait until it has been rebuilt."""
+    trusted = [seat for seat in seats if not seat.is_suspect]
+    return [
+        Turn(seat, seat.head) for seat in trusted if seat.head is not None and _joins(seat.head, OptimStep)
+    ]
 
 
 def _is_name_taken(seat: Seat, save: Save) -> bool:

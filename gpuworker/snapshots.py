@@ -79,6 +79,24 @@ def fetch(directory: str) -> AdapterState:
     return _patiently(partial(_fetch, directory))
 
 
+def local_folder(directory: str, scratch: Path) -> Path:
+    """Return where the files of a state lie on this machine; those of a bucket are copied below `scratch`.
+
+    Raises:
+        CheckpointError: there are none.
+        StorageError: they cannot be read just now.
+    """
+    if isinstance(storages["default"], FileSystemStorage):
+        return Path(default_storage.path(directory))
+    target = scratch / directory
+    if not target.is_dir():
+        draft = Path(tempfile.mkdtemp(dir=scratch))
+        _patiently(partial(_download, directory, draft))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.rename(target)
+    return target
+
+
 def fingerprint(directory: str) -> dict[str, str]:
     """Return what a state that `fetch` has read was computed with.
 
@@ -111,15 +129,16 @@ def _read(directory: str) -> AdapterState:
     if isinstance(storages["default"], FileSystemStorage):
         return checkpoints.read(Path(default_storage.path(directory)))
     with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
-        with _as_os_error():
-            _, names = default_storage.listdir(directory)
-            for name in names:
-                with (
-                    default_storage.open(f"{directory}/{name}") as source,
-                    (Path(temporary) / name).open("wb") as target,
-                ):
-                    shutil.copyfileobj(source, target)
+        _download(directory, Path(temporary))
         return checkpoints.read(Path(temporary))
+
+
+def _download(directory: str, target: Path) -> None:
+    with _as_os_error():
+        _, names = default_storage.listdir(directory)
+        for name in names:
+            with default_storage.open(f"{directory}/{name}") as source, (target / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
 
 
 def _fingerprint(directory: str) -> dict[str, str]:

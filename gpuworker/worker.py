@@ -10,18 +10,22 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from django.conf import settings
 
-from gpuworker import boot, failpoints
+from gpuworker import boot, failpoints, vllm_servers
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import BaseModelError
+from gpuworker.growing import Growing
 from gpuworker.intake import Intake
 from gpuworker.leases import HUNG_S, Lease
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
+from gpuworker.vllm_sampler import VllmSampler
 from runs.models import Worker
 from runs.services import claims, sample_claims, workers
 from runs.threads import database_thread, until_reachable
@@ -41,6 +45,7 @@ class GpuWorker:
         self._busy = BusyMeter()
         self._stopping = threading.Event()
         self.row: Worker = until_reachable(_register)
+        self._servers = Growing[VllmSampler]({})
         self._lease = Lease(
             self.row,
             busy_share=self._busy.share,
@@ -48,22 +53,32 @@ class GpuWorker:
             on_lost=self._on_lost,
             on_stuck=_end_stuck_process,
             on_hung=_end_hung_process,
+            samplers=lambda: {name: server.words for name, server in self._servers.items()},
         )
-        engines = load_engines(self.row)
+        self._engines = Growing(load_engines(self.row))
         self._committer = Committer(
             on_lost=lambda: self._intake.ready.set(),
             on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
         )
-        self._intake = Intake(self.row, engines, unwritten=lambda: self._committer.unwritten)
+        self._intake = Intake(self.row, self._engines, unwritten=lambda: self._committer.unwritten)
+        self._connect_servers(self._engines)
         self.scheduler = Scheduler(
-            engines, self._intake, self._committer, release=self._release, busy=self._busy
+            self._engines,
+            self._intake,
+            self._committer,
+            release=self._release,
+            busy=self._busy,
+            servers=self._servers,
         )
         self._fallback = database_thread("fallback", self._drive_without_celery)
+        self._loading = database_thread("loading", self._load_absent)
 
     def start(self) -> None:
-        """Begin to take work."""
+        """Begin to take work for the base models that are loaded; those to be downloaded come later."""
         self._intake.start()
+        self._announce()
         self._fallback.start()
+        self._loading.start()
 
     def drain_slice(self) -> None:
         """Work until idle for a second or for one slice."""
@@ -82,6 +97,8 @@ class GpuWorker:
         self._intake.stop()
         self.scheduler.stop()
         self._committer.stop()
+        for server in self._servers.values():
+            server.stop()
         sample_claims.release_samples(self.row)
         workers.stop(self.row)
         self._lease.stop()
@@ -96,6 +113,34 @@ class GpuWorker:
                 self.drain_slice()
             else:
                 self.scheduler.tidy()
+
+    def _announce(self) -> None:
+        """Count among the workers that serve what is loaded."""
+        row = self.row
+        describe = partial(
+            workers.describe, row, device=row.device, dtype=row.dtype, memory_bytes=row.memory_bytes
+        )
+        until_reachable(partial(describe, fingerprints=row.fingerprint))
+
+    def _load_absent(self) -> None:
+        """Load the other base models, each as soon as it is here. What computes waits for the loading alone."""
+        for name in boot.absent():
+            try:
+                folder = boot.resolve(str(settings.BASE_MODELS[name]))
+            except BaseModelError as error:
+                boot.refuse(self.row, name, error)
+                continue
+            with self.scheduler.paused():
+                if self._stopping.is_set():
+                    return
+                engines = boot.load(self.row, name, folder)
+                self._connect_servers(engines)
+                self._engines.add(engines)
+            self._announce()
+            self._intake.wake()
+
+    def _connect_servers(self, engines: Mapping[str, Engine]) -> None:
+        self._servers.add(vllm_servers.connect(engines, self._committer, on_ended=self._intake.ready.set))
 
     def _release(self, seat: Seat) -> None:
         is_lost = seat.is_lost or seat.is_suspect

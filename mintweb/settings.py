@@ -191,7 +191,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
 CELERY_BROKER_CONNECTION_TIMEOUT = 1
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
-CELERY_TASK_PUBLISH_RETRY = False  # a lost doorbell costs two seconds, a blocked request costs more
+CELERY_TASK_PUBLISH_RETRY = False  # a lost doorbell costs two seconds at most, a blocked request costs more
 CELERY_TASK_SERIALIZER = "json"
 CELERY_RESULT_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
@@ -292,7 +292,7 @@ def env_base_models(name: str) -> dict[str, str]:
 
 
 BASE_MODELS = env_base_models("MINTWEB_BASE_MODELS")
-DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+DEVICE = env_str("MINTWEB_DEVICE", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
 # One worker for each of these in the place of one for each GPU, for instance cuda:0,cuda:1 or cpu,cpu.
 DEVICES = env_list("MINTWEB_DEVICES")
 for device in DEVICES:
@@ -309,11 +309,34 @@ if len(DEVICES) % TENSOR_PARALLEL:
 NUM_LOCAL_WORKERS = env_int("MINTWEB_NUM_LOCAL_WORKERS", 1, minimum=1, maximum=1024)
 # 0: one thread for small models, whose matrix products are too short to share, all cores for others.
 THREADS = env_int("MINTWEB_THREADS", 0, minimum=0, maximum=1024)
-DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16|float16")
+DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16")
 # Device memory for adapters and sampler weights, and host memory for adapters that have no room there; 0: measured.
 # Runs beyond both are kept on the disk until their turn. Without a GPU only the first counts.
 ADAPTER_MEMORY_MB = env_int("MINTWEB_ADAPTER_MEMORY_MB", 0, minimum=0, maximum=1024**3)
 ADAPTER_HOST_MEMORY_MB = env_int("MINTWEB_ADAPTER_HOST_MEMORY_MB", 0, minimum=0, maximum=1024**3)
+
+
+def env_vllm(name: str) -> dict[str, str]:
+    """Return base model name -> address of the vLLM server that draws its samples."""
+    servers: dict[str, str] = {}
+    for item in env_list(name):
+        model, _, url = (part.strip() for part in item.partition("="))
+        if model not in BASE_MODELS:
+            offered = ", ".join(BASE_MODELS)
+            raise ImproperlyConfigured(
+                f"{name} names the base model {model!r}; MINTWEB_BASE_MODELS has {offered}."
+            )
+        if not re.fullmatch(r"https?://[^/?#]+/?", url):
+            raise ImproperlyConfigured(
+                f"{name} gives {model} the address {url!r}; each item is name=http://host:port."
+            )
+        servers[model] = url.rstrip("/")
+    return servers
+
+
+# vLLM servers that draw samples in the place of the engine; what they do not draw, or cannot, the engine does.
+VLLM = env_vllm("MINTWEB_VLLM")
+VLLM_API_KEY = env_secret("MINTWEB_VLLM_API_KEY")
 
 # A run that is brought back must give the same bits (exact) or numbers within a tolerance (fast); empty: exact on
 # a CPU, fast elsewhere.
@@ -346,6 +369,7 @@ LOGGING = {
     "loggers": {
         "django.request": {"filters": ["faults"]},
         "celery.worker.strategy": {"level": "WARNING"},  # one line for every doorbell
+        "httpx": {"level": "WARNING"},  # one line for every call
         "celery.app.trace": {"level": "WARNING"},
         "celery.worker.request": {"level": "WARNING"},  # a doorbell that came too late is no news
     },

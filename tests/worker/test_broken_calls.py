@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
 from django.core.files.storage import default_storage
+from torch import Tensor
 
+from gpuworker import snapshots
 from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Metric, Operation
-from tests.worker.conftest import Client, finished
+from tests.worker.conftest import Client, finished, wait_for
 
 Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
@@ -64,3 +68,40 @@ def test_a_checkpoint_that_cannot_be_read_fails_the_load_as_the_servers_fault(
         finished(client.load(checkpoint.directory, "tinker://kept", optimizer=True)).state
         == Operation.State.DONE
     )
+
+
+def weights_of(client: Client, name: str) -> Tensor:
+    return snapshots.fetch(Checkpoint.objects.get(run=client.run, name=name).directory).weights
+
+
+def test_nothing_is_built_on_a_gradient_of_a_pass_that_broke_in_the_middle(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker = start_worker()
+    clients = [new_client(seed=seed) for seed in range(2)]
+    for client in clients:
+        client.forward_backward(TOKENS)
+        finished(client.optim_step())
+    seats = worker._intake.seats
+    checks = iter([True])
+    is_finite = torch.isfinite
+
+    def break_at_the_second(tensor: Tensor) -> Tensor:
+        if next(checks, False):
+            return is_finite(tensor)
+        raise RuntimeError("a kernel broke")
+
+    with worker.scheduler._draining:
+        broken = [client.forward_backward(TOKENS) for client in clients]
+        kept = [(client.optim_step(), client.save("kept"))[1] for client in clients]
+        wait_for(lambda: all(len(seat.queue) == 3 for seat in list(seats.values())), what="all are decoded")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "isfinite", break_at_the_second)
+            assert worker.scheduler._cycle()
+    assert {finished(pk).error for pk in broken} == {"the engine failed: RuntimeError"}
+    assert {finished(pk).state for pk in kept} == {Operation.State.DONE}
+
+    for client in clients:
+        worker.give_up(client.run.pk)
+        finished(client.save("rebuilt"))
+        assert torch.equal(weights_of(client, "rebuilt"), weights_of(client, "kept"))

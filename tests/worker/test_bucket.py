@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from django.core.files.storage import InMemoryStorage
+from django.core.files.base import ContentFile
+from django.core.files.storage import InMemoryStorage, default_storage
 from pytest_django.fixtures import Settings
 
 from gpuworker import snapshots
@@ -48,3 +50,14 @@ def test_a_bucket_that_answers_knows_what_it_lacks() -> None:
         snapshots.fetch("snapshots/1/one")
     with pytest.raises(CheckpointError):
         snapshots.fingerprint("snapshots/1/one")
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("bucket", [InMemoryStorage], indirect=True)
+def test_files_of_a_bucket_are_copied_for_who_needs_a_folder(tmp_path: Path) -> None:
+    default_storage.save("checkpoints/1/one/adapter_config.json", ContentFile(b"{}"))
+    folder = snapshots.local_folder("checkpoints/1/one", tmp_path)
+    assert folder.is_relative_to(tmp_path)
+    assert (folder / "adapter_config.json").read_bytes() == b"{}"
+    with pytest.raises(CheckpointError):
+        snapshots.local_folder("checkpoints/1/two", tmp_path)

@@ -17,7 +17,7 @@ from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, TrainingRun
 from runs.schemas import results
 from runs.services import early_answers
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import DEADLINE_S, Client, finished, losses_of, wait_for
 from tests.worker.test_operations import _sample
 from tests.worker.test_placement import LONG_S, Start, start_process, tokens_of  # noqa: F401 - a fixture
 
@@ -31,7 +31,7 @@ def slow_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     may_write, store = threading.Event(), snapshots.store
 
     def store_later(*args: object) -> int:
-        assert may_write.wait(60)
+        assert may_write.wait(DEADLINE_S)
         return store(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(snapshots, "store", store_later)

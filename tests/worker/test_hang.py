@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from django.db import transaction
@@ -26,8 +27,9 @@ def test_it_is_stuck_only_while_something_takes_long() -> None:
     with meter.measuring():
         threading.Event().wait(0.05)
         assert meter.stuck_s() >= 0.05
+        before = time.monotonic()
         meter.beat()
-        assert meter.stuck_s() < 0.05
+        assert meter.stuck_s() <= time.monotonic() - before
     assert meter.stuck_s() == 0
 
 
@@ -44,7 +46,7 @@ def test_a_stuck_worker_is_ended_instead_of_renewed(row: Worker) -> None:
     try:
         assert not ended.wait(0.2)
         stuck.set()
-        assert ended.wait(5)
+        assert ended.wait(60)
         until = Worker.objects.get(pk=row.pk).lease_until
         threading.Event().wait(0.2)
         assert Worker.objects.get(pk=row.pk).lease_until == until
@@ -69,7 +71,7 @@ def test_connections_that_are_held_open_notice_a_vanished_server(row: Worker) ->
 
 
 def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "HUNG_S", 0.3)
+    monkeypatch.setattr(leases, "HUNG_S", 3.0)  # a busy machine may take long over a renewal
     hung, other = threading.Event(), threading.Event()
     lease = Lease(
         row,
@@ -80,10 +82,10 @@ def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.
         on_hung=hung.set,
     )
     try:
-        assert not hung.wait(0.6)  # renewals in time
+        assert not hung.wait(4)  # renewals in time
         with transaction.atomic():
             Worker.objects.select_for_update().get(pk=row.pk)
-            assert hung.wait(5)
+            assert hung.wait(60)
     finally:
         lease.stop()
     assert not other.is_set()

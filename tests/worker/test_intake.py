@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 from django.db import connection
+from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 
 from gpuworker import intake
@@ -22,6 +24,7 @@ NUM_RUNS = 8
 def other(transactional_db: None) -> Iterator[Worker]:
     """Return a row that looks like another live worker until the end."""
     row = workers.register(device="cpu", dtype="float32")
+    Worker.objects.filter(pk=row.pk).update(lease_until=Now() + timedelta(days=1))  # nobody renews it
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(%s, %s)", [workers.LOCK_CLASS, row.pk])
         yield row

@@ -17,12 +17,11 @@ from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import workers
-from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.conftest import DEADLINE_S, Client, finished, wait_for
 
 Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
-SOON_S = 20.0
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def train(client: Client, *, num_steps: int) -> int:
 
 def result_of(operation_pk: int) -> bytes:
     """Return the answer once it is there."""
-    operation = finished(operation_pk, deadline_s=SOON_S)
+    operation = finished(operation_pk)
     assert operation.state == Operation.State.DONE, operation.error
     return bytes(operation.result or b"")
 
@@ -76,7 +75,7 @@ def test_a_run_that_another_worker_took_is_dropped_and_later_rebuilt(
 
     again = train(taken, num_steps=2)
 
-    wait_for(lambda: taken.run.pk not in worker._intake.seats, what="the run is dropped", deadline_s=SOON_S)
+    wait_for(lambda: taken.run.pk not in worker._intake.seats, what="the run is dropped")
     assert result_of(again) == result_of(expected)
     assert TrainingRun.objects.get(pk=taken.run.pk).fence == 3
     assert recovered_from(taken.run) == [-1]
@@ -129,6 +128,6 @@ def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
         with database_away():
             starting = threads.submit(start_worker)
             assert not wait([starting], timeout=1.0).done
-        starting.result(timeout=SOON_S)
+        starting.result(timeout=DEADLINE_S)
         threads.submit(connections.close_all).result()
     result_of(operation)

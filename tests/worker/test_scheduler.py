@@ -16,7 +16,6 @@ from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, User
-from runs.threads import database_thread
 from tests.torch_calls import TorchCalls
 from tests.worker.conftest import Client, finished, wait_for
 from tests.worker.test_device_share import TOKENS, ask
@@ -82,25 +81,31 @@ def test_the_end_can_be_asked_for_in_a_signal_handler(
         for event in events:
             inside.enter_context(event._cond)  # type: ignore[attr-defined]
         handler.start()
-        wait_for(lambda: not handler.is_alive(), what="the handler returns", deadline_s=10.0)
+        wait_for(lambda: not handler.is_alive(), what="the handler returns")
     drive.drain(idle_s=60.0, slice_s=60.0)
     assert drive._is_stopping
 
 
 def test_training_that_comes_while_a_sample_runs_owes_it_nothing(
-    start_worker: Callable[[], GpuWorker], alice: User, base_model: str
+    start_worker: Callable[[], GpuWorker], alice: User, base_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = start_worker()
     intake, drive = worker._intake, worker.scheduler
+    step, has_owed = drive._desk.step, threading.Event()
+
+    def step_until_it_owes() -> None:
+        step()
+        if drive._share._owed_to_sampling_s < -0.01:
+            has_owed.set()
+            intake.ready.set()  # something to train is there
+
+    monkeypatch.setattr(drive._desk, "step", step_until_it_owes)
     with drive._draining:
         sample = ask(alice, base_model, num_tokens=240)
         wait_for(lambda: intake.samples, what="the sample is taken")
-        intake.ready.clear()
-        alone = database_thread("decode", drive._work)
-        alone.start()
-        wait_for(lambda: drive._share._owed_to_sampling_s < -0.01, what="it is being decoded")
-        intake.ready.set()  # something to train is there
-        alone.join()
+        while not has_owed.is_set():
+            intake.ready.clear()
+            drive._work()
         assert drive.has_work
         assert Operation.objects.get(pk=sample).state == Operation.State.QUEUED
         drive._share.note_cycle(1e-6)

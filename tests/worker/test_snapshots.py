@@ -17,13 +17,14 @@ TOKENS = [3, 14, 15, 92, 65, 35]
 A_SECOND = SNAPSHOT_SHARE * 1.0  # what keeping a state may cost that is kept after each second of computing
 
 
+# What falls short does so by more than a busy machine takes for the step that comes on top.
 @pytest.mark.parametrize(
     ("num_runs", "cost_s", "computed_s", "is_kept"),
     [
-        (1, 0.0, 0.9 * REPLAY_TOGETHER_S, False),
+        (1, 0.0, 0.6 * REPLAY_TOGETHER_S, False),
         (1, 0.0, 1.1 * REPLAY_TOGETHER_S, True),
         (4, 0.0, 0.3 * REPLAY_TOGETHER_S, True),
-        (4, 10 * A_SECOND, 9.0, False),
+        (4, 10 * A_SECOND, 8.0, False),
         (4, 10 * A_SECOND, 11.0, True),
         (4, 1000 * A_SECOND, 0.9 * REPLAY_BUDGET_S, False),
         (4, 1000 * A_SECOND, 1.1 * REPLAY_BUDGET_S, True),

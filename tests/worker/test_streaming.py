@@ -18,7 +18,7 @@ from runs.schemas import requests, results
 from runs.schemas.sampling import Sample, StoredSample
 from runs.services import operations, sampling, sessions
 from runs.services.operations import Submission
-from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.conftest import Client, drawing_no_end, finished, wait_for
 
 Start = Callable[[], GpuWorker]
 NEVER_STOP: list[int] = []
@@ -107,12 +107,13 @@ def test_a_dead_redis_delays_no_answer(start_worker: Start, session: SamplingSes
 def test_a_stopped_sample_is_not_drawn_to_its_end(start_worker: Start, session: SamplingSession) -> None:
     worker = start_worker()
     desk = worker.scheduler._desk
-    pk = ask(session, num_tokens=250)
-    wait_for(lambda: desk.has_work, what="drawing")
-    assert operations.cancel_sample(pk)
-    row = finished(pk)
-    assert (row.state, row.error, row.error_category) == (Operation.State.FAILED, "stopped", "user")
-    wait_for(lambda: not desk.has_work, what="the end of drawing")
+    with drawing_no_end(worker):
+        pk = ask(session, num_tokens=250)
+        wait_for(lambda: desk.has_work, what="drawing")
+        assert operations.cancel_sample(pk)
+        row = finished(pk)
+        assert (row.state, row.error, row.error_category) == (Operation.State.FAILED, "stopped", "user")
+        wait_for(lambda: not desk.has_work, what="the end of drawing")
     assert not operations.cancel_sample(pk)
     assert finished(ask(session, seq=1, num_tokens=3)).state == Operation.State.DONE
 

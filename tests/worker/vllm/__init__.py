@@ -1,0 +1,1 @@
+"""Samples by vLLM, captured and real."""
