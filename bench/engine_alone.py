@@ -15,15 +15,16 @@ from bench.table import Row
 
 def small_in_float32(lab: Lab) -> list[Row]:
     """Return every measure of shape S in float32."""
-    return _measure(lab, "S", "float32", "--budget-s", "450", "--sequences", "8")
+    return _measure(lab, "S", "float32", "--budget-s", "540", "--sequences", "8")
 
 
 def in_bfloat16(lab: Lab) -> list[Row]:
-    """Return one run, many runs and the matrix products of shapes M and S in bfloat16, and the bits of S."""
+    """Return one run, many runs and the matrix products of shapes M and S in bfloat16, the bits and parts of S."""
     some = ("--only", "one-run", "--only", "ceiling", "--only", "many-runs", "--runs", "8")
+    parts = ("--only", "mixes", "--only", "ablation")
     return [
         *_measure(lab, "M", "bfloat16", "--budget-s", "240", "--sequences", "4", *some, "--tokens", "60"),
-        *_measure(lab, "S", "bfloat16", "--budget-s", "150", "--sequences", "8", *some, "--only", "mixes"),
+        *_measure(lab, "S", "bfloat16", "--budget-s", "240", "--sequences", "8", *some, *parts),
     ]
 
 
