@@ -280,8 +280,8 @@ MUTATIONS: Final = (
         name="the buried are told",
         protects_from="a zombie goes on as if it still had its runs",
         file="runs/services/workers.py",
-        find='" WHERE id = %s AND stopped_at IS NULL",',
-        replace='" WHERE id = %s",',
+        find='samplers = %s::jsonb WHERE id = %s AND stopped_at IS NULL",',
+        replace='samplers = %s::jsonb WHERE id = %s",',
         red=(f"{_WORKERS}test_a_buried_worker_is_told_at_its_next_renewal",),
     ),
     Mutation(
