@@ -161,6 +161,13 @@ def _unpacked(bench: Bench) -> AbstractContextManager[object]:
     return stack
 
 
+def _torchs_products(bench: Bench) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    stack.enter_context(_unpacked(bench))
+    stack.enter_context(patch.object(products, "_HAS_ONEDNN", False))
+    return stack
+
+
 def _every_row_backward(bench: Bench) -> AbstractContextManager[object]:
     return patch.object(logprobs.Head, "score", plainly.score_every_row(logprobs.Head.score))
 
@@ -197,7 +204,7 @@ PARTS: Final = (
     Part(
         name="oneDNN's products",
         work=_one_run,
-        without=lambda _: patch.object(products, "_HAS_ONEDNN", False),
+        without=_torchs_products,
         kinds=("cpu float32",),
     ),
     Part(
