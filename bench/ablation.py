@@ -220,10 +220,10 @@ PARTS: Final = (
     ),
     Part(name="the head by chunks", work=_one_run, without=_whole_head),
     Part(
-        name="attention by blocks in half precision",
+        name="attention by blocks",
         work=_one_run,
         without=lambda _: patch.object(attention, "_SHORT_ROWS", 1 << 20),
-        kinds=("cpu bfloat16",),
+        kinds=_CPU,
     ),
     Part(name="weights in the products' own layout", work=_one_run, without=_unpacked, kinds=_CPU),
     Part(name="weights in the products' own layout", work=_eight_sequences, without=_unpacked, kinds=_CPU),

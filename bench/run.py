@@ -28,6 +28,7 @@ from bench.machine import processor
 from bench.measurements import Lab, torch_process
 from bench.table import Row, is_reached, markdown, write_between_markers
 from bench.timing import describe
+from mintweb.programs import SPIN_COUNT
 
 MEASUREMENTS: Final[Mapping[str, Callable[[Lab], list[Row]]]] = {
     **measurements.MEASUREMENTS,
@@ -116,8 +117,8 @@ def _lab(options: argparse.Namespace, work_dir: Path) -> Iterator[Lab]:
             )
             for name in _ENVIRONMENTS
         ]
-        # Idle threads sleep: ones that spin would slow the baselines on a shared machine.
-        torch_env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        # Baselines and engine have the threads that a worker has.
+        torch_env = {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": SPIN_COUNT, "HF_HUB_OFFLINE": "1"}
         torch_side = stack.enter_context(torch_process(torch_env, log=work_dir / "baselines.log"))
         sizes = torch_side.ask("use_model", directory=str(options.base_model or _SHIPPED))
         yield Lab(

@@ -23,6 +23,9 @@ WORKER_STOP_TIMEOUT_S = 60
 # A program that ended starts again at once; one that never becomes steady, after 1, 2, 3 and 4 seconds, then not again.
 NUM_RETRIES = 4
 DATABASE_STEADY_AFTER_S, SERVICE_STEADY_AFTER_S = 1, 10
+# OpenMP threads of a worker spin for a while before they sleep: by default so long that on a shared CPU a step takes
+# 20 times as long, never (OMP_WAIT_POLICY=passive) costs small steps a third; this short is near the best.
+SPIN_COUNT = "1000"
 
 
 @dataclass(frozen=True)
@@ -230,9 +233,7 @@ def _gpu_worker(name: str, env: dict[str, str], *, share: int = 1) -> Program:
         ),
         env={
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            # OpenMP threads spin for a while before they sleep: by default so long that on a shared CPU a step takes
-            # 20 times as long, never (OMP_WAIT_POLICY=passive) costs small steps a third; this short is near the best.
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT),
             "MINTWEB_NUM_LOCAL_WORKERS": str(share),
             **env,
         },

@@ -21,16 +21,16 @@ from gpuworker.engine.lora import Route
 
 ATTENTION_NAME = "mintweb_packed"
 _SHORT_ROWS = 64
-"""Up to so many rows products of blocks are slower than torch's kernel in float32."""
+"""Up to so many rows torch's kernel in float32 is the faster one."""
 
 
 class PackedAttention:
     """Causal attention of a training batch: adjacent sequences of the given lengths.
 
     On a CPU the sequences go one by one, which never computes padding and makes a sequence's bits
-    independent of its neighbours: through `scaled_dot_product_attention` in float32, which is faster there than
-    in half precision, and in half precision by blocks where a sequence is long enough for them. CUDA half
-    precision takes the bundled varlen flash kernel.
+    independent of its neighbours: by blocks where a sequence is long enough for them, else through
+    `scaled_dot_product_attention` in float32, which is faster there than in half precision. CUDA half precision
+    takes the bundled varlen flash kernel.
     """
 
     def __init__(self, lengths: list[int], *, device: torch.device) -> None:
@@ -93,10 +93,10 @@ class PackedAttention:
 def _attend_one(
     query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Return causal attention of one sequence, by blocks in half precision where nothing stands against it."""
+    """Return causal attention of one sequence, on a CPU by blocks where nothing stands against it."""
     num_rows = query.shape[2]
     is_plain = softcap is None and (window is None or num_rows <= window)
-    if query.dtype != torch.float32 and num_rows > _SHORT_ROWS and is_plain and not query.is_cuda:
+    if num_rows > _SHORT_ROWS and is_plain and not query.is_cuda:
         return attend_by_blocks(query, key, value, scaling=scaling)
     wide = attend_causal(
         query.float(), key.float(), value.float(), scaling=scaling, window=window, softcap=softcap

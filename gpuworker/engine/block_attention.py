@@ -1,7 +1,7 @@
-"""Causal attention of one sequence in half precision on a CPU: blocks of rows, each by a few matrix products.
+"""Causal attention of one sequence on a CPU: blocks of rows, each by a few matrix products.
 
-torch's own kernel computes there at the rate of float32 products or below; oneDNN's products of whole blocks
-are two to four times as fast. Called by `attention`, for training.
+torch's own kernel computes half precision at the rate of float32 products or below, where oneDNN's products of
+whole blocks are two to four times as fast; in float32, too, long sequences gain. Called by `attention`, for training.
 Axes: H query heads, G key/value heads, N rows of the sequence, B rows of one block, L keys they see, E head size.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = {torch.float32: 64, torch.bfloat16: 128}
+"""Larger blocks compute more of what the mask hides, smaller ones have slower products."""
 _KEPT_ROWS = 512
 """Longer sequences compute their probabilities once more in backward instead of keeping them."""
 
@@ -39,7 +40,7 @@ class _BlockAttention(torch.autograd.Function):
         queries = (query[0] * scaling).view(num_groups, -1, query.shape[2], size)
         keys, values = key[0].contiguous(), value[0].contiguous()
         output, kept = torch.empty_like(queries), []
-        for block in _blocks(queries.shape[2]):
+        for block in _blocks(queries):
             probabilities = _probabilities(queries, keys, block)
             output[:, :, block] = _as_heads(torch.bmm(probabilities, values[:, : block.stop]), queries)
             kept.append(probabilities)
@@ -53,7 +54,7 @@ class _BlockAttention(torch.autograd.Function):
         grads = grad_output[0].reshape(queries.shape)
         grad_queries = torch.empty_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for number, block in enumerate(_blocks(queries.shape[2])):
+        for number, block in enumerate(_blocks(queries)):
             rows, seen = _as_rows(grads, block), slice(block.stop)
             probabilities = kept[number] if kept else _probabilities(queries, keys, block)
             grad_values[:, seen].baddbmm_(probabilities.transpose(1, 2), rows)
@@ -66,9 +67,10 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_keys[None], grad_values[None], None
 
 
-def _blocks(num_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, _BLOCK_ROWS):
-        yield slice(start, min(start + _BLOCK_ROWS, num_rows))
+def _blocks(queries: Tensor) -> Iterator[slice]:
+    num_rows, length = queries.shape[2], _BLOCK_ROWS[queries.dtype]
+    for start in range(0, num_rows, length):
+        yield slice(start, min(start + length, num_rows))
 
 
 def _probabilities(queries: Tensor, keys: Tensor, block: slice) -> Tensor:

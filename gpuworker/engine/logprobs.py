@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gpuworker.engine.adapters import UNEMBED, LoraPair, LoraWeights
 from gpuworker.engine.batching import fill_batches, padded_size
-from gpuworker.engine.lora import Segment, add_matmul, backward_pair
-from gpuworker.engine.products import FrozenWeight
+from gpuworker.engine.lora import Segment, backward_pair
+from gpuworker.engine.products import FrozenWeight, add_matmul
 
 LossTerms: TypeAlias = Callable[[Tensor], Tensor]
 

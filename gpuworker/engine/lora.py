@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuworker.engine.adapters import LoraPair, LoraWeights
-from gpuworker.engine.products import FrozenWeight, factor_product
+from gpuworker.engine.products import FrozenWeight, add_factor_gradient, add_matmul, factor_product
 
 
 class Products(Protocol):
@@ -175,14 +175,6 @@ class RoutedLinear(nn.Module):
         return self.frozen.product(rows_TD, self.bias)
 
 
-def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """Add `alpha * left @ right` to `target` in place, also where `target` has a wider dtype."""
-    if target.dtype == left.dtype:
-        target.addmm_(left, right, alpha=alpha)
-    else:
-        target.add_(left.mm(right), alpha=alpha)
-
-
 def backward_pair(
     segment: Segment, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor
 ) -> Tensor:
@@ -195,8 +187,8 @@ def backward_pair(
     grad_inner_TR = factor_product(grad_TF, pair.b.t())
     if segment.gradients is not None:
         gradient = segment.gradients[name]
-        add_matmul(gradient.a, grad_inner_TR.t(), rows_TD, scaling)
-        add_matmul(gradient.b, grad_TF.t(), inner_TR, scaling)
+        add_factor_gradient(gradient.a, grad_inner_TR, rows_TD, scaling)
+        add_factor_gradient(gradient.b.t(), inner_TR, grad_TF, scaling)
     return grad_inner_TR
 
 

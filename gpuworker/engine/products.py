@@ -42,6 +42,22 @@ def factor_product(rows_TD: Tensor, factor_RD: Tensor) -> Tensor:
     return frozen_linear(rows_TD, factor_RD) if len(rows_TD) >= _MANY_ROWS else rows_TD.mm(factor_RD.t())
 
 
+def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add `alpha * left @ right` to `target` in place, also where `target` has a wider dtype."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=alpha)
+    else:
+        target.add_(left.mm(right), alpha=alpha)
+
+
+def add_factor_gradient(target_RF: Tensor, left_TR: Tensor, right_TF: Tensor, alpha: float) -> None:
+    """Add `alpha * left.T @ right` to the gradient of a factor in place; many rows by oneDNN, as in `factor_product`."""
+    if len(left_TR) >= _MANY_ROWS:
+        target_RF.add_(frozen_linear(left_TR.t(), right_TF.t()), alpha=alpha)
+    else:
+        add_matmul(target_RF, left_TR.t(), right_TF, alpha)
+
+
 class FrozenWeight:
     """A weight (F, D) and its products in both directions.
 

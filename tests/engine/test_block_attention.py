@@ -12,10 +12,10 @@ from gpuworker.engine.block_attention import attend_by_blocks
 SIZE, SCALING = 32, 0.2
 
 
-def heads(num_heads: int, num_rows: int, seed: int) -> Tensor:
+def heads(num_heads: int, num_rows: int, seed: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(1, num_heads, num_rows, SIZE, generator=generator)
-    return values.bfloat16().requires_grad_()
+    return values.to(dtype).requires_grad_()
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -24,19 +24,25 @@ def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [one.float() for one in torch.autograd.grad(output, inputs, grad)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "relative_error"), [(torch.float32, 2e-6, 2e-6), (torch.bfloat16, 3e-2, 1e-2)]
+)
 @pytest.mark.parametrize("num_rows", [2, 65, 256, 257, 530])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
-def test_it_gives_what_attention_in_float32_gives(num_rows: int, num_groups: int) -> None:
-    query, key, value = heads(4, num_rows, 1), heads(num_groups, num_rows, 2), heads(num_groups, num_rows, 3)
+def test_it_gives_what_torchs_attention_in_float32_gives(
+    num_rows: int, num_groups: int, dtype: torch.dtype, tolerance: float, relative_error: float
+) -> None:
+    query = heads(4, num_rows, 1, dtype=dtype)
+    key, value = (heads(num_groups, num_rows, seed, dtype=dtype) for seed in (2, 3))
     wide = tuple(one.detach().float().requires_grad_() for one in (query, key, value))
     expected = scaled_dot_product_attention(
         wide[0], wide[1], wide[2], is_causal=True, scale=SCALING, enable_gqa=True
     )
     actual = attend_by_blocks(query, key, value, scaling=SCALING)
-    assert actual.dtype == torch.bfloat16
-    torch.testing.assert_close(actual.float(), expected, atol=3e-2, rtol=3e-2)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
     for one, other in zip(gradients(actual, (query, key, value)), gradients(expected, wide), strict=True):
-        assert (one - other).norm() <= 1e-2 * other.norm()
+        assert (one - other).norm() <= relative_error * other.norm()
 
 
 def test_a_row_sees_nothing_behind_it() -> None:

@@ -51,3 +51,14 @@ def test_a_copy_that_would_change_bits_is_not_held(monkeypatch: pytest.MonkeyPat
     weight = FrozenWeight(make(torch.float32))
     products.pack([weight], room_bytes=1 << 20)
     assert is_packed(weight) == (False, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [3, 300])
+def test_a_factors_gradient_is_added_in_either_layout(dtype: torch.dtype, num_rows: int) -> None:
+    left_TR, right_TF = torch.randn(num_rows, 8).to(dtype), torch.randn(num_rows, 40).to(dtype)
+    expected = 1 + 2.0 * left_TR.double().t() @ right_TF.double()
+    rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (1e-2, 1e-2)
+    for target in (torch.ones(8, 40), torch.ones(40, 8).t()):
+        products.add_factor_gradient(target, left_TR, right_TF, 2.0)
+        torch.testing.assert_close(target.double(), expected, rtol=rtol, atol=atol)
