@@ -1,5 +1,5 @@
 #!/bin/sh
-# From a file to an adapter with curl alone; see --help. docs/api.md and /rest/v1/docs say more.
+# From a file to an adapter with curl alone; see --help. docs/rest.md and /rest/v1/docs say more.
 set -eu
 
 usage() {

@@ -28,7 +28,7 @@ class Told:
         return found
 
     def is_signed_with(self, secret: str) -> bool:
-        """Check the signature as docs/api.md tells receivers to."""
+        """Check the signature as docs/rest.md tells receivers to."""
         parts = dict(part.split("=", 1) for part in self.headers["mintweb-signature"].split(","))
         signed = f"{parts['t']}.".encode() + self.body
         return hmac.compare_digest(hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest(), parts["v1"])
