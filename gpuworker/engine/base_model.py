@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpuworker.engine import attention, norms, tensor_parallel
+from gpuworker.engine import activations, attention, norms, tensor_parallel
 from gpuworker.engine.adapters import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, UNEMBED, ModuleShape
 from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.batching import PackedRows, pack_rows
@@ -71,6 +71,8 @@ class BaseModel:
         self.modules = _route_projections(model, self.route)
         attention.install(model, self.route)
         norms.fuse(model)
+        if self.device.type == "cpu":
+            activations.steady(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight = FrozenWeight(head.weight)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_ROWS = {torch.float32: 64, torch.bfloat16: 128}
+_BLOCK_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 """Larger blocks compute more of what the mask hides, smaller ones have slower products."""
 _KEPT_ROWS = 512
 """Longer sequences compute their probabilities once more in backward instead of keeping them."""
