@@ -1,7 +1,7 @@
 """Keys and values of the sequences being sampled, in slots, and attention over them.
 
-One pool per layer holds a row of positions for every slot; it grows by doubling.
-Axes: S slots, C positions of a slot, G key/value heads, H query heads, E head size, T rows, N rows.
+One pool per layer holds a row of positions for every slot; pools of another size take over what is in use.
+Axes: S slots, C positions of a slot, G key/value heads, H query heads, E head size, T rows, N rows or slots.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpuworker.engine.attention import attend_causal, attend_softcapped
+from gpuworker.engine.batching import power_of_two
 
 _MIN_POSITIONS = 64
 
@@ -40,23 +41,41 @@ class KVCache:
         self.version = 0
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, num_slots: int, num_positions: int, *, spare: bool = True) -> None:
-        """Make room for slots below `num_slots` of `num_positions` each; keeps what is stored."""
-        if num_slots <= self.num_slots and num_positions <= self.num_positions:
-            return
-        self.num_slots, self.num_positions = self.grown(num_slots, num_positions, spare=spare)
-        self.version += 1
-        for layer, pools in self._pools.items():
-            self._pools[layer] = (self._grow(pools[0]), self._grow(pools[1]))
+    def num_fitting(self, num_positions: int) -> int:
+        """Return how many slots there are for sequences of so many positions."""
+        return self.num_slots if num_positions <= self.num_positions else 0
 
-    def grown(self, num_slots: int, num_positions: int, *, spare: bool = True) -> tuple[int, int]:
-        """Return the pool size that `reserve` would lead to; `spare` doubles the slots, to copy pools less often."""
-        slots, positions = self.num_slots, self.num_positions
-        if num_slots > slots:
-            slots = max(num_slots, 2 * slots) if spare else num_slots
-        if num_positions > positions:
-            positions = max(_MIN_POSITIONS, 1 << (num_positions - 1).bit_length())
-        return slots, positions
+    def size_for(self, num_slots: int, num_positions: int, *, max_positions: int) -> tuple[int, int]:
+        """Return slots and positions of pools for so much, or for as many slots as there is room for, at least one.
+
+        Both are powers of two as far as there is room, to move pools less often, and slots get shorter only where
+        not all have room otherwise.
+
+        Args:
+            max_positions: what all slots together may have.
+        """
+        needed = max(_MIN_POSITIONS, power_of_two(num_positions))
+        for length in (max(needed, self.num_positions), needed):
+            slots = min(power_of_two(num_slots), max_positions // length)
+            if slots >= num_slots:
+                return slots, length
+        return max(slots, 1), needed
+
+    def resize(self, num_slots: int, num_positions: int, *, kept: Sequence[int]) -> None:
+        """Replace the pools by others, in which the slots that are kept come first, in this order.
+
+        Where memory runs out everything stays as it was: for a while there are both, the old pools and the new.
+        """
+        index_N = torch.tensor(kept, dtype=torch.int64, device=self.device)
+        pools = {
+            layer: (
+                _moved(keys, index_N, num_slots, num_positions),
+                _moved(values, index_N, num_slots, num_positions),
+            )
+            for layer, (keys, values) in self._pools.items()
+        }
+        self._pools, self.num_slots, self.num_positions = pools, num_slots, num_positions
+        self.version += 1
 
     def release(self) -> None:
         """Give all memory back; only while no slot is in use."""
@@ -71,9 +90,9 @@ class KVCache:
 
     def copy(self, source: int, targets: Sequence[int], num_positions: int) -> None:
         """Copy the first positions of one slot to others, in every layer."""
+        targets_N = torch.tensor(targets, device=self.device)
         for pool in (pool for pools in self._pools.values() for pool in pools):
-            for target in targets:
-                pool[target, :num_positions] = pool[source, :num_positions]
+            pool[targets_N, :num_positions] = pool[source, :num_positions]
 
     def pools(self, layer: int, like_TGE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the key and value pools (S, C, G, E) of one layer."""
@@ -86,11 +105,13 @@ class KVCache:
             )
         return self._pools[layer]
 
-    def _grow(self, pool: Tensor) -> Tensor:
-        slots, positions, *rest = pool.shape
-        larger = pool.new_zeros(self.num_slots, self.num_positions, *rest)
-        larger[:slots, :positions] = pool
-        return larger
+
+def _moved(pool: Tensor, kept_N: Tensor, num_slots: int, num_positions: int) -> Tensor:
+    """Return a pool that begins with some slots of another, as far as it has positions for them."""
+    moved = pool.new_zeros(num_slots, num_positions, *pool.shape[2:])
+    length = min(num_positions, pool.shape[1])
+    moved[: len(kept_N), :length] = pool[:, :length].index_select(0, kept_N)
+    return moved
 
 
 class CachedAttention:

@@ -7,6 +7,7 @@ Axes: T rows of the batch, S sequences, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from gpuworker.engine.sequences import ActiveRequest, Continuation, check_reques
 from gpuworker.engine.stop_strings import TextDecoder
 from gpuworker.engine.token_choice import Draw, choose
 from gpuworker.engine.types import Int64Array, SampleRequest, SampleResult, StopReason
+
+logger = logging.getLogger(__name__)
 
 SampleOutcome: TypeAlias = tuple[str, SampleResult | EngineError]
 Group: TypeAlias = list[Continuation]
@@ -84,13 +87,17 @@ class Sampler:
         self._row_step = base.row_step
         self._stacks = DecodeStacks() if base.device.type == "cpu" else None
         self._probed: set[torch.Size] = set()
-        self._weights: dict[str, LoraWeights] = {}
+        self._weights: dict[str, tuple[int, LoraWeights]] = {}
+        self._num_held = 0
+        self._actives: dict[str, ActiveRequest] = {}
         self._waiting: deque[ActiveRequest] = deque()
         self._running: list[Continuation] = []
+        self._num_stuck = max_slots  # pools are not moved while so many run: there was no memory for it
 
     def hold(self, sampler_id: str, weights: LoraWeights) -> None:
         """Make weights known under an id; requests already submitted keep the weights they have."""
-        self._weights[sampler_id] = weights
+        self._num_held += 1
+        self._weights[sampler_id] = self._num_held, weights
         factors = {factor.shape: factor for pair in weights.pairs.values() for factor in pair}
         unknown = [factor for shape, factor in factors.items() if shape not in self._probed]
         self._probed.update(factors)
@@ -112,7 +119,7 @@ class Sampler:
     @property
     def num_pending(self) -> int:
         """Return the number of requests that are not finished."""
-        return len(self._requests())
+        return len(self._actives)
 
     def submit(self, request: SampleRequest) -> None:
         """Queue a request with the weights its sampler has now.
@@ -121,25 +128,30 @@ class Sampler:
             SamplingError: the model cannot serve it, or its id is already in use.
             AdapterNotLoaded: the sampler is unknown.
         """
-        if request.request_id in self._requests():
+        if request.request_id in self._actives:
             raise SamplingError(f"request {request.request_id} is already being sampled")
-        weights = None
+        order, weights = 0, None
         if request.sampler_id is not None:
             if request.sampler_id not in self._weights:
                 raise AdapterNotLoaded(f"sampler {request.sampler_id} is not loaded")
-            weights = self._weights[request.sampler_id]
+            order, weights = self._weights[request.sampler_id]
         base = self._base
         check_request(request, vocab_size=base.vocab_size, max_context=base.max_context)
         self._decoder.check(request.params.stop_strings)
-        active = ActiveRequest(request, weights, end_tokens=base.end_tokens, max_context=base.max_context)
+        active = ActiveRequest(
+            request, weights, order=order, end_tokens=base.end_tokens, max_context=base.max_context
+        )
+        self._actives[request.request_id] = active
         self._waiting.append(active)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its slots; return whether it was there."""
-        known = request_id in self._requests()
-        self._waiting = deque(a for a in self._waiting if a.request.request_id != request_id)
-        self._running = [c for c in self._running if c.active.request.request_id != request_id]
-        return known
+        active = self._actives.pop(request_id, None)
+        if active is None:
+            return False
+        self._waiting = deque(a for a in self._waiting if a is not active)
+        self._running = [c for c in self._running if c.active is not active]
+        return True
 
     def tokens_of(self, request_id: str, *, start: int) -> list[int]:
         """Return the tokens from a position on that a request's first sample has so far."""
@@ -152,7 +164,8 @@ class Sampler:
     def step(self) -> list[SampleOutcome]:
         """Advance every running sequence by one token; return the requests that ended.
 
-        Never raises for a single request: a lack of memory ends all running ones with OutOfMemory.
+        Never raises for a single request: where memory for another one's slot is missing, that one waits; any other
+        lack of memory ends all running ones with OutOfMemory.
         """
         groups = self._admit()
         if not groups:
@@ -168,14 +181,11 @@ class Sampler:
             self._release()
             return [(request_id, OutOfMemory(f"no room to sample: {error}")) for request_id in failed]
 
-    def _requests(self) -> set[str]:
-        actives = [*self._waiting, *(c.active for c in self._running)]
-        return {active.request.request_id for active in actives}
-
     def _admit(self) -> list[Group]:
         """Give slots to waiting requests and return all groups of this step, by adapter.
 
-        A prompt that several of them share goes through the model once.
+        A prompt that several of them share goes through the model once. Who got slots and wants more waits for them
+        behind the others.
         """
         if not self._running and not self._is_worth_keeping():
             self._release()
@@ -194,14 +204,16 @@ class Sampler:
                 budget -= len(active.request.prompt)
                 by_prompt[key] = new
             self._running += new
-            if active.num_unbegun == 0:
-                self._waiting.popleft()
+            self._waiting.popleft()
+            if active.num_unbegun > 0:
+                self._waiting.append(active)
         groups += by_prompt.values()
-        return sorted(groups, key=lambda group: _place(group[0].active.weights))
+        return sorted(groups, key=lambda group: _place(group[0].active))
 
     def _is_worth_keeping(self) -> bool:
         """Return whether an unused cache stays: where recorded steps depend on it, up to half of its room."""
-        return self._graphs is not None and self._bytes(self._cache.grown(0, 0)) <= self._cache_bytes // 2
+        cache = self._cache
+        return self._graphs is not None and 2 * cache.num_slots * cache.num_positions <= self._max_positions
 
     def release_unused(self) -> None:
         """Give back what is kept for later requests; nothing while some are running."""
@@ -217,28 +229,49 @@ class Sampler:
 
     def _begin(self, active: ActiveRequest) -> Group:
         """Return as many new continuations as slots and cache allow, possibly none."""
+        num_running, num_positions = len(self._running), active.num_positions
+        wanted = min(num_running + active.num_unbegun, self._max_slots)
+        if self._cache.num_fitting(num_positions) < wanted and num_running < self._num_stuck:
+            self._make_room(wanted, num_positions)
         used = {c.slot for c in self._running}
-        free = [slot for slot in range(self._max_slots) if slot not in used][: active.num_unbegun]
-        num_positions = len(active.request.prompt) + active.max_new
-        while free and not self._fits(free[-1] + 1, num_positions):
-            if len(free) == 1 and not used:
-                break  # alone it may try: a real lack of memory is reported by torch
-            free.pop()
-        if not free:
-            return []
-        has_spare = self._fits(free[-1] + 1, num_positions, spare=True)
-        self._cache.reserve(free[-1] + 1, num_positions, spare=has_spare)
+        free = [slot for slot in range(self._cache.num_fitting(num_positions)) if slot not in used]
         first = active.num_begun
-        active.num_begun += len(free)
-        return [Continuation(active, sample=first + i, slot=slot) for i, slot in enumerate(free)]
+        slots = free[: wanted - num_running]
+        active.num_begun += len(slots)
+        return [Continuation(active, sample=first + i, slot=slot) for i, slot in enumerate(slots)]
 
-    def _fits(self, num_slots: int, num_positions: int, *, spare: bool = False) -> bool:
-        return self._bytes(self._cache.grown(num_slots, num_positions, spare=spare)) <= self._cache_bytes
+    def _make_room(self, num_slots: int, num_positions: int) -> None:
+        """Move to pools in which more sequences of so many positions have a slot, as far as the cache may grow.
 
-    def _bytes(self, size: tuple[int, int]) -> int:
-        """Return what so many slots of so many positions take."""
-        slots, positions = size
-        return slots * positions * self._base.cache_bytes_per_position(self._cache.dtype)
+        Alone a sequence may always try: a real lack of memory is reported by torch.
+        """
+        if not self._running:
+            self._release()
+        longest = max([num_positions, *(c.active.num_positions for c in self._running)])
+        size = self._cache.size_for(num_slots, longest, max_positions=self._max_positions)
+        if size[0] > max(self._cache.num_fitting(num_positions), len(self._running)):
+            self._move(size)
+
+    def _move(self, size: tuple[int, int]) -> None:
+        """Move what runs to the beginning of other pools; without memory for both the next try is with fewer."""
+        self._num_stuck = self._max_slots
+        try:
+            self._cache.resize(*size, kept=[c.slot for c in self._running])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning(
+                "requests wait, as there is no memory for %s slots of %s positions: %s", *size, error
+            )
+            self._num_stuck = len(self._running)
+            return
+        for slot, continuation in enumerate(self._running):
+            continuation.slot = slot
+
+    @property
+    def _max_positions(self) -> int:
+        """The positions that the cache has room for, in all slots together."""
+        return self._cache_bytes // self._base.cache_bytes_per_position(self._cache.dtype)
 
     def _advance(self, groups: list[Group]) -> list[SampleOutcome]:
         if self._graphs is not None and all(group[0].tokens for group in groups):
@@ -338,17 +371,21 @@ class Sampler:
                 active.finish(continuation, reason)
                 ended.add(continuation.slot)
             if active.is_done:
+                del self._actives[request_id]
                 outcomes.append((request_id, active.result()))
         self._running = [c for c in self._running if c.slot not in ended]
         return outcomes
 
 
-def _place(weights: LoraWeights | None) -> tuple[int, int, int]:
-    """Return where rows with these weights stand in a batch: together, beside those that can share a stack."""
-    if weights is None:
+def _place(active: ActiveRequest) -> tuple[int, int, int]:
+    """Return where rows of a request stand in a batch: beside those of its weights, and of others that can share a stack.
+
+    All processes of a group must find the same order, so addresses of objects have no part in it.
+    """
+    if active.weights is None:
         return 0, 0, 0
-    rank, modules = kind_of(weights)
-    return rank, len(modules), id(weights)
+    rank, modules = kind_of(active.weights)
+    return rank, len(modules), active.order
 
 
 def _new_tokens(group: Group) -> Int64Array:

@@ -21,6 +21,9 @@ class ActiveRequest:
 
     The prompt and its continuation together never exceed the model's context: `max_new` is
     clamped, so a prompt that fills the context gets empty continuations.
+
+    Args:
+        order: a number that its weights have to themselves.
     """
 
     def __init__(
@@ -28,18 +31,25 @@ class ActiveRequest:
         request: SampleRequest,
         weights: LoraWeights | None,
         *,
+        order: int,
         end_tokens: tuple[int, ...],
         max_context: int,
     ) -> None:
         params = request.params
         self.request = request
         self.weights = weights
+        self.order = order
         stop_tokens = end_tokens if params.stop_tokens is None else params.stop_tokens
         self.stop_tokens = frozenset(stop_tokens)
         self.max_new = min(params.max_tokens, max_context - len(request.prompt))
         self.num_begun = 0
         self.prompt_scores: PromptScores | None = None
         self._finished: dict[int, SampledSequence] = {}
+
+    @property
+    def num_positions(self) -> int:
+        """Return the most positions that one sample takes."""
+        return len(self.request.prompt) + self.max_new
 
     @property
     def num_unbegun(self) -> int:

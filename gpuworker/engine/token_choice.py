@@ -18,6 +18,8 @@ from torch import Tensor
 from gpuworker.engine.types import SamplingParams
 
 _MASK = 2**64 - 1
+_MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""What is smaller may be 0 on the device, and 0 / 0 is not a number."""
 _LIKELY = 1024
 """On a CPU so many of the likeliest tokens are sorted first, and all of them only where their mass does not do."""
 
@@ -51,7 +53,8 @@ def _mix(state: int) -> int:
 def choose(logits_SV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
     """Return one token per row and its log-probability under the unscaled logits.
 
-    Rows that are drawn alike go together; the device is waited for once, at the end.
+    Rows that are drawn alike go together; the device is waited for once, at the end. A row that is not finite gets
+    any token, and a log-probability that is not finite.
     """
     tokens_S = logits_SV.argmax(-1)
     vocab_size = logits_SV.shape[1]
@@ -62,9 +65,7 @@ def choose(logits_SV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[fl
     for num_candidates, rows in alike.items():
         own = [draws[row] for row in rows]
         index_S = torch.tensor(rows, device=logits_SV.device)
-        scaled_SV = logits_SV.index_select(0, index_S) / _column(
-            [d.params.temperature for d in own], logits_SV
-        )
+        scaled_SV = _scaled(logits_SV.index_select(0, index_S), own)
         tokens_S[index_S] = _draw(scaled_SV, own, num_candidates)
     logprobs_S = logits_SV.log_softmax(-1).gather(1, tokens_S[:, None])[:, 0]
     tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
@@ -76,6 +77,16 @@ def _num_candidates(params: SamplingParams, vocab_size: int) -> int | None:
     if 0 < params.top_k < vocab_size:
         return params.top_k
     return vocab_size if params.top_p < 1.0 else None
+
+
+def _scaled(logits_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Divide logits by the temperatures, in place.
+
+    The likeliest token is brought to 0 first: whatever overflows then is -inf, so that the smallest temperatures
+    leave that token alone, as temperature 0 does.
+    """
+    temperatures_S1 = _column([max(draw.params.temperature, _MIN_TEMPERATURE) for draw in draws], logits_SV)
+    return logits_SV.sub_(logits_SV.amax(-1, keepdim=True)).div_(temperatures_S1)
 
 
 def _draw(scaled_SV: Tensor, draws: Sequence[Draw], num_candidates: int | None) -> Tensor:
@@ -123,4 +134,5 @@ def _invert(probs_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
     found_S = torch.searchsorted(mass_SV, wanted_S1, right=True)[:, 0]
     # float32 may round the number up to the whole mass: then take the last token with any mass.
     last_S = torch.searchsorted(mass_SV, mass_SV[:, -1:].contiguous())[:, 0]
-    return torch.minimum(found_S, last_S)
+    # In a row of NaN nothing is found: an index behind the last would make a CUDA device useless for good.
+    return torch.minimum(found_S, last_S).clamp_(max=mass_SV.shape[1] - 1)

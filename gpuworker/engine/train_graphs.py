@@ -36,6 +36,8 @@ _MIN_LENGTH: Final = 128
 _RUNS_BEFORE_RECORDING: Final = 2
 """Recording costs about two plain passes: sizes that are met only in passing are not worth it."""
 _MAX_RECORDED: Final = 32
+_BATCHES_BETWEEN_TRIES: Final = 256
+"""After a lack of memory so many batches keep to half of the room: each try costs what was recorded so far."""
 
 
 class Size(NamedTuple):
@@ -62,13 +64,16 @@ class TrainGraphs:
 
     Args:
         row_bytes: about what autograd keeps for one row.
-        max_bytes: what the activations of the largest recorded batch may take, and what all banks together may.
+        max_bytes: what the activations of the largest recorded batch may take, and what all banks together may;
+            less for a time after memory has run out.
     """
 
     def __init__(self, base: BaseModel, *, row_bytes: int, max_bytes: int) -> None:
         self._base = base
         self._row_bytes = row_bytes
         self._max_bytes = max_bytes
+        self._num_halvings = 0
+        self._num_until_try = 0
         self._num_met: Counter[Size] = Counter()
         self._passes: OrderedDict[Size, RecordedPass] = OrderedDict()
 
@@ -77,6 +82,7 @@ class TrainGraphs:
         rank = fitting_rank([part.adapter.weights for part in parts])
         size = Size.of(rows.lengths, len(parts), rank)
         self._num_met[size] += 1
+        self._regain_room()
         if not self._has_room(size) or (self._on_gpu and self._num_met[size] <= _RUNS_BEFORE_RECORDING):
             return None
         try:
@@ -87,8 +93,7 @@ class TrainGraphs:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._max_bytes //= 2
-            self.release()
+            self._halve_room(size)
             return None
         return found
 
@@ -96,12 +101,34 @@ class TrainGraphs:
         """Let go of everything recorded, and of its memory."""
         self._passes.clear()
 
+    def _halve_room(self, size: Size) -> None:
+        self._num_halvings += 1
+        self._num_until_try = _BATCHES_BETWEEN_TRIES
+        logger.warning(
+            "no memory for a recorded pass of %s rows; %s bytes are left", size.num_rows, self._room
+        )
+        self.release()
+
+    def _regain_room(self) -> None:
+        """Take one halving back once so many batches have passed since the last change."""
+        if self._num_halvings == 0:
+            return
+        self._num_until_try -= 1
+        if self._num_until_try == 0:
+            self._num_halvings -= 1
+            self._num_until_try = _BATCHES_BETWEEN_TRIES
+            logger.info("recorded passes may take %s bytes again", self._room)
+
+    @property
+    def _room(self) -> int:
+        return self._max_bytes >> self._num_halvings
+
     @property
     def _on_gpu(self) -> bool:
         return self._base.device.type == "cuda"
 
     def _has_room(self, size: Size) -> bool:
-        return max(size.num_rows * self._row_bytes, self._bank_bytes(size)) <= self._max_bytes
+        return max(size.num_rows * self._row_bytes, self._bank_bytes(size)) <= self._room
 
     def _bank_bytes(self, size: Size) -> int:
         base = self._base
@@ -132,7 +159,7 @@ class TrainGraphs:
 
     def _make_room(self, num_bytes: int) -> None:
         """Forget passes used longest ago until a bank more fits beside those of the others."""
-        while self._passes and num_bytes + self._held_bytes() > self._max_bytes:
+        while self._passes and num_bytes + self._held_bytes() > self._room:
             self._passes.popitem(last=False)
 
     def _held_bytes(self) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,22 @@ def test_tokens_without_mass_are_never_drawn() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), float("-inf")]]).expand(500, -1).clone()
     tokens, _ = choose(logits, draws(500))
     assert set(tokens) == {1}
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize("bad", [[math.nan] * 6, [0.0, math.inf, 1.0, 2.0, 3.0, 4.0], [-math.inf] * 6])
+def test_a_row_that_is_not_finite_gives_a_token_without_a_logprob(
+    params: dict[str, float], bad: list[float]
+) -> None:
+    """The device must not be asked for a token outside the vocabulary: a CUDA device would not survive it."""
+    logits = torch.stack([torch.tensor(bad), LOGITS])
+    tokens, logprobs = choose(logits, [draws(1, **params)[0]] * 2)
+    assert 0 <= tokens[0] < len(LOGITS)
+    assert not math.isfinite(logprobs[0])
+    assert (tokens[1:], logprobs[1:]) == choose(logits[1:], draws(1, **params))
+
+
+def test_the_smallest_temperatures_take_the_likeliest_of_large_logits_too() -> None:
+    logits = (LOGITS * 1e20).expand(4, -1).clone()
+    for temperature in (1e-20, 1e-40, 1e-300):
+        assert choose(logits, draws(4, temperature=temperature))[0] == [0] * 4

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from gpuworker.engine import train_graphs
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.train_graphs import Size, TrainGraphs, recorded_rows
 from gpuworker.engine.training_bank import TrainingBank
@@ -16,18 +18,21 @@ from gpuworker.engine.types import AdamParams, ForwardBackward, ForwardBackwardR
 from .conftest import CONFIGS
 from .jobs import make_job, results, take_gradient
 from .reference import make_adapter
+from .refusing import Refusing
 from .test_training import ALL_SPECS
 
 LENGTHS = [21, 1, 64, 9]
 
 
 class CountedGraphs(TrainGraphs):
-    """Counts the batches that it served."""
+    """Counts the batches that it served; `device` says whether there is memory for what they need."""
 
     num_served = 0
+    device: AbstractContextManager[object] = nullcontext()
 
     def find(self, *batch):  # type: ignore[no-untyped-def]
-        found = super().find(*batch)
+        with self.device:
+            found = super().find(*batch)
         self.num_served += found is not None
         return found
 
@@ -150,6 +155,29 @@ def test_banks_of_many_kinds_keep_to_their_room(
             held = {id(one.bank): one.bank for one in graphs._passes.values()}.values()
             assert 0 < sum(bank.weights_KP.nbytes + bank.gradients_KP.nbytes for bank in held) <= room
     assert graphs.num_served == 8
+
+
+def test_a_lack_of_memory_keeps_passes_from_being_recorded_for_a_time_only(
+    engine: Engine,
+    with_graphs: Callable[..., CountedGraphs],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Half of the room does not do for this batch, and the device refuses the bank twice."""
+    monkeypatch.setattr(train_graphs, "_BATCHES_BETWEEN_TRIES", 3)
+    make_adapter(engine, "spike", LoraSpec(rank=8, seed=7))
+    job = make_job("spike", np.random.default_rng(0), [60])
+    bank_bytes = TrainingBank.num_bytes(engine._base.modules, num_places=1, rank=8, dtype=torch.float32)
+    graphs = with_graphs(engine, max_bytes=max(bank_bytes, 64 * 10_000))
+    graphs.device = Refusing(num_allowed=0, max_refused=2)
+    caplog.set_level("INFO", logger=train_graphs.__name__)
+    served = []
+    for _ in range(9):
+        before = graphs.num_served
+        results(engine.forward_backward([job]))
+        served.append(graphs.num_served > before)
+    assert served == [False] * 6 + [True] * 3
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"] * 2
 
 
 def test_a_forward_leaves_no_gradient(engine: Engine, with_graphs: Callable[..., CountedGraphs]) -> None:
