@@ -88,8 +88,8 @@ def wait_until_even(clients: list[Client]) -> None:
         for client in clients:
             finished(client.forward_backward(tokens_of(0), forward_only=True), deadline_s=LONG_S)
         held = TrainingRun.objects.filter(pk__in=mine, worker__isnull=False)
-        held = held.values_list("worker_id").annotate(num=Count("pk"))
-        return sorted(num for _, num in held) == [NUM_RUNS // 2, NUM_RUNS // 2]
+        counts = held.values_list("worker_id").annotate(num=Count("pk"))
+        return sorted(num for _, num in counts) == [NUM_RUNS // 2, NUM_RUNS // 2]
 
     wait_for(is_even, what="the runs are spread evenly", deadline_s=LONG_S)
 
