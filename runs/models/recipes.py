@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from django.db import models
-from django.db.models.functions import Now
+from django.db.models.functions import MD5, Now
 
 from runs.models.datasets import DatasetVersion
 from runs.models.operations import Operation
@@ -111,8 +111,9 @@ class FixedSample(models.Model):
     class Meta:
         ordering = ["step", "id"]
         constraints = [
+            # Of the prompt's digest: a row of an index holds 2,704 bytes at most, a prompt 8,000 characters.
             models.UniqueConstraint(
-                fields=["run", "step", "prompt"], nulls_distinct=False, name="fixed_sample_once"
+                "run", "step", MD5("prompt"), nulls_distinct=False, name="fixed_sample_of_prompt"
             ),
         ]
 

@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any, Final
 
 from django.contrib import messages
+from django.db.models import Count, Sum
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
 from runs.exceptions import RequestInvalid
-from runs.models import Operation, Recipe, TrainingRun, User
+from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.pages import checkpoints, film_strip, lineage, playground, run_events, sample_texts, steering
 from runs.pages.policies import signed_in
 from runs.services import access, metrics, operations, run_rows, sampling, training_runs
@@ -135,13 +136,19 @@ def _panels(run: TrainingRun) -> dict[str, Any]:
         "marks": run_events.marks_of(events, best_step=None if recipe is None else recipe.best_step),
         "lineage": lineage.lineage_of(run),
         "steering": _steering(recipe, facts, saved),
-        "deletion": Deletion(
-            num_checkpoints=len(saved),
-            size_bytes=sum(row.size_bytes for row in saved),
-            obstacle=training_runs.obstacle_to_deletion(run, recipe),
-        ),
+        "deletion": _deletion(run, recipe),
         "strip_version": "" if recipe is None else film_strip.version_of(run),
     }
+
+
+def _deletion(run: TrainingRun, recipe: Recipe | None) -> Deletion:
+    """Return what goes with the run: all its checkpoints, those too that no table shows."""
+    taken = Checkpoint.objects.filter(run=run).aggregate(num=Count("pk"), size=Sum("size_bytes", default=0))
+    return Deletion(
+        num_checkpoints=taken["num"],
+        size_bytes=taken["size"],
+        obstacle=training_runs.obstacle_to_deletion(run, recipe),
+    )
 
 
 def _steering(

@@ -12,15 +12,16 @@ import time
 from itertools import groupby
 from typing import Final
 
-from django.db import InterfaceError, OperationalError
+from django.db import Error as DatabaseProblem
+from django.db import InterfaceError, OperationalError, connection
 
 from runs.exceptions import DiskFull, MintError, RateLimited, RequestInvalid
 from runs.models import DatasetVersion, Recipe
 from runs.recipes import defaults, materials, rendering, sft
 from runs.recipes.materials import Materials
 from runs.recipes.sft import Material
-from runs.schemas.recipes import SftConfig
-from runs.services import base_models, blobs, holdups, recipe_rows, recipe_steps
+from runs.schemas.recipes import MAX_STEPS, SftConfig
+from runs.services import active_recipes, base_models, blobs, holdups, recipe_rows, recipe_steps
 from runs.services.recipe_rows import State
 from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
 
@@ -31,6 +32,8 @@ AHEAD_S: Final = 2.0
 MIN_AHEAD, MAX_AHEAD = 4, 256
 # A run that an error holds up is tried again after so long.
 HELD_UP_S: Final = 5.0
+# What PostgreSQL calls "program limit exceeded": the same statement never succeeds.
+_BEYOND_LIMITS: Final = ("54000", "54001", "54011", "54023")
 
 
 class RecipeLoop:
@@ -43,7 +46,7 @@ class RecipeLoop:
 
     def turn(self) -> bool:
         """Look after every active recipe once; false when there is none."""
-        recipes = recipe_steps.active()
+        recipes = active_recipes.find()
         self.materials.keep_only(recipes)
         for recipe in recipes:
             if time.monotonic() < self._held_until.get(recipe.pk, 0.0):
@@ -52,8 +55,10 @@ class RecipeLoop:
                 with blobs.room():
                     self._advance(recipe)
                 self._let_on(recipe)
-            except (OperationalError, InterfaceError):
-                raise
+            except (OperationalError, InterfaceError) as error:
+                if not connection.is_usable():  # the database is away: nothing to do with this recipe
+                    raise
+                self._refused(recipe, error)
             except (DiskFull, RateLimited) as error:
                 self._hold_up(recipe, error)
             except FileNotFoundError as error:
@@ -64,10 +69,18 @@ class RecipeLoop:
                 _fail(recipe, error)
             except Exception as error:
                 logger.exception("run %s cannot go on", recipe.run.public_id)
-                recipe_steps.fail(recipe, f"the server failed: {type(error).__name__}")
+                _fail_badly(recipe, error)
         return any(recipe.state != State.PAUSED for recipe in recipes)
 
-    def _hold_up(self, recipe: Recipe, error: MintError | OSError) -> None:
+    def _refused(self, recipe: Recipe, error: OperationalError | InterfaceError) -> None:
+        """Fail what goes beyond a limit of the database; what else it refuses (a deadlock, a full disk) passes."""
+        if getattr(error.__cause__, "sqlstate", None) in _BEYOND_LIMITS:
+            logger.error("run %s cannot go on", recipe.run.public_id, exc_info=error)
+            _fail_badly(recipe, error)
+        else:
+            self._hold_up(recipe, error)
+
+    def _hold_up(self, recipe: Recipe, error: MintError | OSError | DatabaseProblem) -> None:
         """Try again later what met an error that passes: no run ends for that."""
         logger.warning("run %s is held up: %s", recipe.run.public_id, error)
         self._held_until[recipe.pk] = time.monotonic() + HELD_UP_S
@@ -99,7 +112,12 @@ class RecipeLoop:
         if material is None:
             return
         config = SftConfig.model_validate(recipe.config)
-        num_steps = config.num_steps or material.plan.num_steps(config.num_epochs or defaults.NUM_EPOCHS)
+        num_epochs = config.num_epochs or defaults.NUM_EPOCHS
+        num_steps = config.num_steps or material.plan.num_steps(num_epochs)
+        if num_steps > MAX_STEPS:
+            raise RequestInvalid(
+                f"{num_epochs:g} come to {num_steps} steps; a run has at most {MAX_STEPS}", place="num_epochs"
+            )
         if num_steps <= recipe.first_step:
             raise RequestInvalid(
                 f"{num_steps} is not after step {recipe.first_step}, where the fork starts", place="num_steps"
@@ -137,12 +155,10 @@ class RecipeLoop:
         if waiting:
             config = SftConfig.model_validate(recipe.config)
             renderer = rendering.renderer_of(config.base_model)
-            prompts = config.samples.prompts
             is_chat = recipe.dataset_version.kind == DatasetVersion.Kind.CHAT
             for sample in waiting:
-                number = prompts.index(sample.prompt) if sample.prompt in prompts else len(prompts)
                 prompt = renderer.prompt(sample.prompt, as_chat=is_chat)
-                recipe_steps.ask(recipe, sample, number=number, prompt=prompt, config=config)
+                recipe_steps.ask(recipe, sample, prompt=prompt, config=config)
         recipe_steps.drop_sampled_weights(recipe)
 
     # -- the next steps ------------------------------------------------------------------------------
@@ -199,6 +215,10 @@ class RecipeLoop:
 def _fail(recipe: Recipe, error: MintError | OSError) -> None:
     logger.warning("run %s cannot go on: %s", recipe.run.public_id, error)
     recipe_steps.fail(recipe, str(error))
+
+
+def _fail_badly(recipe: Recipe, error: Exception) -> None:
+    recipe_steps.fail(recipe, f"the server failed: {type(error).__name__}")
 
 
 def _before_training(recipe: Recipe, material: Material) -> Step:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final
 
+from django.db import Error as DatabaseProblem
 from django.db import transaction
 from django.db.models import Case, Q, When
 from django.db.models.functions import Now
@@ -36,11 +37,17 @@ NO_STORAGE_FOR_STEP: Final = (
     "the server cannot read or write its files just now, so the next step is not entered yet; "
     "it is tried again until it can be, and nothing is lost"
 )
-OF_STEPS: Final = (NO_ROOM_FOR_STEP, NO_TURN_FOR_STEP, NO_STORAGE_FOR_STEP)
+NO_DATABASE_FOR_STEP: Final = (
+    "the database refuses the next step just now, so it is not entered yet; "
+    "it is tried again until it can be, and nothing is lost"
+)
+OF_STEPS: Final = (NO_ROOM_FOR_STEP, NO_TURN_FOR_STEP, NO_STORAGE_FOR_STEP, NO_DATABASE_FOR_STEP)
 
 
-def reason_for_step(error: MintError | OSError) -> str:
+def reason_for_step(error: MintError | OSError | DatabaseProblem) -> str:
     """Return the sentence for a run whose next step met an error that passes."""
+    if isinstance(error, DatabaseProblem):
+        return NO_DATABASE_FOR_STEP
     if isinstance(error, DiskFull):
         return NO_ROOM_FOR_STEP
     return NO_TURN_FOR_STEP if isinstance(error, RateLimited) else NO_STORAGE_FOR_STEP
@@ -49,6 +56,11 @@ def reason_for_step(error: MintError | OSError) -> str:
 def put_off(problem: str) -> str:
     """Return the sentence for a run whose state a worker cannot bring back just now."""
     return f"{problem}; bringing the run back is tried again by itself, and nothing is lost"
+
+
+def unread(problem: str) -> str:
+    """Return the sentence for a run whose next operation a worker cannot read just now."""
+    return f"{problem}; reading it is tried again by itself, and nothing is lost"
 
 
 def enter(run_pk: int, reason: str) -> None:

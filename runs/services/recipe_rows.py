@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -10,13 +11,15 @@ from django.conf import settings
 from django.db import transaction
 
 from runs import events
-from runs.models import Operation, Recipe
+from runs.models import Checkpoint, Operation, Recipe
 from runs.schemas import requests
 from runs.services import commits, operations
 from runs.services.operations import Submission
 
 State = Recipe.State
+# The names of the checkpoints that nobody asks for: the last one, and one every so many steps.
 FINAL: Final = "final"
+AUTOMATIC: Final = "step-"
 HOLDING_A_SLOT: Final = (State.RUNNING, State.FINISHING, State.STOPPING)
 ACTIVE: Final = (State.PREPARING, State.QUEUED, State.DISCARDING, *HOLDING_A_SLOT)
 
@@ -50,10 +53,25 @@ def submit(row: Recipe, kind: str, payload: bytes, *, num_tokens: int = 0) -> in
     return seq
 
 
-def submit_save(row: Recipe, *, name: str) -> int:
-    """Submit a save of weights and optimizer state under a name, replacing what has the name."""
-    body = requests.SaveWeights(model_id=row.run.public_id, path=name, seq_id=row.next_seq, overwrite=True)
+def submit_save(row: Recipe, *, name: str, overwrite: bool = True) -> int:
+    """Submit a save of weights and optimizer state under a name, replacing what has the name or failing at it."""
+    body = requests.SaveWeights(
+        model_id=row.run.public_id, path=name, seq_id=row.next_seq, overwrite=overwrite
+    )
     return submit(row, Operation.Kind.SAVE_WEIGHTS, requests.canonical_json(body))
+
+
+def has_saved(row: Recipe, *, name: str) -> bool:
+    """Say whether the locked recipe's run has a training checkpoint of that name, or will have once it is saved."""
+    waiting = Operation.objects.filter(
+        run_id=row.run_id, kind=Operation.Kind.SAVE_WEIGHTS, state=Operation.State.QUEUED
+    )
+    # The waiting ones first: what is done in between has its checkpoint.
+    payloads = [operations.payload_of(*one) for one in waiting.values_list("payload", "payload_file")]
+    return (
+        any(json.loads(payload)["path"] == name for payload in payloads)
+        or Checkpoint.objects.filter(run_id=row.run_id, kind=Checkpoint.Kind.TRAINING, name=name).exists()
+    )
 
 
 def note(row: Recipe, kind: str, **detail: Any) -> None:

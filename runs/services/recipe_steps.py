@@ -26,7 +26,6 @@ from runs.services.operations import Submission
 from runs.services.recipe_rows import State
 
 VALIDATION_LOSS: Final = "validation_loss"
-_AUTOMATIC: Final = "step-"
 # A step of these that fails leaves the run in a state that its recipe did not mean.
 _FATAL: Final = (
     Operation.Kind.CREATE_MODEL,
@@ -65,13 +64,6 @@ class Step:
     save: bool = False
     is_last: bool = False
     prompts: Sequence[str] = ()
-
-
-def active() -> list[Recipe]:
-    """Return the recipes that the loop has to look after, those that wait longest first."""
-    is_behind = Q(state=State.PAUSED) & ~Q(run__applied_seq=-1)
-    rows = Recipe.objects.filter(Q(state__in=recipe_rows.ACTIVE) | is_behind)
-    return list(rows.select_related("run__session", "dataset_version__dataset").order_by("queued_at", "pk"))
 
 
 def enter_progress(recipe: Recipe, share: float) -> None:
@@ -175,7 +167,9 @@ def prune(recipe: Recipe, *, keep: int) -> None:
     Args:
         keep: how many stay, with the best.
     """
-    rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=_AUTOMATIC).order_by("-step")
+    rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=recipe_rows.AUTOMATIC).order_by(
+        "-step"
+    )
     others = [row for row in rows.select_related("run") if row.step != recipe.best_step]
     num_newest = keep - 1 if len(others) < len(rows) else keep
     checkpoints.discard_unneeded(others[num_newest:])
@@ -220,14 +214,13 @@ def unasked_samples(recipe: Recipe) -> list[FixedSample]:
     return list(FixedSample.objects.filter(ready, run_id=recipe.run_id, operation=None, error=""))
 
 
-def ask(
-    recipe: Recipe, sample: FixedSample, *, number: int, prompt: Iterable[int], config: SftConfig
-) -> None:
+def ask(recipe: Recipe, sample: FixedSample, *, prompt: Iterable[int], config: SftConfig) -> None:
     """Submit a fixed sample; asking twice is the same request."""
     session = _sampling_session(recipe, sample)
     if session is None:
         FixedSample.objects.filter(pk=sample.pk).update(error="the weights of this step could not be saved")
         return
+    number = _place(sample)
     settings = config.samples
     body = schemas.Sample.model_validate(
         {
@@ -279,7 +272,7 @@ def _submit(row: Recipe, step: Step) -> None:
             has_checkpoint=step.save or step.is_last,
         )
     if step.save:
-        recipe_rows.submit_save(row, name=f"{_AUTOMATIC}{row.next_step:06d}")
+        recipe_rows.submit_save(row, name=f"{recipe_rows.AUTOMATIC}{row.next_step:06d}")
     if step.prompts and row.next_step > row.first_step:
         _save_for_samples(row, step.prompts)
 
@@ -301,6 +294,12 @@ def _save_for_samples(row: Recipe, prompts: Sequence[str]) -> None:
 def _ask_base_model(row: Recipe, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         FixedSample.objects.get_or_create(run_id=row.run_id, step=None, prompt=prompt)
+
+
+def _place(sample: FixedSample) -> int:
+    """Return the sample's place among those of its weights: the prompts of the settings may be others by now."""
+    same = FixedSample.objects.filter(run_id=sample.run_id, save_seq=sample.save_seq)
+    return same.filter(pk__lt=sample.pk).count()
 
 
 def _sampling_session(recipe: Recipe, sample: FixedSample) -> SamplingSession | None:

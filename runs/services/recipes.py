@@ -17,7 +17,7 @@ from django.db.models.functions import Now
 from runs import events, ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Evaluation, Operation, Recipe, TrainingRun, User
-from runs.schemas.recipes import Changes, SftConfig
+from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
 from runs.services import access, recipe_checks, recipe_rows, sampling, sessions, training_runs
 from runs.services.recipe_rows import State
 from runs.services.training_runs import Lora, Start
@@ -151,20 +151,36 @@ def change(recipe: Recipe, changes: Changes) -> None:
 
 
 def save_now(recipe: Recipe, *, name: str = "") -> str:
-    """Save a checkpoint after what is submitted already; returns its name."""
+    """Save a checkpoint after what is submitted already; returns its name.
+
+    Raises:
+        RequestInvalid: the run has a checkpoint of that name, or gives such names by itself.
+    """
     with _steering(recipe, "save") as row:
         name = name or f"manual-{row.next_step:06d}"
-        recipe_rows.submit_save(row, name=name)
+        _refuse_name(row, name)
+        recipe_rows.submit_save(row, name=name, overwrite=False)
     return name
 
 
 def extend(recipe: Recipe, num_steps: int) -> None:
-    """Train an ended run for more steps; the schedule is stretched to the new end."""
-    if not 1 <= num_steps <= 1_000_000:
-        raise RequestInvalid(f"must be 1 to 1000000, got {num_steps}", place="num_steps")
+    """Train an ended run for more steps; the schedule is stretched to the new end.
+
+    Raises:
+        RequestInvalid: the new end is beyond the most steps that a run has.
+    """
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise RequestInvalid(f"must be 1 to {MAX_STEPS}, got {num_steps}", place="num_steps")
     with _steering(recipe, "extend") as row:
-        row.num_steps = row.next_step + num_steps
-        row.config = {**row.config, "num_steps": row.num_steps, "num_epochs": None}
+        end = row.next_step + num_steps
+        if end > MAX_STEPS:
+            raise RequestInvalid(
+                f"{num_steps} more after step {row.next_step} end at {end}; a run has at most {MAX_STEPS} steps",
+                place="num_steps",
+            )
+        held = {**row.config, "num_steps": end, "num_epochs": None}
+        row.config = recipe_checks.parse_config(held).model_dump(mode="json")
+        row.num_steps = end
         _queue(row)
         recipe_rows.note(row, "extended", num_steps=num_steps, end=row.num_steps)
 
@@ -279,6 +295,17 @@ def _refuse_open(row: Recipe, given: Mapping[str, Any]) -> None:
     for name in _DECIDED:
         if row.preparation and given.get(name, ...) is None:
             raise RequestInvalid("must be a number now that the run's data is read, got null", place=name)
+
+
+def _refuse_name(row: Recipe, name: str) -> None:
+    """Refuse a checkpoint's name that another one has, or that is given without asking."""
+    final, automatic = recipe_rows.FINAL, recipe_rows.AUTOMATIC
+    if name == final or name.startswith(automatic):
+        raise RequestInvalid(
+            f"{final} and names that begin with {automatic} are the run's own, got {name}", place="name"
+        )
+    if recipe_rows.has_saved(row, name=name):
+        raise RequestInvalid(f"{name} is the name of a checkpoint of this run; choose another", place="name")
 
 
 def _queue(row: Recipe) -> None:

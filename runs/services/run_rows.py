@@ -103,7 +103,9 @@ def rows_of(runs: Iterable[TrainingRun]) -> list[RunRow]:
 def with_facts(user: User) -> QuerySet[TrainingRun]:
     """Return the user's runs with all that the head of a page needs."""
     runs = training_runs.with_activity(access.runs_of(user))
-    return runs.select_related("session", "parent", "recipe__dataset_version__dataset")
+    return runs.select_related("session", "parent", "recipe__dataset_version__dataset").defer(
+        "recipe__dataset_version__report"
+    )
 
 
 def facts_of(run: TrainingRun) -> RunFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from django.test import Client
 
-from runs.models import Operation, TrainingRun, User
+from runs.models import Checkpoint, Operation, TrainingRun, User
 from tests.pages import seed
 
 pytestmark = pytest.mark.django_db
@@ -25,6 +25,19 @@ def test_the_dialog_says_what_goes(page: Client, rested: TrainingRun) -> None:
         "Its 2 checkpoints (84.0 MB), charts, samples, operations and settings are deleted for good" in text
     )
     assert "Delete run" in text
+
+
+def test_the_dialog_counts_what_no_table_shows(page: Client, rested: TrainingRun) -> None:
+    shown = seed.add_checkpoint(rested, "step-000010")
+    shared = {"owner": rested.owner, "run": rested, "kind": "weights", "step": 1, "seq": 1}
+    Checkpoint.objects.bulk_create(
+        Checkpoint(**shared, name=f"many-{n}", directory=f"many/{n}", size_bytes=10**6) for n in range(500)
+    )
+    Checkpoint.objects.create(
+        **shared, name="sampled", directory="sampled", size_bytes=10**9 - shown.size_bytes, is_ephemeral=True
+    )
+    text = page.get(f"/runs/{rested.public_id}/").content.decode()
+    assert "Its 502 checkpoints (1.5 GB), charts" in text
 
 
 def test_the_run_is_gone_and_the_list_says_so(page: Client, rested: TrainingRun) -> None:

@@ -47,8 +47,9 @@ def test_it_counts_its_queries(
         seed.add_sample(run, seed.chat(tokenizer, name), [[5, 6]])
         RunEvent.objects.create(run=run, seq=1, kind="saved")
     # session, user, run twice (access, then its state), size of the past, samples, base models,
-    # checkpoints and their losses, operations, events, forks, unfinished operations, workers (why it waits)
-    with django_assert_num_queries(14):
+    # checkpoints and their losses, operations, events, forks, what would be deleted, unfinished operations,
+    # workers (why it waits)
+    with django_assert_num_queries(15):
         assert page.get(f"/runs/{run.public_id}/").status_code == 200
 
 

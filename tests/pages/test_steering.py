@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 
 from runs.models import Operation, Recipe, RunEvent, TrainingRun, User
 from runs.recipes import config_files
@@ -353,3 +355,11 @@ def test_what_was_left_behind_is_kept_apart(alice: User) -> None:
         (list(range(23, 26)), {2.0}),
     ]
     assert past.num_abandoned == 13
+
+
+def test_the_page_does_not_read_the_datasets_report(page: Client, recipe: Recipe) -> None:
+    with CaptureQueriesContext(connection) as queries:
+        assert page.get(f"/runs/{recipe.run.public_id}/").status_code == 200
+    read = "\n".join(one["sql"] for one in queries)
+    assert '"runs_datasetversion"."number"' in read
+    assert '"runs_datasetversion"."report"' not in read

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, Metric, Recipe, RunEvent, TrainingRun, User
+from runs.models import Checkpoint, FixedSample, Metric, Recipe, RunEvent, TrainingRun, User
 from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import Changes, SftConfig
-from runs.services import recipe_status, recipe_steps, recipes
+from runs.services import active_recipes, holdups, recipe_status, recipe_steps, recipes
 from runs.services.recipe_rows import State
 from tests.recipes.conftest import Staff, ended, turn_until
 from tests.recipes.test_loop import break_a_step, series
@@ -26,6 +28,12 @@ def drained(recipe: Recipe) -> Recipe:
     return turn_until(
         recipe, lambda row: row.run.applied_seq == row.next_seq - 1, what="the submitted operations' end"
     )
+
+
+def texts(recipe: Recipe, *, step: int) -> dict[str, bytes]:
+    """Return the answers to the fixed prompts after a step."""
+    drawn = FixedSample.objects.filter(run=recipe.run, step=step).select_related("operation")
+    return {one.prompt: bytes(one.operation.result or b"") for one in drawn if one.operation is not None}
 
 
 def event(recipe: Recipe, kind: str) -> RunEvent:
@@ -50,6 +58,34 @@ def test_a_paused_run_does_what_is_submitted_and_then_nothing(begin: Begin) -> N
     assert [step for step, _ in series(recipe, "loss")] == list(range(1, paused_at + 3))
 
 
+def test_a_paused_run_with_nothing_left_to_do_is_not_looked_at(begin: Begin) -> None:
+    settings = {"every": 2, "max_tokens": 4, "prompts": ["Hello!"]}
+    recipe = started(begin(num_steps=400, eval_every=2, samples=settings))
+    recipes.pause(recipe)
+    turn_until(recipe, lambda _: not active_recipes.find(), what="nothing left to do")
+
+    recipe.refresh_from_db()
+    assert recipe.run.applied_seq == recipe.watched_seq == recipe.next_seq - 1
+    assert recipe_steps.open_evaluations(recipe) == []
+    assert not recipe_steps.has_open_samples(recipe)
+    assert not Checkpoint.objects.filter(run=recipe.run, is_ephemeral=True).exists()
+    with CaptureQueriesContext(connection) as queries:
+        RecipeLoop().turn()
+    assert len(queries) == 1
+
+
+def test_a_run_paused_while_it_is_held_up_is_let_on(begin: Begin) -> None:
+    recipe = started(begin(num_steps=400))
+    recipes.pause(recipe)
+    recipe = turn_until(recipe, lambda _: not active_recipes.find(), what="nothing left to do")
+    holdups.enter(recipe.run_id, holdups.NO_ROOM_FOR_STEP)
+
+    RecipeLoop().turn()
+
+    recipe.run.refresh_from_db()
+    assert recipe.run.held_up == ""
+
+
 def test_a_changed_rate_holds_from_the_next_step_and_is_told(begin: Begin) -> None:
     recipe = started(begin(num_steps=400, schedule="constant", warmup_share=0, learning_rate=1e-3))
     recipes.pause(recipe)
@@ -66,6 +102,24 @@ def test_a_changed_rate_holds_from_the_next_step_and_is_told(begin: Begin) -> No
     told = event(recipe, "changed")
     assert told.step == changed_at
     assert told.detail["learning_rate"] == "0.001 to 0.0002"
+
+
+@pytest.mark.parametrize("prompts", [["Who?", "Where?"], []])
+def test_prompts_that_change_leave_the_samples_that_wait_as_they_are(
+    begin: Begin, prompts: list[str]
+) -> None:
+    settings = {"every": 2, "max_tokens": 4, "temperature": 1.0, "seed": 7}
+    asked = ["Hello!", "What is 1 + 1?"]
+    undisturbed = ended(begin(samples={"prompts": asked, **settings}))
+    recipe = begin(samples={"prompts": asked, **settings})
+    recipe = turn_until(recipe, lambda row: row.next_step >= 2, what="samples that wait")
+    recipes.change(recipe, Changes.model_validate({"samples": {"prompts": prompts, **settings}}))
+
+    recipe = ended(recipe)
+
+    assert (recipe.state, recipe.error) == (State.FINISHED, "")
+    assert texts(recipe, step=2) == texts(undisturbed, step=2)
+    assert set(texts(recipe, step=12)) == set(prompts)
 
 
 def test_a_run_stopped_to_keep_ends_with_a_checkpoint_and_can_go_on(begin: Begin) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from runs.exceptions import RequestInvalid
 from runs.models import Operation, Recipe, RunEvent, TrainingRun
-from runs.schemas.recipes import Changes
+from runs.schemas.recipes import Changes, SftConfig
 from runs.services import recipes
 from tests.pages import recipe_seed, seed
 from tests.rest.client import Rest
@@ -151,11 +152,44 @@ def test_a_checkpoint_is_saved_on_demand(alice: Rest, recipe: Recipe) -> None:
     assert alice.refused("POST", address(recipe, "save"), {"name": "../x"})["place"] == "name"
 
 
+def test_a_checkpoint_that_is_saved_replaces_none(alice: Rest, recipe: Recipe) -> None:
+    seed.add_checkpoint(recipe.run, "best", step=20)
+    alice.post(address(recipe, "save"), {"name": "waiting"}, status=202)
+    last = Operation.objects.filter(run=recipe.run).latest("seq")
+    assert json.loads(bytes(last.payload or b""))["overwrite"] is False
+    for name in ("best", "waiting"):
+        error = alice.refused("POST", address(recipe, "save"), {"name": name})
+        assert error["place"] == "name"
+        assert error["message"] == f"{name} is the name of a checkpoint of this run; choose another"
+    assert Operation.objects.filter(run=recipe.run).latest("seq") == last
+
+
+@pytest.mark.parametrize("name", ["final", "step-keep", "step-000040"])
+def test_a_name_that_the_run_gives_by_itself_is_not_given_by_people(
+    alice: Rest, recipe: Recipe, name: str
+) -> None:
+    error = alice.refused("POST", address(recipe, "save"), {"name": name})
+    assert error["place"] == "name"
+    assert error["message"] == f"final and names that begin with step- are the run's own, got {name}"
+
+
 def test_an_ended_run_is_extended(alice: Rest, recipe: Recipe) -> None:
     Recipe.objects.filter(pk=recipe.pk).update(state=State.FINISHED)
     status = alice.post(address(recipe, "extend"), {"num_steps": 20}, status=200)
     assert (status["state"], status["num_steps"]) == ("queued", 50)
     assert alice.refused("POST", address(recipe, "extend"), {"num_steps": 0})["place"] == "num_steps"
+
+
+def test_a_run_is_not_extended_beyond_the_most_steps(alice: Rest, recipe: Recipe) -> None:
+    Recipe.objects.filter(pk=recipe.pk).update(state=State.FINISHED)
+    error = alice.refused("POST", address(recipe, "extend"), {"num_steps": 999_971})
+    assert error["place"] == "num_steps"
+    assert error["message"] == "999971 more after step 30 end at 1000001; a run has at most 1000000 steps"
+    recipe.refresh_from_db()
+    assert (recipe.state, recipe.num_steps) == (State.FINISHED, 400)
+    assert alice.post(address(recipe, "extend"), {"num_steps": 999_970}, status=200)["num_steps"] == 1_000_000
+    recipe.refresh_from_db()
+    SftConfig.model_validate(recipe.config)
 
 
 def test_a_failed_run_goes_on_from_its_newest_checkpoint(alice: Rest, recipe: Recipe) -> None:

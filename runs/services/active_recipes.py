@@ -1,0 +1,34 @@
+"""Which recipes the loop of `runs.recipes` has to look after in a turn: a paused one only while something is left."""
+
+from __future__ import annotations
+
+from django.db.models import Exists, F, OuterRef, Q
+
+from runs.models import Checkpoint, Evaluation, FixedSample, Recipe
+from runs.services import holdups, recipe_rows
+from runs.services.recipe_rows import State
+
+
+def find() -> list[Recipe]:
+    """Return the recipes that the loop has to look after, those that wait longest first."""
+    is_behind = Q(state=State.PAUSED) & ~Q(run__applied_seq=-1) & _has_left()
+    rows = Recipe.objects.filter(Q(state__in=recipe_rows.ACTIVE) | is_behind)
+    return list(
+        rows.select_related("run__session", "dataset_version__dataset")
+        .defer("dataset_version__report")
+        .order_by("queued_at", "pk")
+    )
+
+
+def _has_left() -> Q:
+    """Return whether a recipe that submits no step has results to look at, or samples and weights to see to."""
+    of_run = {"run_id": OuterRef("run_id")}
+    applied_seq = OuterRef("run__applied_seq")
+    unasked = Q(save_seq=None) | Q(save_seq__lte=applied_seq)
+    return (
+        Q(watched_seq__lt=F("run__applied_seq"))
+        | Q(run__held_up__in=holdups.OF_STEPS)
+        | Q(Exists(Evaluation.objects.filter(**of_run, loss=None, last_seq__lte=applied_seq)))
+        | Q(Exists(FixedSample.objects.filter(unasked, **of_run, operation=None, error="")))
+        | Q(Exists(Checkpoint.objects.filter(**of_run, is_ephemeral=True)))
+    )
