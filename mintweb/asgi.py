@@ -19,6 +19,7 @@ from django.urls import path, re_path
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
 django_application = get_asgi_application()
 
+from mintweb.origins import SameOrigin  # noqa: E402 - reads settings
 from runs import urls  # noqa: E402 - models exist only once Django is set up
 from runs.api.clock import lifespan  # noqa: E402
 from runs.rest.body_guard import BodyGuard  # noqa: E402
@@ -27,7 +28,7 @@ from runs.rest.body_guard import BodyGuard  # noqa: E402
 _sdk: Any = URLRouter(cast(Any, urls.sdk_routes))
 _uploads: Any = URLRouter(cast(Any, urls.upload_routes))
 _pages: Any = BodyGuard(cast(Any, django_application))
-_sockets: Any = URLRouter(cast(Any, urls.socket_routes))
+_sockets: Any = AuthMiddlewareStack(URLRouter(cast(Any, urls.socket_routes)))
 
 _lean = [path("api/v1/", _sdk), path("datasets/uploads/", _uploads), path("rest/v1/uploads/", _uploads)]
 
@@ -35,6 +36,6 @@ application = ProtocolTypeRouter(
     {
         "http": URLRouter(cast(Any, [*_lean, re_path("", _pages)])),
         "lifespan": cast(Any, lifespan),
-        "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(_sockets)),
+        "websocket": AllowedHostsOriginValidator(SameOrigin(_sockets)),
     }
 )

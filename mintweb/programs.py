@@ -53,6 +53,7 @@ def supervisord() -> tuple[str, ...]:
     folder = settings.DATA_DIR / "run"
     folder.mkdir(mode=0o700, exist_ok=True)
     settings.LOG_DIR.mkdir(mode=0o700, exist_ok=True)
+    settings.TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
             "nodaemon": "true",
@@ -112,18 +113,17 @@ def services() -> list[Program]:
 
 def web() -> Program:
     """Return the one process that answers HTTP and websockets."""
-    return Program(
-        "web",
-        _python(
-            *("uvicorn", "mintweb.asgi:application", "--host", settings.HOST, "--port", str(settings.PORT)),
-            *("--loop", "uvloop", "--http", "httptools", "--ws", "websockets-sansio", "--lifespan", "on"),
-            *("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "3"),
-            *("--log-level", settings.LOG_LEVEL.lower(), "--no-use-colors"),
-            *("--forwarded-allow-ips", "127.0.0.1", "--backlog", "4096"),
-            *("--ws-max-size", str(1024**2)),
-        ),
-        env={"OMP_NUM_THREADS": "1"},
+    # Without a proxy whoever runs a program on this machine could say to come from anywhere, and guess passwords for ever.
+    proxy = ("--forwarded-allow-ips", "127.0.0.1") if settings.PUBLIC_URL else ("--no-proxy-headers",)
+    server = _python(
+        *("uvicorn", "mintweb.asgi:application", "--host", settings.HOST, "--port", str(settings.PORT)),
+        *("--loop", "uvloop", "--http", "httptools", "--ws", "websockets-sansio", "--lifespan", "on"),
+        *("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "3"),
+        *("--log-level", settings.LOG_LEVEL.lower(), "--no-use-colors"),
+        *(*proxy, "--backlog", "4096", "--ws-max-size", str(1024**2)),
     )
+    # Django keeps large bodies in temporary files, and /tmp may be memory. In the command, where any path can be quoted.
+    return Program("web", ("env", f"TMPDIR={settings.TEMP_DIR}", *server), env={"OMP_NUM_THREADS": "1"})
 
 
 def gpu_workers() -> list[Program]:
@@ -155,7 +155,11 @@ def cpu_worker() -> Program:
     return Program(
         "cpu",
         # Two checks of datasets run at once at most, each for as long as an hour; the third is for all the rest.
-        _celery("worker", "--pool=prefork", "--concurrency=3", "--queues=cpu", "--hostname=cpu@%h", *_QUIET),
+        # They take from the queues in turn, so that no number of messages in one holds up another.
+        _celery(
+            *("worker", "--pool=prefork", "--concurrency=3", "--queues=cpu,webhooks,housekeeping"),
+            *("--hostname=cpu@%h", *_QUIET),
+        ),
         env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
 

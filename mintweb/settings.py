@@ -83,6 +83,7 @@ API_KEY = env_secret("MINTWEB_API_KEY")
 if API_KEY and not re.fullmatch(r"(tml-|sk-mint-)[!-~]{8,}", API_KEY):
     raise ImproperlyConfigured("MINTWEB_API_KEY must be tml- or sk-mint- and at least 8 further characters.")
 
+SESSION_ENGINE = "mintweb.sessions"
 SESSION_COOKIE_NAME = "mintweb_session"
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
@@ -202,7 +203,11 @@ CELERY_WORKER_DISABLE_PREFETCH = True
 CELERY_WORKER_SEND_TASK_EVENTS = False
 CELERY_TIMEZONE = TIME_ZONE
 CELERY_TASK_DEFAULT_QUEUE = "cpu"
-CELERY_TASK_ROUTES = {"gpuworker.tasks.*": {"queue": "gpu"}}
+CELERY_TASK_ROUTES = {
+    "gpuworker.tasks.*": {"queue": "gpu"},
+    "runs.tasks.deliver_webhooks": {"queue": "webhooks"},
+    "runs.tasks.housekeeping": {"queue": "housekeeping"},
+}
 CELERY_BEAT_SCHEDULE = {
     "housekeeping": {"task": "runs.tasks.housekeeping", "schedule": 60.0, "options": {"expires": 55}},
     "webhooks": {"task": "runs.tasks.deliver_webhooks", "schedule": 15.0, "options": {"expires": 14}},
@@ -228,7 +233,7 @@ def default_storage(name: str) -> dict[str, Any]:
     if parts.scheme != "s3" or not parts.hostname:
         raise ImproperlyConfigured(f"{name} is {url!r}; use s3://bucket/prefix?endpoint=https://host.")
     if importlib.util.find_spec("boto3") is None:
-        raise ImproperlyConfigured(f"{name} asks for S3, which needs boto3: pip install boto3.")
+        raise ImproperlyConfigured(f"{name} asks for S3, which needs boto3: .venv/bin/pip install boto3.")
     query = dict(parse_qsl(parts.query))
     return {
         "BACKEND": "storages.backends.s3.S3Storage",

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Final, TypedDict
 
 import redis.exceptions
+from amqp.exceptions import ChannelError
 from asgiref.sync import async_to_sync
 from celery import current_app
 from channels.layers import get_channel_layer
@@ -108,14 +109,25 @@ def ring_dataset_check(version_pk: int) -> None:
 
 
 def ring_webhooks() -> None:
-    """Have messages to people's addresses sent when the current transaction commits; a lost one goes out later."""
+    """Have messages to people's addresses sent when the current transaction commits; a lost one goes out later.
+
+    One task that waits is enough for all of them.
+    """
     transaction.on_commit(_send_webhooks_doorbell)
 
 
 def _send_webhooks_doorbell() -> None:
     try:
-        current_app.send_task("runs.tasks.deliver_webhooks", queue="cpu", expires=60)
-    except (OSError, KombuError) as error:
+        with current_app.producer_or_acquire() as producer:
+            try:
+                num_waiting = producer.channel.queue_declare("webhooks", passive=True).message_count
+            except ChannelError:  # Redis has no queues that are empty
+                num_waiting = 0
+            if not num_waiting:
+                current_app.send_task(
+                    "runs.tasks.deliver_webhooks", queue="webhooks", expires=60, producer=producer
+                )
+    except (OSError, KombuError, redis.exceptions.RedisError) as error:
         logger.warning("no doorbell for webhooks, they go out some seconds later: %s", error)
 
 

@@ -64,11 +64,12 @@ def parse_path(path: str, *, place: str = "path") -> CheckpointPath:
     """Take a tinker:// path apart.
 
     Raises:
-        RequestInvalid: it is not of the form tinker://RUN/KIND/NAME.
+        RequestInvalid: it is not of the form tinker://RUN/KIND/NAME, or holds NUL, which no row's text can.
     """
     scheme, _, rest = path.partition("://")
     parts = rest.split("/")
-    if scheme != "tinker" or len(parts) != 3 or not all(parts) or parts[1] not in _CHECKPOINT_KINDS:
+    is_whole = scheme == "tinker" and len(parts) == 3 and all(parts) and "\0" not in path
+    if not is_whole or parts[1] not in _CHECKPOINT_KINDS:
         raise RequestInvalid(
             f"{path[:80]!r} is no checkpoint path; one looks like tinker://<run>/weights/<name> "
             "or tinker://<run>/sampler_weights/<name>",

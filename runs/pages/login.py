@@ -27,7 +27,7 @@ def password(request: HttpRequest) -> HttpResponseBase:
     target = _target(request)
     if request.method == "GET":
         return redirect(target) if request.user.is_authenticated else _form(request, target)
-    name = request.POST.get("username", "")[:150]
+    name = request.POST.get("username", "")[:150].replace("\0", "\ufffd")  # no row's text holds one
     attempt = lockout.Attempt(name=name, address=request.META.get("REMOTE_ADDR", ""))
     wait_s = attempt.begin()
     if wait_s:

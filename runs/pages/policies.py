@@ -7,10 +7,11 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from django.contrib.auth.decorators import login_required
+from django.db import DataError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.shortcuts import render
 
-from runs.exceptions import MintError
+from runs.exceptions import MintError, NotFound, RequestInvalid
 from runs.models import User
 from runs.services import access
 
@@ -30,9 +31,15 @@ def signed_in(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
     @wraps(view)
     def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         try:
+            if any("\0" in str(arg) for arg in kwargs.values()):  # no text of PostgreSQL's holds one
+                raise NotFound
             return view(request, *args, **kwargs)
         except MintError as error:
             return _error_page(request, error)
+        except DataError:
+            if not (fields := _fields_with_nul(request)):
+                raise
+            return _error_page(request, RequestInvalid("must not hold NUL", place=fields[0]))
 
     guarded.policy = "owner"  # type: ignore[attr-defined]
     return guarded
@@ -50,6 +57,11 @@ def operator(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespons
     guarded = signed_in(checked)
     guarded.policy = "operator"  # type: ignore[attr-defined]
     return guarded
+
+
+def _fields_with_nul(request: HttpRequest) -> list[str]:
+    fields = [*request.GET.lists(), *request.POST.lists()]
+    return [name[:80] for name, values in fields if any("\0" in value for value in values)]
 
 
 def _error_page(request: HttpRequest, error: MintError) -> HttpResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from ninja.parser import Parser
 from runs.exceptions import PayloadTooLarge, RequestInvalid, UnsupportedMedia
 from runs.schemas.encodings import decompress
 from runs.schemas.parsing import parse_json
+from runs.services import blobs
 
 JSON: Final = "application/json"
 MULTIPART: Final = "multipart/form-data"
@@ -76,6 +78,7 @@ def receive_upload(request: HttpRequest) -> Upload:
     Raises:
         RequestInvalid: there is none.
         PayloadTooLarge: it is larger than an upload may be.
+        DiskFull: there is no room for it.
     """
     settings.TEMP_DIR.mkdir(parents=True, exist_ok=True)
     if request.content_type == MULTIPART:
@@ -115,11 +118,13 @@ class _Incoming:
         if self.size_bytes > settings.MAX_UPLOAD_BYTES:
             raise PayloadTooLarge(f"an upload has at most {settings.MAX_UPLOAD_BYTES} bytes")
         self._sha.update(chunk)
-        self.file.write(chunk)
+        with blobs.room():
+            self.file.write(chunk)
 
     def finish(self, filename: str, fields: Mapping[str, str], *, place: str) -> Upload:
         """Return the whole file."""
-        self.file.close()
+        with blobs.room():
+            self.file.close()
         if not self.size_bytes:
             raise RequestInvalid("is empty, a file was expected", place=place)
         self._sha.update(repr(sorted(fields.items())).encode())
@@ -127,7 +132,8 @@ class _Incoming:
 
     def discard(self) -> None:
         """Delete what came."""
-        self.file.close()
+        with suppress(OSError):  # its end found no room
+            self.file.close()
         self.path.unlink(missing_ok=True)
 
 

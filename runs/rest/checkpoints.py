@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
+from django.db import transaction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from ninja import Router, Status
@@ -119,11 +120,13 @@ def change_checkpoint(
 ) -> CheckpointOut:
     """Set when a checkpoint is deleted, or who may read it."""
     checkpoint = _checkpoint(request, run_id, kind, name)
-    check_match(request, _shown(checkpoint))
-    if "ttl_seconds" in body.model_fields_set:
-        checkpoints.set_ttl(checkpoint, body.ttl_seconds)
-    if "is_public" in body.model_fields_set:
-        checkpoints.set_public(checkpoint, is_public=body.is_public)
+    with transaction.atomic():
+        access.lock(checkpoint)
+        check_match(request, _shown(_checkpoint(request, run_id, kind, name)))
+        if "ttl_seconds" in body.model_fields_set:
+            checkpoints.set_ttl(checkpoint, body.ttl_seconds)
+        if "is_public" in body.model_fields_set:
+            checkpoints.set_public(checkpoint, is_public=body.is_public)
     return _shown(_checkpoint(request, run_id, kind, name))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
+from django.db import transaction
+from django.db.models import Prefetch
 from django.http import HttpRequest
 from ninja import Query, Router, Status
 from pydantic import BaseModel, Field, StringConstraints
@@ -15,7 +17,7 @@ from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller, check_match, takes_upload, upload_of
 from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.runs import RequestModel, SearchText
-from runs.services import access, datasets
+from runs.services import access, blobs, datasets
 
 router = Router(tags=["datasets"])
 
@@ -39,7 +41,10 @@ _UPLOAD: Final[dict[str, Any]] = {
     "parameters": [
         {"in": "query", "name": name, "required": False, "schema": {"type": "string"}, "description": text}
         for name, text in (
-            ("filename", "Its end says what the file is: .jsonl .json .csv .tsv .parquet .txt, also .gz"),
+            (
+                "filename",
+                "Its end says what the file is: .jsonl .ndjson .json .csv .tsv .parquet .txt, also .gz or .zst",
+            ),
             ("name", "The dataset's name; the file's when left out."),
             ("description", "What it is."),
         )
@@ -127,7 +132,8 @@ def list_datasets(
     cursor: Cursor = None,
 ) -> Page[DatasetOut]:
     """Return the datasets."""
-    rows = access.datasets_of(caller(request)).prefetch_related("versions")
+    versions = Prefetch("versions", DatasetVersion.objects.defer("report"))
+    rows = access.datasets_of(caller(request)).prefetch_related(versions)
     if name is not None:
         rows = rows.filter(name__icontains=name)
     return page_of(rows, _dataset, sort=sort, cursor=cursor, limit=limit, scope="datasets")
@@ -156,11 +162,13 @@ def change_dataset(
 ) -> DatasetOut:
     """Change a dataset's name or description."""
     dataset = access.get_dataset(caller(request), dataset_id)
-    check_match(request, _dataset(dataset))
-    if body.name is not None:
-        datasets.rename(dataset, body.name)
-    if body.description is not None:
-        datasets.describe(dataset, body.description)
+    with transaction.atomic():
+        access.lock(dataset)
+        check_match(request, _dataset(access.get_dataset(caller(request), dataset_id)))
+        if body.name is not None:
+            datasets.rename(dataset, body.name)
+        if body.description is not None:
+            datasets.describe(dataset, body.description)
     return _dataset(access.get_dataset(caller(request), dataset_id))
 
 
@@ -176,7 +184,7 @@ def list_versions(
     request: HttpRequest, dataset_id: str, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[VersionOut]:
     """Return a dataset's versions, newest first."""
-    rows = access.get_dataset(caller(request), dataset_id).versions.select_related("dataset")
+    rows = access.get_dataset(caller(request), dataset_id).versions.select_related("dataset").defer("report")
     return page_of(rows, _version, sort="-number", cursor=cursor, limit=limit, scope=f"versions {dataset_id}")
 
 
@@ -240,14 +248,15 @@ def skip_bad_rows(request: HttpRequest, dataset_id: str, number: VersionNumber) 
 
 def _create(request: HttpRequest, dataset: Dataset | None) -> Uploaded:
     upload = upload_of(request)
-    version = datasets.create_version(
-        caller(request),
-        path=upload.path,
-        filename=upload.filename,
-        dataset=dataset,
-        name=upload.fields.get("name", ""),
-        description=upload.fields.get("description", ""),
-    )
+    with blobs.room():
+        version = datasets.create_version(
+            caller(request),
+            path=upload.path,
+            filename=upload.filename,
+            dataset=dataset,
+            name=upload.fields.get("name", ""),
+            description=upload.fields.get("description", ""),
+        )
     return Uploaded(id=version.dataset.public_id, version=_version(version))
 
 

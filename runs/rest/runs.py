@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
+from django.db import transaction
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from ninja import Query, Router, Status
@@ -150,8 +151,11 @@ def get_run(request: HttpRequest, run_id: str) -> RunDetail:
 @router.patch("/{run_id}", response=RunDetail, summary="Rename a run")
 def rename_run(request: HttpRequest, run_id: str, body: Annotated[RenameRun, JsonBody(...)]) -> RunDetail:
     """Give the run another name."""
-    check_match(request, read(caller(request), run_id))
-    training_runs.rename(access.get_run(caller(request), run_id), body.name)
+    run = access.get_run(caller(request), run_id)
+    with transaction.atomic():
+        access.lock(run)
+        check_match(request, read(caller(request), run_id))
+        training_runs.rename(run, body.name)
     return read(caller(request), run_id)
 
 
@@ -224,4 +228,6 @@ def _parent(run: TrainingRun) -> Parent | None:
 
 def _runs(user: User) -> QuerySet[TrainingRun]:
     rows = training_runs.with_activity(access.runs_of(user))
-    return rows.select_related("parent", "recipe__dataset_version__dataset")
+    return rows.select_related("parent", "recipe__dataset_version__dataset").defer(
+        "recipe__dataset_version__report"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, cast
 
+from django.db import transaction
 from django.http import HttpRequest
 from ninja import Router, Status
 from pydantic import BaseModel, Field, StringConstraints, model_validator
@@ -126,15 +127,17 @@ def change_webhook(
     request: HttpRequest, webhook_id: str, body: Annotated[ChangeWebhook, JsonBody(...)]
 ) -> WebhookOut:
     """Change a webhook, or switch it off and on."""
-    webhook = access.get_webhook(caller(request), webhook_id)
-    check_match(request, _shown(webhook))
     given: dict[str, Any] = body.model_dump(exclude_unset=True, exclude_none=True)
     if body.events is not None:
         given["events"] = sorted(set(body.events))
     if "threshold" in body.model_fields_set:
         given["threshold"] = _stored(body.threshold)
-    validate_object(NewWebhook, _merged(webhook, given))
-    webhooks.change(webhook, **given)
+    with transaction.atomic():
+        access.lock(access.get_webhook(caller(request), webhook_id))
+        webhook = access.get_webhook(caller(request), webhook_id)
+        check_match(request, _shown(webhook))
+        validate_object(NewWebhook, _merged(webhook, given))
+        webhooks.change(webhook, **given)
     return _shown(access.get_webhook(caller(request), webhook_id))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from django.db.models import Model, Q, QuerySet
+from django.db.models import Exists, Model, OuterRef, Q, QuerySet
 
 from runs import ids
 from runs.exceptions import NotFound, OperatorsOnly, SessionFinished
@@ -98,12 +98,10 @@ def keys_of(user: User) -> QuerySet[ApiKey]:
 
 def sessions_of(user: User) -> QuerySet[Session]:
     """Return the user's SDK sessions that made a run or a sampling session, newest first."""
-    return (
-        Session.objects.filter(owner=user)
-        .filter(Q(training_runs__isnull=False) | Q(sampling_sessions__isnull=False))
-        .distinct()
-        .order_by("-created_at")
-    )
+    # Not by joins: of a session with many of both they make a row for each pair.
+    runs = TrainingRun.objects.filter(session=OuterRef("pk"))
+    sampling = SamplingSession.objects.filter(session=OuterRef("pk"))
+    return Session.objects.filter(Exists(runs) | Exists(sampling), owner=user).order_by("-created_at")
 
 
 def get_run(user: User, run_id: str) -> TrainingRun:
@@ -181,6 +179,17 @@ def get_readable_checkpoint(user: User, path: ids.CheckpointPath) -> Checkpoint:
 def get_readable_checkpoint_for(user: User, path: ids.CheckpointPath, *, token: str | None) -> Checkpoint:
     """Return a checkpoint that the user may read, or whoever's key the token is."""
     return get_readable_checkpoint(user if token is None else keys.authenticate(token), path)
+
+
+def lock(row: Model) -> None:
+    """Let nobody else lock or change a row until the transaction ends; what is read of it from now on stands.
+
+    Raises:
+        NotFound: it was deleted meanwhile.
+    """
+    rows = type(row)._base_manager.filter(pk=row.pk).select_for_update(no_key=True)
+    if not rows.values_list("pk"):
+        raise NotFound
 
 
 def _one(rows: QuerySet[Row], what: str) -> Row:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 from django.conf import settings
-from django.db import connection
 from django.db.models.functions import Now
 
 from runs.datasets import checking
 from runs.datasets.checking import Outcome, Progress, Report
 from runs.models import DatasetVersion
 from runs.services import base_models, blobs
-from runs.services.advisory_locks import LockClass
+from runs.services.advisory_locks import LockClass, any_lock
 from runs.services.dataset_rows import INDEX, ROWS, drop_copies, local_copy
 
 ORIGINAL: Final = "original"
@@ -41,7 +38,7 @@ def check(version_pk: int) -> None:
     """
     tried: set[int] = set()
     while (pk := _next(version_pk, tried)) is not None:
-        with _any_lock(LockClass.DATASET_SLOT, range(NUM_SLOTS)) as has_slot:
+        with any_lock(LockClass.DATASET_SLOT, range(NUM_SLOTS)) as has_slot:
             if not has_slot:
                 return
             tried.add(pk)
@@ -68,7 +65,7 @@ def _next(version_pk: int, tried: set[int]) -> int | None:
 
 
 def _check(version_pk: int) -> None:
-    with _any_lock(LockClass.DATASET_VERSION, [version_pk]) as is_mine:
+    with any_lock(LockClass.DATASET_VERSION, [version_pk]) as is_mine:
         version = _waiting().filter(pk=version_pk).first()
         if not is_mine or version is None:
             return
@@ -151,21 +148,3 @@ class _Teller:
         self._next_at = time.monotonic() + _TELL_S
         if self._rows.update(progress=progress.share, num_rows=progress.num_rows) == 0:
             raise _Gone
-
-
-@contextmanager
-def _any_lock(lock_class: LockClass, numbers: range | list[int]) -> Iterator[bool]:
-    """Hold one of these advisory locks, if one is free; PostgreSQL frees it if this process dies."""
-    with connection.cursor() as cursor:
-        held = None
-        for number in numbers:
-            cursor.execute("SELECT pg_try_advisory_lock(%s, %s)", [lock_class, number])
-            if cursor.fetchone()[0]:
-                held = number
-                break
-    try:
-        yield held is not None
-    finally:
-        if held is not None:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_advisory_unlock(%s, %s)", [lock_class, held])

@@ -48,7 +48,7 @@ def create(user: User, *, size_bytes: int, metadata: Mapping[str, str]) -> Uploa
     if access.uploads_of(user).filter(version=None).count() >= MAX_UNFINISHED:
         raise RequestInvalid(f"you have {MAX_UNFINISHED} unfinished uploads; finish or delete one first")
     dataset = access.get_dataset(user, metadata["dataset"]) if metadata.get("dataset") else None
-    _check_space(size_bytes)
+    check_space(size_bytes)
     public_id = f"up-{secrets.token_hex(16)}"
     path = _path(public_id)
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -182,7 +182,7 @@ def _check_size(size_bytes: int) -> None:
         raise PayloadTooLarge(f"the file has {size_bytes} bytes; the most is {settings.MAX_UPLOAD_BYTES}")
 
 
-def _check_space(size_bytes: int) -> None:
+def check_space(size_bytes: int) -> None:
     """Refuse a file that would not fit, counting the rows made from it and what other uploads still bring."""
     others = Upload.objects.filter(version=None)
     promised = sum(upload.size_bytes - (_size_of(upload) or 0) for upload in others)

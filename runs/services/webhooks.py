@@ -14,14 +14,15 @@ from functools import partial
 from typing import Any, Final
 
 from django.db import connection, transaction
-from django.db.models import F, QuerySet
-from django.db.models.functions import Now
+from django.db.models import F, QuerySet, Window
+from django.db.models.functions import Now, RowNumber
 from pydantic_core import to_json
 
 from runs import events
-from runs.exceptions import RequestInvalid
+from runs.exceptions import RateLimited, RequestInvalid
 from runs.models import Recipe, TrainingRun, User, Webhook, WebhookDelivery
 from runs.services import webhook_sender
+from runs.services.advisory_locks import LockClass, any_lock
 from runs.services.webhook_sender import Message, Outcome
 
 FINISHED: Final = "run.finished"
@@ -31,6 +32,7 @@ THRESHOLD: Final = "metric.threshold"
 EVENTS: Final = (FINISHED, FAILED, STOPPED, THRESHOLD)
 TEST: Final = "test"
 MAX_PER_USER: Final = 20
+MAX_PENDING: Final = 20
 MAX_ATTEMPTS: Final = 12
 _FIRST_DELAY_S: Final = 10
 _LONGEST_DELAY_S: Final = 6 * 3600
@@ -108,11 +110,21 @@ def deliveries_of(webhook: Webhook) -> QuerySet[WebhookDelivery]:
 
 
 def send_test(webhook: Webhook) -> WebhookDelivery:
-    """Tell an address that this is a test; also one that is not active gets it."""
-    made = WebhookDelivery.objects.create(
-        webhook=webhook, event=TEST, key=f"test:{uuid.uuid4().hex}", payload={"event": TEST}
-    )
-    events.ring_webhooks()
+    """Tell an address that this is a test; also one that is not active gets it.
+
+    Raises:
+        RateLimited: what the address was to be told before still waits.
+    """
+    with transaction.atomic():
+        Webhook.objects.select_for_update(no_key=True).get(pk=webhook.pk)  # or two would be the last one
+        if deliveries_of(webhook).filter(delivered_at=None, given_up_at=None).count() >= MAX_PENDING:
+            raise RateLimited(
+                f"{MAX_PENDING} messages to this address wait already, the most there may be for a test"
+            )
+        made = WebhookDelivery.objects.create(
+            webhook=webhook, event=TEST, key=f"test:{uuid.uuid4().hex}", payload={"event": TEST}
+        )
+        events.ring_webhooks()
     made.refresh_from_db()
     return made
 
@@ -155,18 +167,12 @@ def note_values(run_pk: int, owner_pk: int, values: Iterable[tuple[str, int, flo
 
 
 def deliver_due() -> int:
-    """Send what is due, for some seconds; returns how many messages were tried."""
-    num_tried = 0
-    until = time.monotonic() + _SLICE_S
-    while time.monotonic() < until:
-        claimed = _claim()
-        if not claimed:
-            break
-        outcomes = webhook_sender.send_all([_message(row) for row in claimed])
-        for row, outcome in zip(claimed, outcomes, strict=True):
-            _enter(row, outcome)
-        num_tried += len(claimed)
-    return num_tried
+    """Send what is due, for some seconds; returns how many messages were tried.
+
+    One process at a time does: addresses that do not answer hold up one process and not all of them.
+    """
+    with any_lock(LockClass.WEBHOOKS, [0]) as is_mine:
+        return _deliver() if is_mine else 0
 
 
 def forget_old() -> None:
@@ -182,6 +188,20 @@ def payload_of(row: WebhookDelivery) -> dict[str, Any]:
 def delivery_id(row: WebhookDelivery) -> str:
     """Return the public id of a delivery."""
     return f"whd-{row.pk}"
+
+
+def _deliver() -> int:
+    num_tried = 0
+    until = time.monotonic() + _SLICE_S
+    while time.monotonic() < until:
+        claimed = _claim()
+        if not claimed:
+            break
+        outcomes = webhook_sender.send_all([_message(row) for row in claimed])
+        for row, outcome in zip(claimed, outcomes, strict=True):
+            _enter(row, outcome)
+        num_tried += len(claimed)
+    return num_tried
 
 
 def _enqueue(
@@ -200,12 +220,15 @@ def _enqueue(
 
 
 def _claim() -> list[WebhookDelivery]:
+    """Take what is sent next: the oldest of each owner, then the next of each, so that many wait behind nobody's many."""
     due = WebhookDelivery.objects.filter(
         delivered_at=None, given_up_at=None, next_attempt_at__lte=Now()
     ).exclude(webhook__is_active=False, event__in=EVENTS)
+    turn = Window(RowNumber(), partition_by=F("webhook__owner_id"), order_by="next_attempt_at")
+    by_turns = due.annotate(turn=turn).order_by("turn", "next_attempt_at")
     with transaction.atomic():
-        rows = due.select_for_update(skip_locked=True, of=("self",)).select_related("webhook")
-        claimed = list(rows.order_by("next_attempt_at")[:_BATCH])
+        rows = due.filter(pk__in=list(by_turns.values_list("pk", flat=True)[:_BATCH]))
+        claimed = list(rows.select_for_update(skip_locked=True, of=("self",)).select_related("webhook"))
         WebhookDelivery.objects.filter(pk__in=[row.pk for row in claimed]).update(
             num_attempts=F("num_attempts") + 1, next_attempt_at=Now() + _CLAIM
         )

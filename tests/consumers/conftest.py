@@ -46,12 +46,17 @@ async def connect(cookie: str) -> AsyncIterator[Open]:
     opened: list[Socket] = []
 
     async def open_socket(
-        path: str, *, with_cookie: str = cookie, origin: str = "http://localhost"
+        path: str,
+        *,
+        with_cookie: str = cookie,
+        origin: str = "http://localhost",
+        host: str = "localhost",
+        scheme: str = "ws",
     ) -> Socket:
-        headers = [(b"host", b"localhost"), (b"origin", origin.encode())]
+        headers = [(b"host", host.encode()), *([(b"origin", origin.encode())] if origin else [])]
         if with_cookie:
             headers.append((b"cookie", f"mintweb_session={with_cookie}".encode()))
-        socket = Socket(path, headers=headers)
+        socket = Socket(path, headers=headers, scheme=scheme)
         opened.append(socket)
         await socket.open()
         return socket

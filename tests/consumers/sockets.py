@@ -31,8 +31,14 @@ class Socket:
     is_open = False
     close_code = 0
 
-    def __init__(self, path: str, *, headers: list[tuple[bytes, bytes]]) -> None:
-        scope = {"type": "websocket", "path": path, "raw_path": quote(path).encode(), "query_string": b""}
+    def __init__(self, path: str, *, headers: list[tuple[bytes, bytes]], scheme: str = "ws") -> None:
+        scope = {
+            "type": "websocket",
+            "scheme": scheme,
+            "path": path,
+            "raw_path": quote(path).encode(),
+            "query_string": b"",
+        }
         self._end: Any = ApplicationCommunicator(
             application, {**scope, "headers": headers, "subprotocols": []}
         )  # type: ignore[no-untyped-call]

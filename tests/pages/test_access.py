@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from django.test import Client
 from django.urls import URLPattern, reverse
+from django.urls.converters import StringConverter
 
 from runs import urls
 from runs.models import Checkpoint, TrainingRun, User
 from runs.services import keys
 from tests.pages import seed
+from tests.pages.conftest import PASSWORD
 
 pytestmark = pytest.mark.django_db
 POST_ONLY = {
@@ -45,6 +47,36 @@ POST_ONLY = {
     "worker-resume",
 }
 POSTS_TOO = {"login", "login-link", "run-new"}
+FIELDS = (
+    *(
+        "username",
+        "next",
+        "run",
+        "runs",
+        "q",
+        "sort",
+        "state",
+        "checkpoint",
+        "path",
+        "paths",
+        "dataset",
+        "fork",
+    ),
+    *(
+        "name",
+        "ids",
+        "after",
+        "before",
+        "cursor",
+        "page",
+        "from",
+        "base_model",
+        "kind",
+        "token",
+        "old",
+        "new",
+    ),
+)
 OF_A_RUN = {
     "run-detail",
     "run-panels",
@@ -174,3 +206,35 @@ def test_a_missing_page_says_so(page: Client) -> None:
     reply = page.get("/nothing/")
     assert reply.status_code == 404
     assert b"There is nothing here" in reply.content
+
+
+@pytest.mark.parametrize("route", urls.page_urls, ids=lambda route: str(route.name))
+def test_a_nul_anywhere_is_the_visitor_s_mistake(page: Client, run: TrainingRun, route: URLPattern) -> None:
+    page.raise_request_exception = False
+    converters = route.pattern.converters
+    names = [name for name, converter in converters.items() if isinstance(converter, StringConverter)]
+    numbers = {name: 1 for name in converters if name not in names}
+    nuls = dict.fromkeys(FIELDS, "tinker://\0/weights/x")
+    for args in [*({**dict.fromkeys(names, "x"), name: "\0"} for name in names), dict.fromkeys(names, "x")]:
+        path = reverse(str(route.name), kwargs={**args, **numbers})
+        for fields in (nuls, dict.fromkeys(FIELDS, "\0"), {}):
+            for reply in (page.get(path, fields), page.post(path, fields)):
+                assert reply.status_code < 500, (path, fields)
+
+
+def test_a_nul_in_an_address_is_nothing_s_name(page: Client, tokenizer: object) -> None:
+    assert page.get("/runs/%00/").status_code == page.get("/datasets/%00/").status_code == 404
+    reply = page.post("/runs/delete", {"run": "a\0"})
+    assert (reply.status_code, b"run: must not hold NUL" in reply.content) == (422, True)
+    reply = page.get("/playground/?checkpoint=tinker://%00/weights/x")
+    assert (reply.status_code, b"is no checkpoint path" in reply.content) == (422, True)
+
+
+def test_a_nul_in_a_name_is_a_wrong_name(client: Client, alice: User) -> None:
+    reply = client.post("/login/", {"username": "alice\0", "password": PASSWORD})
+    assert (reply.status_code, b"do not match" in reply.content) == (403, True)
+
+
+def test_a_nul_in_a_cookie_is_nobody_s_session(client: Client, db: None) -> None:
+    reply = client.get("/runs/", headers={"cookie": 'mintweb_session="\\000aaaaaaaaaaaa"'})
+    assert (reply.status_code, reply["location"]) == (302, "/login/?next=/runs/")

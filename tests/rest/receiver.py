@@ -67,7 +67,10 @@ def receiving() -> Iterator[Receiver]:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # as many connections as come at once
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         receiver = Receiver(server.server_address[1])
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from django.conf import settings as django_settings
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from pytest_django.fixtures import Settings
 
-from runs.models import Dataset, DatasetVersion
+from runs.models import Dataset, DatasetVersion, Recipe
 from runs.tasks import check_dataset
+from tests.no_room import no_room
 from tests.pages import recipe_seed, seed
 from tests.rest.client import Rest
 
@@ -120,6 +123,17 @@ def test_a_file_that_is_too_large_is_refused(alice: Rest, settings: Settings) ->
     assert not Dataset.objects.exists()
 
 
+@pytest.mark.parametrize("num_written", [1_000, 1 << 20])
+def test_a_file_that_finds_no_room_is_told_and_leaves_nothing(alice: Rest, num_written: int) -> None:
+    large = FILE * (3 * (1 << 20) // len(FILE))
+    for body, content_type in ((large, BYTES), (form(file=large), FORM), (FILE * 2, BYTES)):
+        with no_room(limit_bytes=min(num_written, len(body) - 1)):
+            error = alice.refused("POST", "datasets", body, status=507, content_type=content_type)
+        assert error["code"] == "disk_full"
+    assert not Dataset.objects.exists()
+    assert list(django_settings.TEMP_DIR.glob("rest-*")) == []
+
+
 def test_an_encoded_body_is_refused(alice: Rest) -> None:
     error = alice.refused(
         "POST", "datasets", gzip.compress(FILE), status=415, content_type=BYTES, content_encoding="gzip"
@@ -141,6 +155,17 @@ def test_a_version_that_is_not_ready_has_no_rows(alice: Rest) -> None:
     made = alice.post("datasets", FILE, content_type=BYTES)
     error = alice.refused("GET", f"datasets/{made['id']}/versions/1/rows")
     assert "is checking, not ready" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["datasets", "datasets/{}/versions", "runs"])
+def test_a_list_does_not_read_the_reports(
+    alice: Rest, recipe: Recipe, version: DatasetVersion, path: str
+) -> None:
+    with CaptureQueriesContext(connection) as queries:
+        assert alice.get(path.format(version.dataset.public_id))["items"]
+    read = "\n".join(one["sql"] for one in queries)
+    assert '"runs_datasetversion"."filename"' in read
+    assert '"runs_datasetversion"."report"' not in read
 
 
 def test_the_report_says_what_was_found(alice: Rest, version: DatasetVersion) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 from django.db import connection
@@ -22,6 +25,7 @@ from runs.services import (
     workers,
 )
 from runs.services.training_runs import DisplayState, Lora, Start
+from tests.pages import seed
 from tests.services import rows
 from tests.services.hand_worker import HandWorker
 from tests.services.races import race
@@ -236,6 +240,27 @@ def test_a_finished_session_keeps_its_first_reason_and_takes_no_new_work(alice: 
 def test_sessions_that_made_nothing_are_not_listed(alice: User, run: TrainingRun) -> None:
     sessions.create_session(alice)
     assert list(access.sessions_of(alice)) == [run.session]
+
+
+def test_sessions_are_listed_without_a_look_at_each_pair_of_what_they_made(
+    alice: User, run: TrainingRun
+) -> None:
+    session, number = run.session, 40
+    for _ in range(number):
+        seed.make_run(alice, session=session)
+    SamplingSession.objects.bulk_create(
+        SamplingSession(public_id=f"s{n}", owner=alice, session=session, seq_id=n) for n in range(number)
+    )
+    assert list(access.sessions_of(alice)) == [session]
+    (plan,) = json.loads(access.sessions_of(alice).explain(analyze=True, format="json"))
+    assert max(num_rows(plan["Plan"])) <= 2 * number
+
+
+def num_rows(node: dict[str, Any]) -> Iterator[float]:
+    """Yield how many rows came out of each step of a plan."""
+    yield node["Actual Rows"] * node["Actual Loops"]
+    for inner in node.get("Plans", []):
+        yield from num_rows(inner)
 
 
 def test_a_sampling_session_is_opened_once_per_number(session: Session, alice: User) -> None:

@@ -12,6 +12,7 @@ from pytest_django import Settings
 from supervisor.options import ServerOptions
 
 from mintweb import programs
+from mintweb.celery import app
 
 
 @pytest.fixture
@@ -81,9 +82,31 @@ def test_only_the_gpu_worker_serves_the_gpu_queue() -> None:
     assert [program.name for program in programs.services()] == ["gpu", "web", "recipes", "cpu", "beat"]
 
 
+def test_each_task_of_the_clock_has_a_queue_of_its_own_that_the_cpu_worker_serves() -> None:
+    (queues,) = [part for part in programs.cpu_worker().command if part.startswith("--queues=")]
+    served = queues.removeprefix("--queues=").split(",")
+    tasks = [entry["task"] for entry in app.conf.beat_schedule.values()]
+    used = [app.amqp.router.route({}, task)["queue"].name for task in tasks]
+    assert {*used} < {*served}
+    assert len({*used, app.conf.task_default_queue}) == len(tasks) + 1
+
+
+def test_only_behind_a_proxy_is_a_client_s_address_taken_from_a_header(settings: Settings) -> None:
+    settings.PUBLIC_URL = ""
+    assert "--no-proxy-headers" in programs.web().command
+    settings.PUBLIC_URL = "https://mint.example.org"
+    command = programs.web().command
+    assert "--no-proxy-headers" not in command
+    assert command[command.index("--forwarded-allow-ips") + 1] == "127.0.0.1"
+
+
+def test_large_bodies_wait_in_the_folder_of_the_data(settings: Settings) -> None:
+    assert programs.web().command[:2] == ("env", f"TMPDIR={settings.TEMP_DIR}")
+
+
 def test_supervisord_reads_each_command_as_it_is(settings: Settings, tmp_path: Path) -> None:
     settings.DATA_DIR = tmp_path / "a b%20c #d ;e 'f"
-    settings.LOG_DIR = settings.DATA_DIR / "logs"
+    settings.LOG_DIR, settings.TEMP_DIR = settings.DATA_DIR / "logs", settings.DATA_DIR / "tmp"
     settings.EMBEDDED_REDIS, settings.EMBEDDED_POSTGRES = True, False
     settings.DATA_DIR.mkdir(mode=0o700)
     settings.DEVICE, settings.TENSOR_PARALLEL = "cpu", 2

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mintweb.programs import WORKER_STOP_TIMEOUT_S
+from runs.services import lockout
 
 from .instances import ROOT, Instance, all_processes, clean_environment, command, wait_for
 
@@ -107,6 +109,20 @@ def test_pages_carry_the_security_headers(up: Instance) -> None:
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert get(f"{up.address}/login/", Host="evil.example")[0] == HTTPStatus.BAD_REQUEST
+
+
+def test_a_made_up_address_is_no_way_round_the_lock_of_wrong_passwords(up: Instance) -> None:
+    token = "a" * 32
+    form = urllib.parse.urlencode({"csrfmiddlewaretoken": token, "username": "nobody", "password": "no"})
+    statuses = []
+    for number in range(lockout.MAX_TRIES + 1):
+        headers = {"Cookie": f"csrftoken={token}", "X-Forwarded-For": f"192.0.2.{number}"}
+        request = urllib.request.Request(f"{up.address}/login/", data=form.encode(), headers=headers)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(request, timeout=60)
+        with refusal.value as error:
+            statuses.append(error.code)
+    assert statuses == [HTTPStatus.FORBIDDEN] * lockout.MAX_TRIES + [HTTPStatus.TOO_MANY_REQUESTS]
 
 
 def test_static_files_are_served_and_asked_for_again_cheaply(up: Instance) -> None:
