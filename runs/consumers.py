@@ -239,13 +239,20 @@ class RunListConsumer(LiveConsumer):
         wanted = None if is_self_check or self._owes_answer else hinted
         rendered = await in_thread(lambda: self._render(wanted))
         changed = {run_id: html for run_id, html in rendered.items() if self._sent.get(run_id) != html}
-        self._sent.update(changed)
         new = [run_id for run_id in changed if run_id not in self._watched]
-        self._watched += new
+        self._watch([*reversed(new), *self._watched][:MAX_WATCHED_ROWS], changed)
         rows = [{"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()]
         if rows or is_self_check or self._owes_answer:
             self._owes_answer = False
             await self.send(json.dumps({"rows": rows}, separators=(",", ":")))
+        if len(new) >= MAX_NEW_ROWS:
+            self._news.set()
+
+    def _watch(self, rows: list[str], changed: dict[str, str]) -> None:
+        """Go on with the rows that the page keeps, the last ones pushed off by new ones."""
+        sent = {**self._sent, **changed}
+        self._watched = rows
+        self._sent = {run_id: sent[run_id] for run_id in rows if run_id in sent}
 
     def _render(self, hinted: Iterable[str] | None) -> dict[str, str]:
         """Return the rows as markup: the hinted ones, or all that the page shows."""
@@ -257,9 +264,9 @@ class RunListConsumer(LiveConsumer):
         if self._takes_new:
             if self._newest_pk is None:
                 self._newest_pk = max((run.pk for run in found), default=0)
-            new = list(
-                runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)[:MAX_NEW_ROWS]
-            )
+            # The oldest first, so that what does not fit comes with the next message.
+            later = runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)
+            new = list(later.order_by("pk")[:MAX_NEW_ROWS])
             self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])
             found += new
         return {

@@ -19,13 +19,14 @@ from django.views.decorators.http import require_GET, require_POST
 
 from runs.datasets.problems import FileRefused
 from runs.exceptions import RequestInvalid
-from runs.models import DatasetVersion, TrainingRun, User
+from runs.models import Dataset, DatasetVersion, TrainingRun, User
 from runs.pages import dataset_preview, dataset_report
 from runs.pages.dataset_list import STATE_WORDS, upload_context
 from runs.pages.policies import signed_in
 from runs.services import access, datasets, run_rows
 
 MAX_COLUMNS: Final = 200
+MAX_USERS: Final = 20
 # As many characters of a column's name does the report's sample keep.
 _NAME_CHARS: Final = 200
 # What a column may hold, by the format it belongs to.
@@ -87,7 +88,7 @@ def dataset_detail(request: HttpRequest, dataset_id: str) -> HttpResponseBase:
         "columns": _columns(version) if version.state == State.NEEDS_MAPPING else [],
         "parts": PARTS,
         "is_trainable": version.state == State.READY and version.kind in ("chat", "completion", "text"),
-        "users": [_user_row(run) for run in datasets.users_of(dataset)],
+        **_users(dataset),
         **_preview(request, version),
         **upload_context(user, dataset),
     }
@@ -193,6 +194,12 @@ def _columns(version: DatasetVersion) -> list[Column]:
 
 def _version(request: HttpRequest, dataset_id: str, number: int) -> DatasetVersion:
     return access.get_dataset_version(_user(request), dataset_id, number)
+
+
+def _users(dataset: Dataset) -> dict[str, Any]:
+    num_users = datasets.num_users([dataset.pk])[dataset.pk]
+    users = [_user_row(run) for run in datasets.users_of(dataset, limit=MAX_USERS)]
+    return {"users": users, "num_users": num_users, "num_more_users": max(num_users - len(users), 0)}
 
 
 def _user_row(run: TrainingRun) -> UserRow:

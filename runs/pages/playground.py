@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from django.db.models import Max
 from django.http import HttpRequest, HttpResponseBase, JsonResponse
 from django.shortcuts import render
 from django.urls import reverse
@@ -140,23 +139,27 @@ def _all_groups(user: User, chosen: Checkpoint | None) -> list[Group]:
     groups = [
         Group(label="Base models", choices=[Choice(value=_of_base(name), label=name) for name in bases])
     ]
-    saved = access.runs_of(user).filter(checkpoints__is_ephemeral=False)
-    runs = list(saved.annotate(saved_at=Max("checkpoints__created_at")).order_by("-saved_at")[:MAX_RUNS])
-    of_run: dict[int, list[Checkpoint]] = {run.pk: [] for run in runs}
-    for checkpoint in access.checkpoints_of(user).filter(run__in=runs):
-        of_run[checkpoint.run_id].append(checkpoint)
-    if chosen is not None and chosen not in of_run.get(chosen.run_id, [])[:MAX_PER_RUN]:
-        groups.append(
-            Group(label=run_rows.title_of(chosen.run), choices=[_choice(checkpoints.row_of(chosen))])
-        )
-    groups += [
-        Group(
-            label=run_rows.title_of(run),
-            choices=[_choice(checkpoints.row_of(one)) for one in of_run[run.pk][:MAX_PER_RUN]],
-        )
-        for run in runs
-    ]
-    return groups
+    saved = _newest_by_run(user)
+    if chosen is not None and chosen not in saved.get(chosen.run_id, []):
+        title = run_rows.title_of(chosen.run) if chosen.owner_id == user.pk else sampling.path_of(chosen)
+        groups.append(_group(title, [chosen]))
+    return groups + [_group(run_rows.title_of(of_run[0].run), of_run) for of_run in saved.values()]
+
+
+def _newest_by_run(user: User) -> dict[int, list[Checkpoint]]:
+    """Return the newest checkpoints of the runs that saved last, by run.
+
+    They are the newest of all, so that a person with a million reads no more than one with some hundreds.
+    """
+    saved: dict[int, list[Checkpoint]] = {}
+    for checkpoint in access.checkpoints_of(user)[: MAX_RUNS * MAX_PER_RUN]:
+        if checkpoint.run_id in saved or len(saved) < MAX_RUNS:
+            saved.setdefault(checkpoint.run_id, []).append(checkpoint)
+    return {run_pk: of_run[:MAX_PER_RUN] for run_pk, of_run in saved.items()}
+
+
+def _group(title: str, saved: Sequence[Checkpoint]) -> Group:
+    return Group(label=title, choices=[_choice(checkpoints.row_of(one)) for one in saved])
 
 
 def _choice(checkpoint: CheckpointRow) -> Choice:

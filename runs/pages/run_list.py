@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import urlencode
 
 from django.conf import settings
 from django.contrib import messages
 from django.core import signing
 from django.db.models import Q, QuerySet
+from django.db.models.functions import Coalesce
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
@@ -21,7 +22,11 @@ from runs.services import access, base_models, keys, run_rows, training_runs, wo
 from runs.services.training_runs import DisplayState
 
 PAGE_SIZE: Final = 50
+# Runs that a search or filter goes through at once: there is no index for what it looks for.
+SEARCH_SPAN: Final = 10_000
 _CURSOR_SALT: Final = "run-list"
+# Where a run stands in the list: when it last did something, and its number.
+Place: TypeAlias = tuple[datetime, int]
 
 
 @signed_in
@@ -38,12 +43,14 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
     user: User = request.user  # type: ignore[assignment]
     search = request.GET.get("q", "").replace("\0", "").strip()[:200]
     status = request.GET.get("status", "")
-    runs = _filtered(run_rows.by_activity(user), search, status)
+    runs = run_rows.by_activity(user)
     is_first_page = "after" not in request.GET
     if not is_first_page:
         runs = _after(runs, request.GET["after"])
-    found = list(runs[: PAGE_SIZE + 1])
     is_filtered = bool(search or status)
+    end = _end_of_span(runs) if is_filtered else None
+    found = list(_filtered(_until(runs, end) if end else runs, search, status)[: PAGE_SIZE + 1])
+    place = _place_of(found[PAGE_SIZE - 1]) if len(found) > PAGE_SIZE else end
     context = {
         "rows": run_rows.rows_of(found[:PAGE_SIZE]),
         "search": search,
@@ -51,7 +58,8 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
         "statuses": [(state.value, state.value) for state in DisplayState],
         "is_filtered": is_filtered,
         "is_live": is_first_page and not is_filtered,
-        "next_query": _next_query(request, found) if len(found) > PAGE_SIZE else "",
+        "next_query": _next_query(request, place) if place else "",
+        "num_searched": SEARCH_SPAN if place and place == end else 0,
         "is_first_page": is_first_page,
         **_server_state(),
     }
@@ -95,6 +103,18 @@ def _filtered(runs: QuerySet[TrainingRun], search: str, status: str) -> QuerySet
     return runs
 
 
+def _end_of_span(runs: QuerySet[TrainingRun]) -> Place | None:
+    """Return the place of the last run that is searched at once; None where that is all of them."""
+    places = runs.values_list(Coalesce("last_applied_at", "created_at"), "pk")
+    ends = list(places[SEARCH_SPAN - 1 : SEARCH_SPAN + 1])
+    return ends[0] if len(ends) > 1 else None
+
+
+def _until(runs: QuerySet[TrainingRun], end: Place) -> QuerySet[TrainingRun]:
+    active_at, pk = end
+    return runs.filter(Q(active_at__gt=active_at) | Q(pk__gte=pk), Q(active_at__gte=active_at))
+
+
 def _after(runs: QuerySet[TrainingRun], cursor: str) -> QuerySet[TrainingRun]:
     try:
         moment, pk = signing.loads(cursor, salt=_CURSOR_SALT)
@@ -105,10 +125,14 @@ def _after(runs: QuerySet[TrainingRun], cursor: str) -> QuerySet[TrainingRun]:
     return runs.filter(Q(active_at__lt=active_at) | Q(pk__lt=pk), Q(active_at__lte=active_at))
 
 
-def _next_query(request: HttpRequest, found: list[TrainingRun]) -> str:
-    last = found[PAGE_SIZE - 1]
-    active_at: datetime = last.active_at  # type: ignore[attr-defined]
-    cursor = signing.dumps([active_at.isoformat(), last.pk], salt=_CURSOR_SALT)
+def _place_of(run: TrainingRun) -> Place:
+    active_at: datetime = run.active_at  # type: ignore[attr-defined]
+    return active_at, run.pk
+
+
+def _next_query(request: HttpRequest, place: Place) -> str:
+    active_at, pk = place
+    cursor = signing.dumps([active_at.isoformat(), pk], salt=_CURSOR_SALT)
     kept = {name: request.GET[name] for name in ("q", "status") if request.GET.get(name)}
     return urlencode({**kept, "after": cursor})
 

@@ -10,17 +10,22 @@ from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Recipe, TrainingRun, User
 from runs.pages import run_form
-from runs.services import access, base_models, datasets, recipe_checks, run_rows
+from runs.services import access, base_models, datasets, recipe_checks, run_rows, sampling
 
 OPTIMIZER: Final = "fork.optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """A checkpoint that the new run starts from; base model and adapter are given by it."""
+    """A checkpoint that the new run starts from; base model and adapter are given by it.
+
+    Args:
+        run_id: the run that saved it; empty for another person's, whose `title` is the path alone.
+    """
 
     checkpoint: Checkpoint
-    run_title: str
+    run_id: str
+    title: str
     has_optimizer: bool
     with_optimizer: bool
 
@@ -82,14 +87,16 @@ def _forked(user: User, query: Mapping[str, str], form: run_form.Values | None) 
     run = checkpoint.run
     has_optimizer = checkpoint.kind == Checkpoint.Kind.TRAINING
     asked = form[OPTIMIZER][-1] == "true" if form and form.get(OPTIMIZER) else query.get("optimizer") != "0"
+    is_own = run.owner_id == user.pk
     fork = Fork(
         checkpoint=checkpoint,
-        run_title=run_rows.title_of(run),
+        run_id=run.public_id if is_own else "",
+        title=run_rows.title_of(run) if is_own else sampling.path_of(checkpoint),
         has_optimizer=has_optimizer,
         with_optimizer=has_optimizer and asked,
     )
     # Another person's published weights may be trained on; their settings, data and prompts stay theirs.
-    settings = _settings_of(run, started=False) if run.owner_id == user.pk else {}
+    settings = _settings_of(run, started=False) if is_own else {}
     values = {**run_form.DEFAULTS, **settings, **_shape_of(run)}
     if fork.with_optimizer:
         values |= _longer(values, checkpoint.step)

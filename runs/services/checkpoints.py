@@ -71,6 +71,13 @@ def forks_to_load(run_pk: int) -> QuerySet[TrainingRun]:
     return TrainingRun.objects.filter(parent_id=run_pk, state=TrainingRun.State.OPEN, snapshots=None)
 
 
+def words_for(fork: TrainingRun, *, owner_id: int) -> tuple[str, str]:
+    """Return what to call a fork that is in the way, and what to do; another person's is not named."""
+    if fork.owner_id != owner_id:
+        return "somebody else's fork", "wait until it has"
+    return f"the fork {fork.name or fork.public_id}", "wait until it has, or delete the fork first"
+
+
 def _fork_that_needs(checkpoint: Checkpoint) -> TrainingRun | None:
     return forks_to_load(checkpoint.run_id).filter(parent_path=sampling.path_of(checkpoint)).first()
 
@@ -78,10 +85,8 @@ def _fork_that_needs(checkpoint: Checkpoint) -> TrainingRun | None:
 def _refuse_if_needed(checkpoint: Checkpoint) -> None:
     fork = _fork_that_needs(checkpoint)
     if fork is not None:
-        raise RequestInvalid(
-            f"cannot delete {checkpoint.name} while the fork {fork.name or fork.public_id} has not loaded it; "
-            "wait until it has, or delete the fork first"
-        )
+        who, advice = words_for(fork, owner_id=checkpoint.owner_id)
+        raise RequestInvalid(f"cannot delete {checkpoint.name} while {who} has not loaded it; {advice}")
 
 
 def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tuple[str, File[bytes]]]:

@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Final
 from django.conf import settings
 from django.core.files.storage import default_storage
 from django.db import transaction
-from django.db.models import Max, Q, QuerySet
+from django.db.models import Count, F, Max, QuerySet
 from django.utils import timezone
 
 from runs import events
 from runs.datasets import formats
 from runs.exceptions import NotFound, RequestInvalid
-from runs.models import Dataset, DatasetVersion, TrainingRun, User
+from runs.models import Dataset, DatasetVersion, Recipe, TrainingRun, User
 from runs.services import access, blobs
 from runs.services.dataset_checks import ORIGINAL
 from runs.services.dataset_rows import RowReader, drop_copies, open_rows
@@ -38,6 +39,9 @@ _HASH_BYTES: Final = 1 << 20
 _MAX_NAME: Final = 200
 _MAX_DESCRIPTION: Final = 10_000
 _STALE_S: Final = 2 * 86_400
+# Runs that a refusal to delete names.
+_MAX_NAMED: Final = 5
+_Measured: Final = Recipe.validation_versions.through
 State = DatasetVersion.State
 
 
@@ -196,28 +200,25 @@ def get_ready_version(user: User, ref: str, *, place: str = "dataset") -> Datase
     return ready
 
 
-def users_of(dataset: Dataset) -> list[TrainingRun]:
-    """Return the runs that train on the dataset or are measured on it, newest first."""
-    return _users([dataset.pk])
+def users_of(dataset: Dataset, *, limit: int) -> list[TrainingRun]:
+    """Return the newest runs that train on the dataset or are measured on it."""
+    trained = Recipe.objects.filter(dataset_version__dataset=dataset)
+    measured = _Measured.objects.filter(datasetversion__dataset=dataset)
+    # A union, not an OR: for that the database would look at every run there is.
+    users = trained.values("run").union(measured.values("recipe__run"))
+    return list(TrainingRun.objects.filter(pk__in=users).order_by("-created_at", "-pk")[:limit])
 
 
-def num_users(dataset_pks: list[int]) -> dict[int, int]:
-    """Return how many runs use each of these datasets."""
-    trained = TrainingRun.objects.filter(recipe__dataset_version__dataset__in=dataset_pks)
-    measured = TrainingRun.objects.filter(recipe__validation_versions__dataset__in=dataset_pks)
-    pairs = {*trained.values_list("recipe__dataset_version__dataset", "pk")}
-    pairs |= {*measured.values_list("recipe__validation_versions__dataset", "pk")}
-    counts = dict.fromkeys(dataset_pks, 0)
-    for dataset_pk, _ in pairs:
-        if dataset_pk in counts:
-            counts[dataset_pk] += 1
-    return counts
-
-
-def _users(dataset_pks: list[int]) -> list[TrainingRun]:
-    uses = Q(recipe__dataset_version__dataset__in=dataset_pks)
-    uses |= Q(recipe__validation_versions__dataset__in=dataset_pks)
-    return list(TrainingRun.objects.filter(uses).distinct().order_by("-created_at"))
+def num_users(dataset_pks: Sequence[int]) -> dict[int, int]:
+    """Return how many runs train on each of these datasets or are measured on it; the database counts."""
+    trained = Recipe.objects.filter(dataset_version__dataset__in=dataset_pks)
+    trained_on = trained.values_list("dataset_version__dataset").annotate(num=Count("pk"))
+    measured = _Measured.objects.filter(datasetversion__dataset__in=dataset_pks)
+    # A run that trains on the dataset, too, is counted already.
+    others = measured.exclude(recipe__dataset_version__dataset=F("datasetversion__dataset"))
+    measured_on = others.values_list("datasetversion__dataset").annotate(num=Count("recipe", distinct=True))
+    counts = Counter(dict(trained_on)) + Counter(dict(measured_on))
+    return {pk: counts[pk] for pk in dataset_pks}
 
 
 def _words(version: DatasetVersion) -> str:
@@ -328,10 +329,11 @@ def delete(dataset: Dataset) -> None:
     with transaction.atomic():
         _lock_datasets_of(dataset.owner)
         versions = list(dataset.versions.select_for_update())
-        users = users_of(dataset)
-        if users:
-            names = ", ".join(run.name or run.public_id for run in users[:5])
-            more = f" and {len(users) - 5} more" if len(users) > 5 else ""
+        num = num_users([dataset.pk])[dataset.pk]
+        if num:
+            users = users_of(dataset, limit=_MAX_NAMED)
+            names = ", ".join(run.name or run.public_id for run in users)
+            more = f" and {num - len(users)} more" if num > len(users) else ""
             raise RequestInvalid(f"used by {names}{more}; delete those runs first", place="dataset")
         Dataset.objects.filter(pk=dataset.pk).delete()
     for version in versions:

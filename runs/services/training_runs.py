@@ -28,7 +28,16 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import base_models, blobs, holdups, operations, payload_files, sessions, workers
+from runs.services import (
+    base_models,
+    blobs,
+    checkpoints,
+    holdups,
+    operations,
+    payload_files,
+    sessions,
+    workers,
+)
 from runs.services.operations import Submission
 
 LORA_ALPHA: Final = 32.0
@@ -324,12 +333,10 @@ def obstacle_to_deletion(run: TrainingRun, recipe: Recipe | None) -> str:
         what = "operation" if num_waiting == 1 else "operations"
         return f"a run with {num_waiting} unfinished {what}; stop its client and wait for them"
     # A fork needs the files until its own first state is kept.
-    fork = TrainingRun.objects.filter(parent=run, state=TrainingRun.State.OPEN, snapshots=None).first()
+    fork = checkpoints.forks_to_load(run.pk).first()
     if fork is not None:
-        return (
-            f"a run while its fork {fork.name or fork.public_id} has not loaded the weights; "
-            "wait until it has, or delete the fork first"
-        )
+        who, advice = checkpoints.words_for(fork, owner_id=run.owner_id)
+        return f"a run while {who} has not loaded the weights; {advice}"
     return ""
 
 

@@ -34,11 +34,13 @@ async function copy(button) {
   } catch {
     copyBySelection(text.trim());
   }
+  const { copyLabel = button.textContent } = button.dataset;
+  button.dataset.copyLabel = copyLabel;
   button.classList.add("is-copied");
   button.textContent = "Copied";
   setTimeout(() => {
     button.classList.remove("is-copied");
-    button.textContent = "Copy";
+    button.textContent = copyLabel;
   }, 1500);
 }
 

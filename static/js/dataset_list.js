@@ -3,7 +3,7 @@ import { Polling } from "./polling.js";
 import { connectUploads } from "./uploads.js";
 
 const polling = new Polling();
-connectUploads(document.querySelector("[data-uploads]"), ({ url, isKnown, isLast }) => {
-  if (isLast && url && !isKnown) location.assign(url);
+connectUploads(document.querySelector("[data-uploads]"), ({ url, isKnown, isDone }) => {
+  if (isDone && url && !isKnown) location.assign(url);
   else polling.now();
 });

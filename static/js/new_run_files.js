@@ -71,7 +71,7 @@ async function openExport(dialog, fields) {
   try {
     const { isDone, answer } = await postForm(form.getAttribute("data-export-url") + location.search, new FormData(form));
     if (isDone) texts = answer;
-    else problems = answer.problems.map(({ place, message }) => (place ? `${place}: ${message}` : message));
+    else problems = answer.problems?.map(({ place, message }) => (place ? `${place}: ${message}` : message)) ?? [answer.detail];
   } catch (error) {
     problems = [error.message];
   }

@@ -2,6 +2,7 @@
 import { getJson, parsePage, refreshParts, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
 import { count } from "./format.js";
+import { Loads } from "./loads.js";
 import { Series } from "./series.js";
 import { connectSteering } from "./steering.js";
 import { TokenAxis } from "./token_axis.js";
@@ -93,7 +94,7 @@ function restart() {
   settings.upToSeq = cursor;
   settings.names = [...charts.keys(), ...overlays.keys()];
   numValues = 0;
-  loadHistory(zoom).catch(showProblem);
+  loads.add(loadShown);
 }
 
 // The curves of the runs that this one goes on from; its own first value may come later.
@@ -112,13 +113,15 @@ async function loadAncestry() {
   scheduleDraw();
 }
 
+const loads = new Loads(showProblem);
+const loadShown = () => loadHistory(zoom);
 let historyTimer = null;
 let historyTurn = 0;
 
 function refineHistory() {
   if (!settings.isLarge) return;
   clearTimeout(historyTimer);
-  historyTimer = setTimeout(() => loadHistory(zoom).catch(showProblem), 200);
+  historyTimer = setTimeout(() => loads.add(loadShown), 200);
 }
 
 // Charts ------------------------------------------------------------------------------------------
@@ -202,9 +205,18 @@ function shownRange() {
     from = Math.min(from, extent[0]);
     to = Math.max(to, extent[1]);
   }
+  if (from > to) return null;
   if (options.span === "tenth") return [to - (to - from) / 10, to];
-  if (options.span !== "all" && options.axis === "step") return [Math.max(from, to - Number(options.span)), to];
-  return from > to ? null : [from, to];
+  if (options.span === "all") return [from, to];
+  const first = options.axis === "step" ? to - Number(options.span) : placeOfLast(Number(options.span));
+  return [Math.max(from, first), to];
+}
+
+// Where the last steps begin on an axis that does not count steps.
+function placeOfLast(numSteps) {
+  const series = allSeries().filter(({ isEmpty }) => !isEmpty);
+  const first = Math.max(...series.map((one) => one.extent("step")[1])) - numSteps;
+  return Math.min(...series.map((one) => one.placeOf(options.axis, first)));
 }
 
 function shownSeries() {
@@ -316,8 +328,8 @@ function rebuildAll() {
 
 function showProblem(error) {
   const element = document.querySelector("[data-chart-problem]");
-  element.textContent = `The charts could not be loaded: ${error.message}. Reload the page to try again.`;
-  element.hidden = false;
+  element.hidden = error === null;
+  if (error) element.textContent = `The charts could not be loaded: ${error.message}. Trying again.`;
 }
 
 // The rest of the page --------------------------------------------------------------------------------
@@ -379,14 +391,10 @@ document.addEventListener("partchange", ({ target }) => {
 connectSteering(document.querySelector("[data-part='steering']"), refreshNow);
 
 readAddress();
-try {
-  await loadPast();
-  if (settings.hasAncestry) await loadAncestry();
-  new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {
-    hello: () => ({ after: cursor }),
-    onMessage,
-    onState: showState,
-  });
-} catch (error) {
-  showProblem(error);
-}
+await loads.add(loadPast);
+if (settings.hasAncestry) loads.add(loadAncestry);
+new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {
+  hello: () => ({ after: cursor }),
+  onMessage,
+  onState: showState,
+});

@@ -1,10 +1,12 @@
-// The runs list: rows replaced as they change, new runs put first, keys to move.
+// The runs list: rows replaced as they change, new runs put first and the last ones let go, keys to move.
 import { parsePage } from "./api.js";
 import { LiveSocket, showState } from "./socket.js";
 
 const list = document.querySelector("[data-run-list]");
 const body = list.querySelector("[data-rows]");
 const isFirstPage = list.dataset.isLive === "1";
+// As many does the server watch for a page.
+const MAX_ROWS = 200;
 let selected = null;
 
 function rows() {
@@ -29,6 +31,16 @@ function apply({ rows: changed }) {
       leaveFirstSteps();
       body.prepend(fresh);
     }
+  }
+  letGo();
+}
+
+// What new runs push off the end, but not what somebody has chosen.
+function letGo() {
+  for (const row of rows().slice(MAX_ROWS)) {
+    if (row.querySelector(".run-choice").checked) continue;
+    row.remove();
+    list.querySelector("[data-let-go]")?.removeAttribute("hidden");
   }
 }
 
@@ -64,7 +76,7 @@ body.addEventListener("click", (event) => {
 });
 
 new LiveSocket("/ws/runs/", {
-  hello: () => ({ rows: rows().map((row) => row.dataset.run), is_first_page: isFirstPage }),
+  hello: () => ({ rows: rows().slice(0, MAX_ROWS).map((row) => row.dataset.run), is_first_page: isFirstPage }),
   onMessage: apply,
   onState: showState,
 });

@@ -107,6 +107,15 @@ export class Series {
     return [past ? past[0] : tail[0], tail.length ? tail.at(-1) : end];
   }
 
+  // Where the first value at a step or after it is on an axis; Infinity after the last one.
+  placeOf(axis, step) {
+    const ends = this.history?.last_step ?? [];
+    const past = lowerBound(ends, step);
+    if (past < ends.length) return this.#pastOnAxis(axis)[past];
+    const index = lowerBound(this.step, step);
+    return this.#onAxis(axis, this.step, this.time)[index] ?? Infinity;
+  }
+
   // What to draw between two places on an axis, in at most `maxPoints` columns.
   view(axis, from, to, maxPoints) {
     const tail = this.#onAxis(axis, this.step, this.time);

@@ -57,7 +57,7 @@ async function send(section, form, refresh) {
       showProblems(section, form, answer);
     }
   } catch (error) {
-    showProblems(section, form, { detail: error.message, problems: [] });
+    showProblems(section, form, { detail: error.message });
   }
   form.removeAttribute("aria-busy");
   for (const button of buttons) button.removeAttribute("aria-disabled");
@@ -84,7 +84,7 @@ function isEdited(field) {
   return field.value !== field.defaultValue;
 }
 
-function showProblems(section, form, { detail, problems }) {
+function showProblems(section, form, { detail, problems = [] }) {
   const left = problems.filter(({ place, message }) => !showAtField(form, place, message));
   const text = problems.length ? left.map(({ place, message }) => (place && place !== "state" ? `${place}: ${message}` : message)).join("; ") : detail;
   const inDialog = form.closest("dialog[open]")?.querySelector("[data-dialog-error]");

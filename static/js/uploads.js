@@ -9,6 +9,8 @@ export function connectUploads(section, onEnd) {
   const { endpoint, target, maxBytes } = section.dataset;
   const token = section.querySelector("[name='csrfmiddlewaretoken']").value;
   const waiting = [];
+  // The lines of what was chosen since nothing was on its way.
+  let batch = [];
   let isRunning = false;
   let chosen = null;
 
@@ -36,6 +38,7 @@ export function connectUploads(section, onEnd) {
   if (files.files.length) files.dispatchEvent(new Event("change"));
 
   function take(chosenFiles) {
+    if (!isRunning) batch = [];
     const wanted = target ? [...chosenFiles].slice(0, 1) : [...chosenFiles];
     const metadata = metadataOf(section, target, wanted.length);
     for (const file of wanted) begin(file, metadata);
@@ -46,6 +49,7 @@ export function connectUploads(section, onEnd) {
       (item) => isSame(item, file) && (item.dataset.target ?? "") === target && isUnchanged(item.dataset.upload, file),
     );
     const item = known ?? newItem(file);
+    batch.push(item);
     const problem = problemOf(file);
     if (problem) say(item, problem);
     else queue(item, file, { at: known ? addressOf(known) : "", metadata });
@@ -76,8 +80,10 @@ export function connectUploads(section, onEnd) {
     isRunning = false;
   }
 
+  // Nobody is led away from a line that says what went wrong.
   function ended(result) {
-    onEnd({ ...result, isLast: waiting.length === 0 });
+    const hasFailed = batch.some((item) => item.isConnected && item.querySelector(".tone-bad"));
+    onEnd({ ...result, isDone: waiting.length === 0 && !hasFailed });
   }
 
   function newItem(file) {

@@ -80,6 +80,22 @@ async def test_the_first_run_of_all_is_heard(connect: Open) -> None:
     assert (await hear_rows(socket))[0]["is_new"] is True
 
 
+async def test_a_full_list_lets_go_of_the_rows_that_new_runs_push_off(
+    connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "MAX_WATCHED_ROWS", 1)
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [run.public_id], "is_first_page": True})
+    await hear_rows(socket)
+    user = await User.objects.aget(username="alice")
+    new = await sync_to_async(seed.make_run)(user)
+    assert [row["run"] for row in await hear_rows(socket)] == [new.public_id]
+    await sync_to_async(change)(run, "not watched any more")
+    await sync_to_async(change)(new, "watched")
+    assert [row["run"] for row in await hear_rows(socket)] == [new.public_id]
+    assert (await socket.hear())["rows"] == []
+
+
 async def test_other_peoples_rows_are_never_sent(connect: Open, run: TrainingRun) -> None:
     bob = await sync_to_async(seed.make_user)("bob")
     theirs = await sync_to_async(seed.make_run)(bob, name="bob's")

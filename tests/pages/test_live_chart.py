@@ -50,6 +50,8 @@ class Server:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.was_away = False
+        # Words of the browser's own about refusals that a test asks for.
+        self.refused: tuple[str, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -125,7 +127,7 @@ def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
     messages: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
-        told = [REFUSED, *(AWAY if server.was_away else ())]
+        told = [REFUSED, *server.refused, *(AWAY if server.was_away else ())]
         if message.type in ("error", "warning") and not any(words in message.text for words in told):
             messages.append(message.text)
 
@@ -267,6 +269,29 @@ def test_zoom_follow_log_and_keys(tab: Page, alice: User) -> None:
     plot.focus()
     plot.press("ArrowLeft")
     expect(tab.locator('[data-metric="learning_rate"] .chart-readout')).to_contain_text("1.000e-4")
+
+
+@pytest.mark.parametrize("axis", ["step", "tokens", "time"])
+def test_the_last_steps_are_shown_on_every_axis(tab: Page, alice: User, axis: str) -> None:
+    run = seed.make_run(alice)
+    values = [(2 * step, step, {"loss": 2 / step, "tokens": 64.0}) for step in range(10, 3001, 10)]
+    seed.add_values(run, values, step_s=7.0)
+    open_run(tab, run)
+    expect_values(tab, run)
+    tab.get_by_label("x axis").select_option(axis)
+    tab.get_by_label("Steps shown").select_option("1000")
+    # One more on the left, to which the line goes on.
+    assert shown_steps(tab) == list(range(1990, 3001, 10))
+
+
+def test_a_button_that_copies_says_again_what_it_copies(tab: Page, alice: User) -> None:
+    open_run(tab, seed.make_run(alice))
+    button = tab.locator("[data-copy-view]")
+    expect(button).to_have_text("Copy link")
+    button.click()
+    expect(button).to_have_text("Copied")
+    button.click()
+    expect(button).to_have_text("Copy link")
 
 
 def test_hostile_names_are_text(tab: Page, alice: User, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -192,19 +192,34 @@ def test_several_files_come_in_one_after_the_other(tab: Page, tmp_path: Path) ->
     files = [tmp_path / f"{number}.jsonl" for number in range(3)]
     for number, file in enumerate(files):
         file.write_text(chats(5) + chat_line("which?", str(number)))
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
     tab.goto("/datasets/")
     tab.get_by_text("Name and description").click()
     section = tab.get_by_role("region", name="Upload")
     section.get_by_label("Name", exact=True).fill("one of many")
     section.get_by_label("Description").fill(HOSTILE)
-    choose(tab, empty, *files)
+    choose(tab, *files)
     tab.wait_for_url(DATASET)
     assert sorted(Dataset.objects.values_list("name", flat=True)) == ["0", "1", "2"]
     assert set(Dataset.objects.values_list("description", flat=True)) == {HOSTILE}
     expect(tab.locator(".dataset-description")).to_have_text(HOSTILE)
     assert tab.locator("img").count() == 0
+
+
+def test_a_refusal_among_several_files_stays_to_be_read(tab: Page, tmp_path: Path) -> None:  # noqa: F811
+    files = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_text(chats(5) + chat_line("which?", str(number)))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    tab.goto("/datasets/")
+    tab.evaluate("window.isSamePage = true")
+    choose(tab, empty, *files)
+    for file in files:
+        expect(tab.locator(".upload", has_text=file.name)).to_contain_text("see what was found in it")
+    # The list below is read again after the last one, in place of leaving for it.
+    expect(tab.locator(".dataset-row")).to_have_count(2)
+    expect(tab.locator(".upload", has_text="empty.jsonl")).to_contain_text("The file is empty.")
+    assert tab.evaluate("window.isSamePage") is True
 
 
 def test_a_file_is_dropped_anywhere_on_the_page(tab: Page) -> None:  # noqa: F811

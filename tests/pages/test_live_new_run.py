@@ -250,6 +250,23 @@ def test_a_fork_marks_what_is_changed_and_follows_its_optimizer(tab: Page, alice
     assert (fork.recipe.first_step, fork.recipe.config["learning_rate"]) == (0, 1e-5)
 
 
+def test_a_checkpoint_that_is_gone_meanwhile_is_named_where_the_text_would_be(
+    tab: Page,  # noqa: F811
+    server: Server,  # noqa: F811
+    alice: User,  # noqa: F811
+) -> None:
+    run = seed.make_run(alice, name="first", lora_rank=4)
+    recipe_seed.make_recipe(run, state=Recipe.State.STOPPED)
+    checkpoint = seed.add_checkpoint(run, "step-000100", step=100)
+    tab.goto(f"{NEW}?fork=tinker://{run.public_id}/weights/step-000100")
+    expect(card(tab, "Steps")).to_be_visible()
+    server.refused = ("status of 404",)
+    checkpoint.delete()
+    tab.get_by_role("button", name="Export").click()
+    alert = tab.get_by_role("dialog", name="This run as text").get_by_role("alert")
+    expect(alert).to_contain_text("There is no checkpoint")
+
+
 @pytest.mark.parametrize("address", ["/runs/", NEW])
 def test_one_click_tries_it(tab: Page, alice: User, address: str) -> None:  # noqa: F811
     tab.goto(address)

@@ -89,6 +89,20 @@ def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: Tr
     assert tab.evaluate("window.isSamePage") is True
 
 
+def test_a_run_that_is_gone_meanwhile_says_so_in_the_servers_words(
+    tab: Page,  # noqa: F811
+    server: Server,  # noqa: F811
+    run: TrainingRun,
+) -> None:
+    open_run(tab, run)
+    expect_live(tab)
+    server.refused = ("status of 404",)
+    Recipe.objects.filter(run=run).delete()
+    tab.get_by_role("button", name="Pause", exact=True).click()
+    alert = tab.locator("[data-steer-answer]")
+    expect(alert).to_have_text(f"There is no training run '{run.public_id}' with a recipe.")
+
+
 def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) -> None:  # noqa: F811
     open_run(tab, run)
     expect_live(tab)

@@ -6,7 +6,7 @@ import pytest
 from django.test import Client
 from tokenizers import Tokenizer
 
-from runs.models import DatasetVersion, Recipe, TrainingRun, User
+from runs.models import Checkpoint, DatasetVersion, Recipe, TrainingRun, User
 from tests.pages import recipe_seed, seed
 from tests.pages.new_run_form import NEW, config_of, make_dataset, opened, problems_of, read, ref, send
 
@@ -117,6 +117,17 @@ def test_what_is_not_ones_own_is_not_there(page: Client, bob: User) -> None:
             assert reply.status_code == 404, query
             assert b"secret" not in reply.content
     assert page.get(f"{NEW}?fork=nonsense").status_code == 422
+
+
+def test_a_published_checkpoint_names_nothing_of_its_owners_but_its_path(page: Client, bob: User) -> None:
+    theirs = seed.make_run(bob, name="bob's secret")
+    checkpoint = seed.add_checkpoint(theirs, "final", step=1)
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(is_public=True)
+    path = path_of(theirs, "final")
+    html = page.get(f"{NEW}?fork={path}").content.decode()
+    assert f"Fork of <bdi>{path}</bdi>" in html
+    assert "secret" not in html
+    assert f'href="/runs/{theirs.public_id}' not in html
 
 
 def test_a_dataset_can_be_given_in_the_address(page: Client, dataset: DatasetVersion) -> None:

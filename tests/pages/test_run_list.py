@@ -12,6 +12,7 @@ from django.test import Client
 from django.utils import timezone
 
 from runs.models import User
+from runs.pages import run_list
 from runs.pages.run_list import PAGE_SIZE
 from tests.pages import seed
 
@@ -96,6 +97,29 @@ def test_it_searches_and_filters_by_the_address(page: Client, alice: User) -> No
     assert names(page, f"?q={failed.public_id}") == ["red fox"]
     assert names(page, "?status=waiting for client") == ["bear"]
     assert b"No run matches" in page.get("/runs/?q=%00").content or names(page, "?q=%00")
+
+
+@pytest.mark.parametrize("found", ["?q=fox", "?status=failed"])
+def test_a_search_goes_through_so_many_runs_at_a_time_and_says_so(
+    page: Client, alice: User, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    monkeypatch.setattr(run_list, "SEARCH_SPAN", 3)
+    now = timezone.now()
+    for index, name in enumerate(("fox 0", "bear", "owl", "cat", "fox 1", "dog")):
+        seed.make_run(
+            alice,
+            name=name,
+            state="failed" if "fox" in name else "open",
+            created_at=now - timedelta(seconds=index // 2),
+        )
+    reply = page.get(f"/runs/{found}")
+    assert [row.title for row in reply.context["rows"]] == ["fox 0"]
+    assert "Searched the newest 3 runs." in reply.content.decode()
+    older = page.get(f"/runs/?{reply.context['next_query']}")
+    assert [row.title for row in older.context["rows"]] == ["fox 1"]
+    assert older.context["next_query"] == ""
+    assert "Searched" not in older.content.decode()
+    assert "Searched" not in page.get("/runs/").content.decode()
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,15 @@ def test_what_a_fork_has_not_loaded_yet_stays(
     assert not folder_of(checkpoint).exists()
 
 
+def test_another_persons_fork_is_not_named(run: TrainingRun, bob: User) -> None:
+    checkpoint = rows.make_checkpoint(run, "one", is_public=True)
+    fork = fork_of(checkpoint, bob)
+    with pytest.raises(RequestInvalid, match="cannot delete one while somebody else's fork") as refused:
+        checkpoints.delete(checkpoint)
+    assert "child" not in refused.value.message
+    assert fork.public_id not in refused.value.message
+
+
 def test_pruning_leaves_what_a_fork_has_not_loaded_yet(
     run: TrainingRun,
     alice: User,

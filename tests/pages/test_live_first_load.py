@@ -1,0 +1,87 @@
+"""A run's page whose first loads fail, as in a restart of the server: it comes to life all the same."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from runs.models import User
+from tests.pages import recipe_seed, seed
+from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
+    CHROMIUM,
+    Server,
+    add_steps,
+    alice,
+    browser,
+    expect_values,
+    open_run,
+    server,
+    tab,
+)
+
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.e2e,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+
+
+class Away:
+    """Requests to these addresses find no server until it is back."""
+
+    def __init__(self, tab: Page, server: Server, address: str) -> None:  # noqa: F811
+        self.is_back = False
+        server.was_away = True
+        tab.route(address, self._answer)
+
+    def _answer(self, route: Route) -> None:
+        if self.is_back:
+            route.continue_()
+        else:
+            route.abort("connectionrefused")
+
+
+def expect_live(tab: Page) -> None:  # noqa: F811
+    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
+
+
+@pytest.mark.parametrize("num_steps", [20, 13_000])
+def test_a_past_that_fails_to_load_is_asked_for_again(
+    tab: Page,  # noqa: F811
+    server: Server,  # noqa: F811
+    alice: User,  # noqa: F811
+    num_steps: int,
+) -> None:
+    run = seed.make_run(alice, name="opened in a restart")
+    seed.add_values(run, seed.curve(num_steps))
+    away = Away(tab, server, "**/*.json*")
+    open_run(tab, run)
+    problem = tab.locator("[data-chart-problem]")
+    expect(problem).to_contain_text("The charts could not be loaded")
+    expect_live(tab)
+    add_steps(run, [num_steps + 1])
+    expect(tab.locator("[data-chart-grid]")).to_have_attribute("data-cursor", str(2 * num_steps + 2))
+    away.is_back = True
+    expect(problem).to_be_hidden()
+    expect_values(tab, run)
+
+
+def test_a_fork_whose_ancestors_fail_to_load_is_live_and_shows_them_later(
+    tab: Page,  # noqa: F811
+    server: Server,  # noqa: F811
+    alice: User,  # noqa: F811
+) -> None:
+    parent = seed.make_run(alice, name="parent")
+    seed.add_values(parent, seed.curve(50))
+    checkpoint = seed.add_checkpoint(parent, "step-000040", step=40)
+    path = f"tinker://{parent.public_id}/weights/{checkpoint.name}"
+    fork = seed.make_run(alice, name="fork", parent=parent, parent_step=40, parent_path=path)
+    recipe_seed.make_recipe(fork, first_step=40, next_step=60)
+    away = Away(tab, server, "**/ancestry.json")
+    open_run(tab, fork)
+    expect_live(tab)
+    add_steps(fork, range(41, 61))
+    expect_values(tab, fork)
+    away.is_back = True
+    expect(tab.locator('[data-metric="loss"] .chart-legend')).to_contain_text("before the fork")
+    expect(tab.locator("[data-chart-problem]")).to_be_hidden()
