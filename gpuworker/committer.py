@@ -41,12 +41,13 @@ _WRITE_AGAIN_S: Final = (0.1, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What one cycle did to one seat, or a part of it."""
+    """What one cycle did to one seat, or a part of it; an early part is a save to be answered before its file is written."""
 
     seat: Seat
     from_seq: int
     outcomes: Sequence[Outcome]
     is_last: bool = True
+    is_early: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +154,12 @@ class Committer:
 
     def _commit_cycle(self, runs: Sequence[RunOutcome]) -> None:
         parts = [_parts_of(run) for run in runs if not run.seat.is_lost]
-        _commit_together([first for first, *_ in parts if not _is_early(first)])
+        _commit_together([first for first, *_ in parts if not first.is_early])
         for run in parts:
-            for part in run if _is_early(run[0]) else run[1:]:
+            for part in run if run[0].is_early else run[1:]:
                 if part.seat.is_lost:
                     break
-                if _is_early(part):
+                if part.is_early:
                     self._commit_early(part)
                 else:
                     _commit_together([part])
@@ -307,23 +308,16 @@ def _applied(seat: Seat, outcome: Outcome) -> AppliedOperation:
 
 def _parts_of(run: RunOutcome) -> list[RunOutcome]:
     """Divide what a cycle did to a run where a save is to be answered before its file is written."""
-    parts: list[list[Outcome]] = []
-    was_early = True
+    parts: list[RunOutcome] = []
+    from_seq = run.from_seq
     for one in run.outcomes:
-        is_early = _may_be_early(one)
-        if is_early or was_early:
-            parts.append([])
-        parts[-1].append(one)
-        was_early = is_early
-    from_seqs = [run.from_seq, *(part[-1].operation.seq for part in parts)]
-    return [
-        replace(run, from_seq=from_seq, outcomes=part, is_last=part is parts[-1])
-        for from_seq, part in zip(from_seqs, parts, strict=False)
-    ]
-
-
-def _is_early(part: RunOutcome) -> bool:
-    return len(part.outcomes) == 1 and _may_be_early(part.outcomes[0])
+        is_early = _may_be_early(one)  # asked once: the disk may have other room a moment later
+        if parts and not (is_early or parts[-1].is_early):
+            parts[-1] = replace(parts[-1], outcomes=[*parts[-1].outcomes, one])
+        else:
+            parts.append(replace(run, from_seq=from_seq, outcomes=[one], is_last=False, is_early=is_early))
+        from_seq = one.operation.seq
+    return [*parts[:-1], replace(parts[-1], is_last=True)]
 
 
 def _may_be_early(outcome: Outcome) -> bool:

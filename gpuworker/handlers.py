@@ -213,7 +213,7 @@ def _import(seat: Seat, load: Load) -> dict[str, object]:
 def _save(seat: Seat, operation: PreparedOperation, save: Save) -> Outcome:
     with_optimizer = save.kind == "weights"
     state = seat.engine.export_state(seat.adapter_id, optimizer=with_optimizer, gradients=False)
-    seat.saved_names[save.kind, save.name] = operation.seq
+    seat.note_saved(save, operation.seq)
     directory = snapshots.new_directory("checkpoints", seat.run.pk, operation.seq, seat.run.fence)
     if save.kind == "sampler_weights":
         seat.engine.keep_sampler(directory, seat.adapter_id)

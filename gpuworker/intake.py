@@ -18,10 +18,12 @@ from django.db import DatabaseError, InterfaceError, close_old_connections
 
 from gpuworker import payloads
 from gpuworker.engine.engine import Engine
-from gpuworker.seats import PreparedOperation, Seat
+from gpuworker.sample_intake import SampleIntake
+from gpuworker.seats import PreparedOperation, PutOff, Seat
+from gpuworker.snapshots import StorageError
 from runs import events
 from runs.models import Worker
-from runs.services import claims, placement, sample_claims, workers
+from runs.services import claims, holdups, placement, workers
 from runs.services.claims import HeldRun, TakenOperation
 from runs.services.operations import GAP_PATIENCE_S
 from runs.services.sample_claims import TakenSample
@@ -38,8 +40,6 @@ SETTLE_S: Final = 30.0
 MAX_MOVES: Final = 8
 # How long it may go unnoticed that another worker came: a look costs every waiting client a round trip.
 _LOOK_S: Final = 0.25
-_SAMPLES_AHEAD: Final = 64
-_MAX_SAMPLES: Final = 1024
 
 
 class Intake:
@@ -54,12 +54,10 @@ class Intake:
     ) -> None:
         self.ready = threading.Event()
         self.seats: dict[int, Seat] = {}
-        self.samples: list[TakenSample] = []
-        self._held_samples: set[int] = set()
+        self.samples = SampleIntake(worker, engines, unwritten=unwritten)
         self._has_company = False
         self._is_drained = False
         self._looked_at = 0.0
-        self._unwritten = unwritten
         self._worker = worker
         self._engines = engines
         self._wake = threading.Event()
@@ -94,16 +92,15 @@ class Intake:
 
     def pop_samples(self) -> list[TakenSample]:
         """Return the sample requests taken since the last call."""
-        with self._lock:
-            taken, self.samples = self.samples, []
+        taken = self.samples.pop()
         if taken:
             self._wake.set()
         return taken
 
     def end_sample(self, operation_pk: int) -> None:
         """Note that a sample has its answer, or is to be taken again."""
-        with self._lock:
-            self._held_samples.discard(operation_pk)
+        if self.samples.end(operation_pk):
+            self._wake.set()
 
     def _loop(self) -> None:
         last_sweep = 0.0
@@ -139,22 +136,11 @@ class Intake:
     def _collect(self) -> None:
         self._look()
         with self._lock:
-            held, held_samples = list(self.seats), list(self._held_samples)
+            held = list(self.seats)
         self._seat(self._claim(held))
         self._take()
-        if len(held_samples) < _MAX_SAMPLES and not self._is_drained:
-            samples = sample_claims.take_samples(
-                self._worker,
-                list(self._engines),
-                limit=_SAMPLES_AHEAD,
-                held=held_samples,
-                unwritten=self._unwritten(),
-            )
-            with self._lock:
-                self.samples += samples
-                self._held_samples |= {sample.pk for sample in samples}
-            if samples:
-                self.ready.set()
+        if not self._is_drained and self.samples.take():
+            self.ready.set()
 
     def _seat(self, runs: Sequence[HeldRun]) -> None:
         for run in runs:
@@ -171,7 +157,10 @@ class Intake:
         """Take the next operations of all runs, as many as may be decoded ahead of compute."""
         open_seats, num_tokens = self._room()
         taken_seqs = {seat.run.pk: seat.taken_seq for seat in open_seats}
-        taken = claims.take_operations(self._worker, taken_seqs, limit=AHEAD, max_tokens=num_tokens)
+        waiting = {seat.run.pk: seat.waiting_tokens for seat in open_seats if seat.queue}
+        taken = claims.take_operations(
+            self._worker, taken_seqs, limit=AHEAD, max_tokens=num_tokens, waiting=waiting
+        )
         self._fill(taken)
         if sum(operation.num_tokens for operation in taken) >= num_tokens:
             for seat in open_seats:
@@ -238,13 +227,17 @@ class Intake:
             self.ready.set()
 
     def _room(self) -> tuple[list[Seat], int]:
-        """Return who may have further operations decoded, and how many tokens they may have together."""
+        """Return who may have further operations decoded, and how many tokens they may have together.
+
+        What waits of runs that cannot be brought back just now takes no room from others.
+        """
         with self._lock:
             seats = list(self.seats.values())
-        num_tokens = sum(operation.num_tokens for seat in seats for operation in list(seat.queue))
+        num_tokens = sum(seat.waiting_tokens for seat in seats if not seat.restoring.pause_s)
         for seat in seats:
-            seat.may_have_more = len(seat.queue) >= AHEAD or num_tokens >= AHEAD_TOKENS
-        open_seats = [seat for seat in seats if not (seat.may_have_more or seat.is_lost or seat.is_leaving)]
+            has_enough = bool(seat.queue) and num_tokens >= AHEAD_TOKENS
+            seat.may_have_more = has_enough or len(seat.queue) >= AHEAD
+        open_seats = [seat for seat in seats if seat.may_be_filled and not seat.may_have_more]
         return open_seats, AHEAD_TOKENS - num_tokens
 
     def _fill(self, taken: Sequence[TakenOperation]) -> None:
@@ -260,7 +253,26 @@ class Intake:
             if operation.seq != seat.taken_seq + 1:
                 waiting.add(operation.run_pk)
                 continue
-            self._append(seat, payloads.prepare(operation, seat.adapter_id))
+            prepared = self._read(seat, operation)
+            if prepared is None:
+                waiting.add(operation.run_pk)
+                continue
+            self._append(seat, prepared)
+
+    def _read(self, seat: Seat, operation: TakenOperation) -> PreparedOperation | None:
+        """Return an operation decoded; one that cannot be read just now stays queued and is tried again later."""
+        try:
+            prepared = payloads.prepare(operation, seat.adapter_id)
+        except StorageError as error:
+            logger.warning("run %s waits, trying again: %s", seat.run.public_id, error)
+            seat.reading.again()
+            seat.reading.reason = holdups.unread(str(error))
+            holdups.enter(seat.run.pk, seat.reading.reason)
+            return None
+        if seat.reading.reason:
+            holdups.clear(seat.run.pk, seat.reading.reason)
+            seat.reading = PutOff()
+        return prepared
 
     def _gap_before(self, seat: Seat, operation: TakenOperation) -> list[PreparedOperation]:
         """Return stand-ins for seqs that never came, once the first later one has waited long enough."""

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from gpuworker.seats import (
     Unload,
     Unreadable,
 )
+from gpuworker.snapshots import StorageError
 from runs.models import Checkpoint, Operation
 from runs.schemas import forward_backward, requests, results
 from runs.schemas.sampling import StoredSample
@@ -45,16 +46,43 @@ logger = logging.getLogger(__name__)
 
 EPHEMERAL_TTL_S: Final = 7 * 24 * 3600
 Kind = Operation.Kind
+Taken = TypeVar("Taken", TakenOperation, TakenSample)
 
 
 def prepare(taken: TakenOperation, adapter_id: str) -> PreparedOperation:
-    """Decode an operation for the engine; one that cannot be read becomes one that fails alone."""
+    """Decode an operation for the engine; one that cannot be decoded, or whose payload is gone, fails alone.
+
+    Raises:
+        StorageError: the payload cannot be read just now.
+    """
+    request: Request = Consumed()
     try:
-        request = Consumed() if taken.is_rejected else _request(taken, adapter_id)
+        if not taken.is_rejected:
+            request = _request(fetched(taken, f"operation {taken.seq}"), adapter_id)
+    except StorageError:
+        raise
     except Exception as error:
         logger.exception("operation %s cannot be read", taken.pk)
         request = Unreadable(f"the operation's payload cannot be read: {type(error).__name__}")
     return PreparedOperation(seq=taken.seq, request=request, taken=replace(taken, inline=None))
+
+
+def fetched(taken: Taken, what: str) -> Taken:
+    """Return an operation or a sample with its payload at hand; `what` is its name in an error.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StorageError: it cannot be read just now.
+    """
+    if not taken.payload_file:
+        return taken
+    try:
+        return replace(taken, inline=taken.payload, payload_file="")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StorageError(f"the payload of {what} cannot be read: {reason}") from error
 
 
 def skipped(seq: int) -> PreparedOperation:

@@ -19,7 +19,7 @@ from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, OutOfMemory
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.restore import restore
-from gpuworker.seats import Seat
+from gpuworker.seats import PutOff, Seat
 from gpuworker.snapshots import StorageError
 from runs.services import holdups
 from runs.threads import until_reachable
@@ -130,21 +130,20 @@ class Residents:
 
 
 def _let_on(seat: Seat) -> None:
-    seat.put_off_s = 0.0
-    if seat.put_off_reason:
-        until_reachable(partial(holdups.clear, seat.run.pk, seat.put_off_reason))
-        seat.put_off_reason = ""
+    if seat.restoring.reason:
+        until_reachable(partial(holdups.clear, seat.run.pk, seat.restoring.reason))
+    seat.restoring = PutOff()
 
 
 def _put_off(seat: Seat, error: Exception) -> None:
     seat.engine.drop_adapter(seat.adapter_id)
-    seat.put_off()
+    seat.restoring.again()
     problem = str(error) if isinstance(error, StorageError) else "the worker's memory has no room for the run"
-    seat.put_off_reason = holdups.put_off(problem)
-    until_reachable(partial(holdups.enter, seat.run.pk, seat.put_off_reason))
+    seat.restoring.reason = holdups.put_off(problem)
+    until_reachable(partial(holdups.enter, seat.run.pk, seat.restoring.reason))
     logger.warning(
         "run %s cannot be brought back, trying again in %.0f s: %s",
         seat.run.public_id,
-        seat.put_off_s,
+        seat.restoring.pause_s,
         error,
     )

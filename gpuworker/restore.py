@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
 from django.conf import settings
@@ -127,7 +126,7 @@ class _Replay:
             claims.enter_replay(self._seat.run, num_replayed=self._num_replayed, num_to_replay=total)
 
     def _do_again(self, taken: TakenOperation) -> None:
-        operation = payloads.prepare(_read(taken), self._seat.adapter_id)
+        operation = payloads.prepare(taken, self._seat.adapter_id)
         if isinstance(operation.request, Consumed | Save):
             return
         outcome = _apply(self._seat, operation)
@@ -212,20 +211,6 @@ def _tally_before(seat: Seat, start_seq: int) -> Tally:
         _, metrics = results.decode_forward_backward(answer)
         tally.add(ForwardBackwardResult(logprobs=(), metrics=metrics), compute_s=0.0, waited_s=0.0)
     return tally
-
-
-def _read(taken: TakenOperation) -> TakenOperation:
-    """Fetch the operation's payload if it is in storage; one that is gone fails when it is decoded."""
-    if taken.is_rejected or not taken.payload_file:
-        return taken
-    try:
-        return replace(taken, inline=taken.payload, payload_file="")
-    except FileNotFoundError:
-        return taken
-    except Exception as error:
-        reason = (error.strerror or "") if isinstance(error, OSError) else type(error).__name__
-        message = f"the payload of operation {taken.seq} cannot be read: {reason.lower()}"
-        raise StorageError(message) from error
 
 
 def _tell_divergence(seat: Seat, found: _Diverged) -> None:

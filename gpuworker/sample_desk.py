@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from gpuworker import payloads, snapshots, suspicion
+from gpuworker import device_loss, payloads, snapshots, suspicion
 from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.types import SampleRequest, SampleResult
 from gpuworker.partials import Partials
+from gpuworker.sample_turns import SampleTurns
 from gpuworker.vllm_sampler import VllmSampler
 from gpuworker.vllm_wire import Refusal
 from runs.schemas.sampling import StoredSample
@@ -41,6 +42,7 @@ class _Open:
 
     sampler: Sampler | VllmSampler
     taken: TakenSample
+    num_samples: int
     num_prompt_logprobs: int | None
     is_watched: bool
     num_shown: int = 0
@@ -55,7 +57,7 @@ class SampleDesk:
         self._engines = engines
         self._servers = servers
         self._committer = committer
-        self._waiting: deque[TakenSample] = deque()
+        self._waiting: dict[str, SampleTurns] = defaultdict(SampleTurns)
         self._open: dict[int, _Open] = {}
         self._alone: int | None = None
         self._partials = Partials()
@@ -68,7 +70,7 @@ class SampleDesk:
         """Whether there is something to do here; what waits for servers to end, to be tried alone, is not."""
         if any(engine.sampler.num_pending for engine in self._engines.values()):
             return True
-        return bool(self._waiting) and not self.is_waiting
+        return any(self._waiting.values()) and not self.is_waiting
 
     @property
     def is_waiting(self) -> bool:
@@ -82,7 +84,7 @@ class SampleDesk:
 
     def admit(self, taken: TakenSample) -> None:
         """Put a request into its model's decode loop in its turn, or answer it with its error."""
-        self._waiting.append(taken)
+        self._waiting[taken.base_model].put(taken)
         self._admit_waiting()
 
     def stop(self) -> None:
@@ -112,11 +114,22 @@ class SampleDesk:
             self._show()
 
     def _admit_waiting(self) -> None:
-        """Begin what waits in order; one whose workers died begins once nothing else is open, and alone."""
-        while self._waiting and not self.is_trying_alone:
-            if suspicion.is_suspicious(self._waiting[0]) and self._open:
-                return
-            self._begin(self._waiting.popleft())
+        """Begin what waits, a request of each owner at a time, as long as what begins is drawn at once."""
+        while not self.is_trying_alone and (turns := self._next_turns()) is not None:
+            self._begin(turns.pop())
+
+    def _next_turns(self) -> SampleTurns | None:
+        """Return where the next request waits; one whose workers died begins once nothing else is open, and alone."""
+        waiting = {name: turns for name, turns in self._waiting.items() if turns}
+        suspicious = next((one for one in waiting.values() if suspicion.is_suspicious(one.head)), None)
+        if suspicious is not None:
+            return None if self._open else suspicious
+        return next((turns for name, turns in waiting.items() if self._has_room(self._engines[name])), None)
+
+    def _has_room(self, engine: Engine) -> bool:
+        """Say whether an engine has slots left: what it is handed beyond them stands before everybody who comes later."""
+        drawn = (one.num_samples for one in self._open.values() if one.sampler is engine.sampler)
+        return sum(drawn) < engine.num_slots
 
     def _begin(self, taken: TakenSample, *, may_ask_server: bool = True) -> None:
         engine = self._engines[taken.base_model]
@@ -137,6 +150,7 @@ class SampleDesk:
         except EngineError as error:
             self._answer(taken.pk, payloads.error_result(error))
         except Exception as error:
+            device_loss.end_if_lost(error)
             logger.exception("sample %s could not be begun", taken.pk)
             self._answer(taken.pk, _failure(error))
         else:
@@ -162,6 +176,7 @@ class SampleDesk:
         self._open[taken.pk] = _Open(
             sampler=sampler,
             taken=taken,
+            num_samples=body.num_samples,
             num_prompt_logprobs=body.prompt_logprobs_last_n,
             is_watched=body.stream,
         )
@@ -189,6 +204,7 @@ class SampleDesk:
         try:
             outcomes = engine.sampler.step()
         except Exception as error:
+            device_loss.end_if_lost(error)
             logger.exception("a decode step failed; its requests fail with it")
             for operation_pk in [pk for pk, one in self._open.items() if one.sampler is engine.sampler]:
                 engine.sampler.cancel(str(operation_pk))

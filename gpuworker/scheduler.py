@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from gpuworker import failpoints, handlers, suspicion
+from gpuworker import device_loss, failpoints, handlers, suspicion
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer, RunOutcome, saved_bytes
 from gpuworker.device_share import DeviceShare
@@ -29,13 +29,13 @@ from gpuworker.intake import AHEAD, Intake
 from gpuworker.residents import Residents
 from gpuworker.sample_desk import PARTIALS_S, SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
+from gpuworker.turns import Turns
 from gpuworker.vllm_sampler import VllmSampler
 from runs.services import claims
 from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
 
-CYCLE_TOKENS: Final = 16_384
 # A run's state is kept before its replay takes so long; sooner, so that the replays of all runs together take the
 # second, as long as keeping states takes no more than such a share of the computing.
 REPLAY_BUDGET_S: Final = 20.0
@@ -65,6 +65,7 @@ class Scheduler:
         self._busy = busy
         self._desk = SampleDesk(engines, committer, {} if servers is None else servers)
         self._share = DeviceShare()
+        self._turns = Turns()
         self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
         self._is_pausing = False
@@ -132,7 +133,7 @@ class Scheduler:
             if not self._wait(idle_s):
                 return
             self._intake.ready.clear()
-            with self._busy.measuring():
+            with self._busy.measuring(), device_loss.noticed():
                 self._work()
             self._tidy()
 
@@ -189,11 +190,16 @@ class Scheduler:
             self._apply_alone(suspicious, done)
             self._hand_over([suspicious], done, before)
             return True
+        lone = self._turns.pop_lone(seats)
+        if lone is not None:
+            self._apply_head(lone, done)
+            self._hand_over([lone], done, before)
+            return True
         self._apply_singles(seats, done)
         for engine in self._engines.values():
             own = [seat for seat in seats if seat.engine is engine]
-            self._apply_together(self._forward_turns(own), handlers.forward_backwards, done)
-            self._apply_together(_optim_turns(own), handlers.optim_steps, done)
+            self._apply_together(self._turns.forward_backwards(own), handlers.forward_backwards, done)
+            self._apply_together(self._turns.optim_steps(own), handlers.optim_steps, done)
         self._apply_singles(seats, done)
         if not done:
             return False
@@ -207,31 +213,10 @@ class Scheduler:
         for seat in seats:
             if seat.is_lost:
                 self._forget(seat)
-            elif seat.is_leaving:
+            elif seat.is_leaving or seat.is_suspect:
                 self._let_go(seat)
-        return self._residents.usable([seat for seat in seats if not (seat.is_lost or seat.is_leaving)])
-
-    def _forward_turns(self, seats: Sequence[Seat]) -> list[Turn]:
-        """Return the leading forward_backwards, one of each run at a time until the budget is full.
-
-        Who waited longest comes first: a budget that a few runs fill goes round.
-        """
-        turns: list[Turn] = []
-        ahead = {seat.run.pk: 0 for seat in seats}
-        num_tokens = 0
-        open_seats = sorted(seats, key=lambda seat: seat.last_used_at)
-        while open_seats:
-            for seat in list(open_seats):
-                position = ahead[seat.run.pk]
-                operation = seat.queue[position] if position < len(seat.queue) else None
-                is_full = turns and operation and num_tokens + operation.num_tokens > CYCLE_TOKENS
-                if operation is None or not _joins(operation, ForwardBackward) or is_full:
-                    open_seats.remove(seat)
-                    continue
-                turns.append(Turn(seat, operation))
-                num_tokens += operation.num_tokens
-                ahead[seat.run.pk] += 1
-        return turns
+        gone = {seat for seat in seats if seat.is_lost or seat.is_leaving or seat.is_suspect}
+        return self._residents.usable([seat for seat in seats if seat not in gone])
 
     def _apply_together(
         self,
@@ -246,11 +231,21 @@ class Scheduler:
         try:
             outcomes = handler(turns)
         except Exception as error:
+            device_loss.end_if_lost(error)
             logger.exception("a cycle of %s operations failed", len(turns))
+            if len(turns) > 1:
+                self._part(turns)
+                return
             outcomes = [self._failed_badly(turn.seat, turn.operation, error) for turn in turns]
         for turn, outcome in zip(turns, outcomes, strict=True):
             _advance(turn.seat, turn.operation)
             done[turn.seat.run.pk].append(outcome)
+
+    def _part(self, turns: Sequence[Turn]) -> None:
+        """Answer none of the operations: each goes by itself once its run is rebuilt from what was committed."""
+        self._turns.part(turns)
+        for turn in turns:
+            turn.seat.is_suspect = True
 
     def _apply_singles(self, seats: Sequence[Seat], done: dict[int, list[Outcome]]) -> None:
         for seat in sorted(seats, key=lambda seat: seat.last_used_at):
@@ -287,6 +282,7 @@ class Scheduler:
         try:
             outcome = handlers.single(seat, operation)
         except Exception as error:
+            device_loss.end_if_lost(error)
             logger.exception("an operation of run %s failed", seat.run.public_id)
             return self._failed_badly(seat, operation, error)
         if outcome.checkpoint is not None and isinstance(request, Save) and request.kind == "sampler_weights":
@@ -306,6 +302,11 @@ class Scheduler:
             return
         self._committer.flush()
         until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
+        self._apply_head(seat, done)
+
+    def _apply_head(self, seat: Seat, done: dict[int, list[Outcome]]) -> None:
+        operation = seat.head
+        assert operation is not None
         request = operation.request
         if isinstance(request, ForwardBackward):
             self._apply_together([Turn(seat, operation)], handlers.forward_backwards, done)
@@ -369,19 +370,6 @@ class Scheduler:
         seat.engine.drop_adapter(seat.adapter_id)
         until_reachable(partial(self._release, seat))
         self._intake.drop(seat)
-
-
-def _joins(operation: PreparedOperation, kind: type[ForwardBackward | OptimStep]) -> bool:
-    """Say whether an operation goes through the engine together with others of its kind."""
-    return isinstance(operation.request, kind) and not operation.is_suspicious
-
-
-def _optim_turns(seats: Sequence[Seat]) -> list[Turn]:
-    """Return the optimizer steps that are next; those on an adapter in doubt wait until it has been rebuilt."""
-    trusted = [seat for seat in seats if not seat.is_suspect]
-    return [
-        Turn(seat, seat.head) for seat in trusted if seat.head is not None and _joins(seat.head, OptimStep)
-    ]
 
 
 def _is_name_taken(seat: Seat, save: Save) -> bool:

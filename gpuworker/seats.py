@@ -108,9 +108,28 @@ class PreparedOperation:
         return self.taken is not None and suspicion.is_poison(self.taken)
 
 
-# A run whose state cannot be brought back just now is tried again after such a time, doubled each time.
+# What fails just now is tried again after such a time, doubled each time.
 FIRST_PUT_OFF_S: Final = 1.0
 LONGEST_PUT_OFF_S: Final = 30.0
+
+
+@dataclass
+class PutOff:
+    """What is tried again later because it fails just now; `reason` is what people are told meanwhile."""
+
+    pause_s: float = 0.0
+    due_at: float = 0.0
+    reason: str = ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it may be tried now."""
+        return time.monotonic() >= self.due_at
+
+    def again(self) -> None:
+        """Let some time pass before it is tried again, more each time."""
+        self.pause_s = min(max(2 * self.pause_s, FIRST_PUT_OFF_S), LONGEST_PUT_OFF_S)
+        self.due_at = time.monotonic() + self.pause_s
 
 
 @dataclass
@@ -159,7 +178,8 @@ class Seat:
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
     `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
     when the run is to go to another worker, or anywhere but here. `replay_cost_s` is the computing since the last
-    snapshot, `snapshot_cost_s` what keeping that took (without end until it is kept). `failure` says why nothing can be applied any more.
+    snapshot, `snapshot_cost_s` what keeping that took (without end until it is kept). `failure` says why nothing can be
+    applied any more. `restoring` is compute's, `reading` intake's: what of the run fails just now.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
@@ -180,9 +200,8 @@ class Seat:
         self.is_restored = False
         self.is_shelved = False
         self.restored_at = 0.0
-        self.due_at = 0.0
-        self.put_off_s = 0.0
-        self.put_off_reason = ""
+        self.restoring = PutOff()
+        self.reading = PutOff()
         self.may_have_more = False
         self.is_lost = False
         self.is_leaving = False
@@ -217,12 +236,23 @@ class Seat:
     @property
     def has_work(self) -> bool:
         """Whether an operation waits that may be tried now."""
-        return bool(self.queue) and time.monotonic() >= self.due_at
+        return bool(self.queue) and self.restoring.is_due
 
-    def put_off(self) -> None:
-        """Let some time pass before it is tried again, more each time."""
-        self.put_off_s = min(max(2 * self.put_off_s, FIRST_PUT_OFF_S), LONGEST_PUT_OFF_S)
-        self.due_at = time.monotonic() + self.put_off_s
+    @property
+    def may_be_filled(self) -> bool:
+        """Whether further operations may be decoded for it, as far as it depends on the run."""
+        is_stuck = bool(self.queue) and self.restoring.pause_s > 0
+        return self.reading.is_due and not (self.is_lost or self.is_leaving or is_stuck)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Input tokens of the operations that wait in memory."""
+        return sum(operation.num_tokens for operation in list(self.queue))
+
+    def note_saved(self, save: Save, seq: int) -> None:
+        """Remember a name that is taken until its save is committed; a row tells from then on."""
+        self.saved_names = {name: at for name, at in self.saved_names.items() if at > self.committed_seq}
+        self.saved_names[save.kind, save.name] = seq
 
     @property
     def head(self) -> PreparedOperation | None:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -42,12 +42,13 @@ def store(state: AdapterState, directory: str, seat: Seat) -> int:
     """Write a state of the seat's run durably, with what it was computed with; returns its size in bytes.
 
     Raises:
-        StorageError: the storage refuses; nothing of it is left.
+        StorageError: the storage refuses; nothing of it is left, unless that is refused, too.
     """
     try:
         return _store(state, directory, seat)
     except (CheckpointError, OSError) as error:
-        blobs.delete_folder(directory)
+        with contextlib.suppress(OSError), blobs.away():
+            blobs.delete_folder(directory)
         raise StorageError(f"the checkpoint cannot be written: {_reason(error)}") from error
 
 
@@ -64,7 +65,7 @@ def _store(state: AdapterState, directory: str, seat: Seat) -> int:
         path = Path(temporary) / "state"
         write(path)
         for file in sorted(path.iterdir()):
-            with file.open("rb") as content:
+            with blobs.away(), file.open("rb") as content:
                 default_storage.save(f"{directory}/{file.name}", File(content))
         return _size(path)
 
@@ -134,7 +135,7 @@ def _read(directory: str) -> AdapterState:
 
 
 def _download(directory: str, target: Path) -> None:
-    with _as_os_error():
+    with blobs.away():
         _, names = default_storage.listdir(directory)
         for name in names:
             with default_storage.open(f"{directory}/{name}") as source, (target / name).open("wb") as copy:
@@ -142,20 +143,9 @@ def _download(directory: str, target: Path) -> None:
 
 
 def _fingerprint(directory: str) -> dict[str, str]:
-    with _as_os_error(), default_storage.open(f"{directory}/{checkpoints.STATE_FILE}") as file:
+    with blobs.away(), default_storage.open(f"{directory}/{checkpoints.STATE_FILE}") as file:
         content: bytes = file.read()
     return {str(key): str(value) for key, value in json.loads(content).get("fingerprint", {}).items()}
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Tell a failing bucket as a failing disk is told: each client of one has errors of its own."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(str(error)) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -104,14 +104,14 @@ class VllmClient:
 
         Raises:
             Unfit: it serves something else.
-            httpx.TransportError: nothing answers.
+            httpx.HTTPError: nothing answers, or nothing that can be read.
         """
         try:
             models = (await self._get("/v1/models")).json()["data"]
             version = (await self._get("/version")).json()["version"]
             card = self._card(models)
             server = Server(str(card["id"]), str(version), int(str(card["max_model_len"])))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Unfit(f"does not answer as vLLM does ({type(error).__name__})") from error
         difference = await self._first_difference(server)
         if not difference <= _MEAN_DIFFERENCE:

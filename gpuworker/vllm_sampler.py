@@ -264,7 +264,7 @@ class VllmSampler:
                 self._welcome(await self._client.attach())
         except Unfit as error:
             self._lose(str(error))
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             self._lose(_silence(error))
             for task in list(self._tasks.values()):
                 task.cancel()
@@ -287,5 +287,6 @@ class VllmSampler:
         self._adapters.forget_all()
 
 
-def _silence(error: Exception) -> str:
-    return f"does not answer ({type(error).__name__})"
+def _silence(error: httpx.HTTPError) -> str:
+    is_silent = isinstance(error, httpx.TransportError)
+    return f"{'does not answer' if is_silent else 'gives no whole answer'} ({type(error).__name__})"

@@ -61,7 +61,7 @@ class GpuWorker:
             on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
         )
         self._intake = Intake(self.row, self._engines, unwritten=lambda: self._committer.unwritten)
-        self._connect_servers(self._engines)
+        self._prepare(self._engines)
         self.scheduler = Scheduler(
             self._engines,
             self._intake,
@@ -134,12 +134,14 @@ class GpuWorker:
                 if self._stopping.is_set():
                     return
                 engines = boot.load(self.row, name, folder)
-                self._connect_servers(engines)
+                self._prepare(engines)
                 self._engines.add(engines)
             self._announce()
             self._intake.wake()
 
-    def _connect_servers(self, engines: Mapping[str, Engine]) -> None:
+    def _prepare(self, engines: Mapping[str, Engine]) -> None:
+        for engine in engines.values():
+            engine.watch(self._busy.beat)
         self._servers.add(vllm_servers.connect(engines, self._committer, on_ended=self._intake.ready.set))
 
     def _release(self, seat: Seat) -> None:

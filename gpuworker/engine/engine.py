@@ -55,7 +55,10 @@ _AUTOMATIC = AdapterMemory()
 
 
 class Engine:
-    """Adapters on one base model. Results on a CPU do not depend on which jobs run together."""
+    """Adapters on one base model. Results on a CPU do not depend on which jobs run together.
+
+    `num_slots` is how many sequences are drawn together.
+    """
 
     def __init__(self, base: BaseModel, *, adapter_memory: AdapterMemory) -> None:
         on_gpu = base.device.type == "cuda"
@@ -64,13 +67,14 @@ class Engine:
         self._adapters = Residency(base.device, device_bytes=self._adapter_memory.device_bytes)
         self._sampler_bytes: OrderedDict[str, int] = OrderedDict()
         head = Head(base.head_weight, softcap=base.logit_softcap, chunk_rows=2048 if on_gpu else 512)
+        self.num_slots = 256 if on_gpu else 64
         self._token_budget = _token_budget(base)
         self._head = head
         self._trainer = Trainer(base, head, token_budget=self._token_budget, graphs=_train_graphs(base))
         self.sampler = Sampler(
             base,
             head,
-            max_slots=256 if on_gpu else 64,
+            max_slots=self.num_slots,
             prompt_budget=16384 if on_gpu else 2048,
             cache_bytes=base.group.least(
                 free_bytes(base.device) // 3 if on_gpu else min(4 * _GIB, available_bytes() // 4)
@@ -196,6 +200,10 @@ class Engine:
         except LoraSpecError:
             return 0
         return held_bytes(layout, self._base.dtype)
+
+    def watch(self, on_batch: Callable[[], None]) -> None:
+        """Have a function called after each batch of a `forward_backward`, as a sign that it gets on."""
+        self._trainer.on_batch = on_batch
 
     def forward_backward(self, jobs: Sequence[ForwardBackward]) -> list[ForwardBackwardResult | EngineError]:
         """Run jobs of many adapters through the model together; one outcome per job, in order.

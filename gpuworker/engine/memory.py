@@ -32,6 +32,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in _HOST_MARKS)
 
 
+def is_device_lost(error: Exception) -> bool:
+    """Return whether the error says that the device takes no further work from this process, whatever it is.
+
+    A fault in one kernel ends the context, and every later call fails with it.
+    """
+    if not isinstance(error, RuntimeError) or "out of memory" in str(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
 def with_room(action: Callable[[], Made], *, free: Callable[[], None], what: str) -> Made:
     """Return what an action makes; where memory runs out it is tried once more after `free`.
 

@@ -129,6 +129,8 @@ class Trainer:
     Args:
         token_budget: rows of one batch and of one block.
         graphs: recorded passes, for a device that waits for launches.
+
+    `on_batch` is called after each batch: a job may take long, but none of its batches does.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Trainer:
         self._head = head
         self._token_budget = token_budget
         self._graphs = graphs
+        self.on_batch: Callable[[], None] = lambda: None
 
     def run(
         self, requests: Sequence[ForwardBackward], find_adapter: Callable[[str], Adapter]
@@ -220,6 +223,7 @@ class Trainer:
         for batch in fill_batches([block.num_rows for _, _, block in queue], budget):
             part = queue[batch.start : batch.stop]
             self._run_batch([(job, block) for _, job, block in part])
+            self.on_batch()
             for index, job, _ in part:
                 if job.is_done and index not in outcomes:
                     self._base.group.add_up_gradient(job.adapter.layout, job.gradient_P)

@@ -84,7 +84,12 @@ def payload_names(prefix: str) -> Iterator[str]:
 
 
 def get(name: str) -> bytes:
-    """Return the bytes stored under a name."""
+    """Return the bytes stored under a name.
+
+    Raises:
+        FileNotFoundError: there are none.
+        OSError: the disk or the bucket fails.
+    """
     return patiently(partial(_read, name))
 
 
@@ -191,7 +196,7 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def _read(name: str) -> bytes:
-    with default_storage.open(name) as file:
+    with away(), default_storage.open(name) as file:
         data: bytes = file.read()
     return data
 

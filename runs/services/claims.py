@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from django.db import connection, transaction
@@ -61,20 +62,25 @@ WHERE run.id = was.id RETURNING CASE WHEN was.lost_at IS NOT NULL THEN
 """
 # A statement that only counts attempts need not wait for the disk: a count lost in a power cut means one more try.
 # Taking one again that this worker has taken before (it was behind a gap) is no further attempt.
-# The first operations of all runs come before the second ones, so that what is left out is not all of one run.
+# The next operation of a run of which nothing waits in the worker is taken whatever else waits there. Of the others
+# those come first that have the fewest tokens of their run before them: what is left out is not all of one run.
 _TAKE = """
 UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM me.id)::int, worker_id = me.id,
   started_at = COALESCE(started_at, clock_timestamp())
 FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, (SELECT %s::bigint AS id) AS me
 WHERE runs_operation.id IN (
   SELECT id FROM (
-    SELECT op.id, sum(op.num_tokens) OVER (ORDER BY op.place, op.id) - op.num_tokens AS tokens_before
-    FROM unnest(%s::bigint[], %s::bigint[]) AS held(run_id, taken_seq)
+    SELECT op.id, held.waiting IS NULL AND op.place = 1 AS is_next,
+      sum(op.num_tokens) OVER (ORDER BY COALESCE(held.waiting, 0) + op.before, op.place, op.id)
+        - op.num_tokens AS tokens_before
+    FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[]) AS held(run_id, taken_seq, waiting)
     CROSS JOIN LATERAL (
-      SELECT id, num_tokens, row_number() OVER (ORDER BY seq) AS place FROM runs_operation
-      WHERE run_id = held.run_id AND seq > held.taken_seq ORDER BY seq LIMIT %s
+      SELECT id, num_tokens, row_number() OVER following AS place,
+        sum(num_tokens) OVER following - num_tokens AS before
+      FROM runs_operation WHERE run_id = held.run_id AND seq > held.taken_seq
+      WINDOW following AS (ORDER BY seq ROWS UNBOUNDED PRECEDING) ORDER BY seq LIMIT %s
     ) op) ranked
-  WHERE tokens_before < %s)
+  WHERE is_next OR tokens_before < %s)
 RETURNING runs_operation.id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, lone_attempts,
   EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
 """
@@ -190,7 +196,12 @@ def missing_among(run_pks: Collection[int]) -> set[int]:
 
 
 def take_operations(
-    worker: Worker, taken_seqs: Mapping[int, int], *, limit: int, max_tokens: int = sys.maxsize
+    worker: Worker,
+    taken_seqs: Mapping[int, int],
+    *,
+    limit: int,
+    max_tokens: int = sys.maxsize,
+    waiting: Mapping[int, int] = MappingProxyType({}),
 ) -> list[TakenOperation]:
     """Return the operations after each held run's last taken seq, in order of run and seq.
 
@@ -199,11 +210,13 @@ def take_operations(
 
     Args:
         limit: operations of each run.
-        max_tokens: input tokens of all together, beyond which no further one is taken.
+        max_tokens: input tokens of all together, beyond which no further one is taken but a run's next.
+        waiting: input tokens that wait in the worker already, of each run of which something does.
     """
     if not taken_seqs:
         return []
-    rows = _rows(_TAKE, [worker.pk, list(taken_seqs), list(taken_seqs.values()), limit, max_tokens])
+    held = [list(taken_seqs), list(taken_seqs.values()), [waiting.get(pk) for pk in taken_seqs]]
+    rows = _rows(_TAKE, [worker.pk, *held, limit, max_tokens])
     taken = [
         TakenOperation(
             pk=row[0],

@@ -53,7 +53,7 @@ UPDATE runs_operation SET attempts = attempts + (worker_id IS DISTINCT FROM %(wo
   worker_id = %(worker)s, started_at = COALESCE(started_at, clock_timestamp())
 FROM (SELECT set_config('synchronous_commit', 'off', true)) AS relaxed, chosen
 WHERE runs_operation.id = chosen.id
-RETURNING chosen.place, runs_operation.id, sampling_session_id, payload, payload_file, attempts, lone_attempts
+RETURNING chosen.place, runs_operation.id, owner_id, sampling_session_id, payload, payload_file, attempts, lone_attempts
 """
 
 
@@ -65,6 +65,7 @@ class TakenSample:
     """
 
     pk: int
+    owner_pk: int
     session_pk: int
     inline: bytes | None
     payload_file: str
@@ -106,10 +107,10 @@ def take_samples(
     with connection.cursor() as cursor:
         cursor.execute(_TAKE_SAMPLES, values)
         rows = cursor.fetchall()
-    found = SamplingSession.objects.filter(pk__in={row[2] for row in rows}).select_related("checkpoint")
+    found = SamplingSession.objects.filter(pk__in={row[3] for row in rows}).select_related("checkpoint")
     sessions = {session.pk: session for session in found}
     taken = []
-    for _, pk, session_pk, payload, payload_file, attempts, lone_attempts in sorted(
+    for _, pk, owner_pk, session_pk, payload, payload_file, attempts, lone_attempts in sorted(
         rows, key=itemgetter(0, 1)
     ):
         session = sessions[session_pk]
@@ -117,6 +118,7 @@ def take_samples(
         taken.append(
             TakenSample(
                 pk=pk,
+                owner_pk=owner_pk,
                 session_pk=session_pk,
                 inline=None if payload is None else bytes(payload),
                 payload_file=payload_file,

@@ -6,7 +6,7 @@ A chain's digests lie in an adapter state as floats from 0 to 255, and so go thr
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, cast
 
 import numpy as np
@@ -53,6 +53,7 @@ class ChainEngine:
     """Many chains, each an adapter of one byte as far as the worker's memory goes: most of a big load are shelved."""
 
     adapter_room_bytes = 4
+    num_slots = 64
 
     def __init__(self) -> None:
         self._samplers: dict[str, bytes] = {}
@@ -60,6 +61,9 @@ class ChainEngine:
         self.max_context = 256
         self.fingerprint: Mapping[str, str] = {"engine": "chain"}
         self._chains: dict[str, tuple[LoraSpec, Chain]] = {}
+
+    def watch(self, on_batch: Callable[[], None]) -> None:
+        self._on_batch = on_batch
 
     def create_adapter(self, adapter_id: str, spec: LoraSpec) -> None:
         self._chains[adapter_id] = (spec, chain.begin(seed=spec.seed, rank=spec.rank))
@@ -75,6 +79,7 @@ class ChainEngine:
 
     def forward_backward(self, jobs: Sequence[ForwardBackward]) -> list[ForwardBackwardResult | EngineError]:
         time.sleep(_PASS_S)
+        self._on_batch()
         return [self._forward_backward(job) for job in jobs]
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | EngineError]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
+from django.core.files.base import ContentFile, File
 from django.core.files.storage import InMemoryStorage
 from pytest_django.fixtures import Settings
 
@@ -56,7 +57,11 @@ def test_what_is_not_there_is_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: blobs.put("ab" * 32, b"content"), lambda: dataset_rows.local_copy("datasets/1/rows.jsonl")],
+    [
+        lambda: blobs.put("ab" * 32, b"content"),
+        lambda: blobs.get("payloads/ab/abab"),
+        lambda: dataset_rows.local_copy("datasets/1/rows.jsonl"),
+    ],
 )
 def test_a_bucket_that_is_away_is_told_as_a_failing_disk(
     settings: Settings, call: Callable[[], object]
@@ -65,3 +70,19 @@ def test_a_bucket_that_is_away_is_told_as_a_failing_disk(
     settings.STORAGES = {**settings.STORAGES, "default": backend}
     with pytest.raises(OSError, match="could not connect to the endpoint"):
         call()
+
+
+class FickleBucket(InMemoryStorage):
+    """A bucket whose network fails at the first read."""
+
+    def _open(self, name: str, mode: str = "rb") -> File[bytes]:
+        if not hasattr(self, "has_failed"):
+            self.has_failed = True
+            raise EndpointError("could not connect to the endpoint")
+        return ContentFile(b"whole")
+
+
+def test_a_bucket_that_is_away_for_a_moment_is_read_again(settings: Settings) -> None:
+    backend = {"BACKEND": f"{__name__}.FickleBucket"}
+    settings.STORAGES = {**settings.STORAGES, "default": backend}
+    assert blobs.get("payloads/ab/abab") == b"whole"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 import pytest
 from django.db.models.functions import Now
@@ -134,17 +136,22 @@ def test_tokens_are_shared_by_the_first_operations_of_all_runs(
             )
             operations.submit(one, waiting)
 
-    def take(max_tokens: int) -> list[int]:
+    def take(max_tokens: int, waiting: Mapping[int, int] = MappingProxyType({})) -> list[int]:
         taken = claims.take_operations(
-            worker.row, {one.pk: 0 for one in runs}, limit=9, max_tokens=max_tokens
+            worker.row, {one.pk: 0 for one in runs}, limit=9, max_tokens=max_tokens, waiting=waiting
         )
         return [sum(op.run_pk == one.pk for op in taken) for one in runs]
 
-    assert take(1) == [1, 0, 0]  # one that is larger than all is taken, too
+    assert take(0) == [1, 1, 1]  # nobody waits for others to begin
     assert take(30) == [1, 1, 1]
     assert take(31) == [2, 1, 1]
     assert take(90) == [2, 2, 2]
     assert take(10**6) == [3, 3, 3]
+    # Who has something to do already gets more when there is room, whoever has least of it first.
+    assert take(0, {runs[0].pk: 5}) == [0, 1, 1]
+    assert take(21, {runs[0].pk: 5}) == [1, 1, 1]
+    assert take(31, {runs[0].pk: 25}) == [0, 2, 1]
+    assert take(61, {runs[0].pk: 25}) == [1, 2, 2]
 
 
 def test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start(

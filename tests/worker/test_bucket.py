@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from django.core.files.base import ContentFile
+from django.core.files.base import ContentFile, File
 from django.core.files.storage import InMemoryStorage, default_storage
+from django.test import override_settings
 from pytest_django.fixtures import Settings
 
 from gpuworker import snapshots
 from gpuworker.engine.exceptions import CheckpointError
 from gpuworker.snapshots import StorageError
+from gpuworker.worker import GpuWorker
+from tests.worker.conftest import Client, finished
+from tests.worker.test_device_share import TOKENS
 
 
 class EndpointError(Exception):
@@ -24,6 +29,13 @@ class SilentBucket(InMemoryStorage):
 
     def listdir(self, path: str) -> NoReturn:
         """Find nobody to ask."""
+        raise EndpointError("could not connect to the endpoint")
+
+
+class RefusingBucket(SilentBucket):
+    """A bucket that takes nothing."""
+
+    def _save(self, name: str, content: File[bytes]) -> NoReturn:
         raise EndpointError("could not connect to the endpoint")
 
 
@@ -61,3 +73,18 @@ def test_files_of_a_bucket_are_copied_for_who_needs_a_folder(tmp_path: Path) -> 
     assert (folder / "adapter_config.json").read_bytes() == b"{}"
     with pytest.raises(CheckpointError):
         snapshots.local_folder("checkpoints/1/two", tmp_path)
+
+
+def test_a_bucket_that_takes_nothing_is_told_as_a_full_disk_is(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], settings: Settings
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+    seat = worker._intake.seats[client.run.pk]
+    state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
+    backend = {"BACKEND": f"{__name__}.RefusingBucket"}
+    with (
+        override_settings(STORAGES={**settings.STORAGES, "default": backend}),
+        pytest.raises(StorageError, match="could not connect to the endpoint"),
+    ):
+        snapshots.store(state, "checkpoints/1/one", seat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -169,3 +170,33 @@ def test_a_snapshot_of_a_run_that_others_have_by_now_counts_for_nothing(held: He
     assert seat.snapshot_seq == -1
     assert seat.snapshot_directory == ""
     assert held.folders() == set()
+
+
+@pytest.mark.parametrize("num_looks", [1, 2])
+def test_a_disk_that_fills_up_meanwhile_leaves_no_save_uncommitted(
+    start_worker: Callable[[], GpuWorker],
+    new_client: Callable[..., Client],
+    monkeypatch: pytest.MonkeyPatch,
+    num_looks: int,
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+    free = iter([1 << 50] * num_looks)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(free, 0)))
+    save = client.save_ephemeral(0)
+    assert finished(save, deadline_s=20).state == Operation.State.DONE
+    assert not worker._intake.seats[client.run.pk].is_lost
+
+
+def test_names_are_forgotten_once_they_are_rows(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client]
+) -> None:
+    worker, client = start_worker(), new_client()
+    for number in range(3):
+        for save in (client.save(f"kept{number}"), client.save_ephemeral(number)):
+            assert finished(save).state == Operation.State.DONE
+        worker._committer.flush()
+    again = client.save("kept0")
+    assert finished(again).error == "a checkpoint named 'kept0' exists; choose another name or overwrite it"
+    assert len(worker._intake.seats[client.run.pk].saved_names) <= 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from django.db import transaction
@@ -11,8 +13,11 @@ from django.db import transaction
 from gpuworker import leases
 from gpuworker.busy import BusyMeter
 from gpuworker.leases import Lease
+from gpuworker.worker import GpuWorker
 from runs.models import Worker
 from runs.services import workers
+from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.test_device_share import TOKENS
 
 
 @pytest.fixture
@@ -89,3 +94,27 @@ def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.
     finally:
         lease.stop()
     assert not other.is_set()
+
+
+def test_a_pass_of_many_batches_beats_after_each(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+    (engine,) = worker.scheduler._engines.values()
+    trainer, beats = engine._trainer, list[float | None]()
+    run_batch = trainer._run_batch
+
+    def note_and_run(parts: Any) -> None:
+        beats.append(worker._busy._moved_at)
+        run_batch(parts)
+
+    monkeypatch.setattr(trainer, "_run_batch", note_and_run)
+    monkeypatch.setattr(trainer, "_token_budget", len(TOKENS))
+    with worker.scheduler._draining:
+        passes = [client.forward_backward(TOKENS) for _ in range(3)]
+        seat = worker._intake.seats[client.run.pk]
+        wait_for(lambda: len(seat.queue) == len(passes), what="all are decoded")
+        with worker._busy.measuring():
+            assert worker.scheduler._cycle()
+    assert len(set(beats)) == len(passes)

@@ -89,3 +89,49 @@ def test_many_runs_that_come_at_once_are_decoded_as_far_as_any_are(
             worker._committer.flush()
             held._collect()
     assert all(finished(number).state == Operation.State.DONE for number in passes)
+
+
+def test_a_run_with_much_waiting_keeps_no_other_from_beginning(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    much, little = (new_client(seed=seed) for seed in range(2))
+    for client in (much, little):
+        finished(client.forward_backward(TOKENS))
+    held = worker._intake
+    held.stop()
+    size = Operation.objects.get(pk=much.forward_backward(TOKENS)).num_tokens
+    monkeypatch.setattr(intake, "AHEAD_TOKENS", 2 * size)
+    for _ in range(intake.AHEAD):
+        much.forward_backward(TOKENS)
+    with worker.scheduler._draining:
+        held._collect()
+        queues = [held.seats[client.run.pk].queue for client in (much, little)]
+        assert [len(queue) for queue in queues] == [2, 0]
+        little.forward_backward(TOKENS)
+        little.forward_backward(TOKENS)
+        held._collect()
+        assert [len(queue) for queue in queues] == [2, 1]
+
+
+def test_what_waits_of_a_run_that_is_put_off_takes_no_room(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    stuck, healthy = (new_client(seed=seed) for seed in range(2))
+    for client in (stuck, healthy):
+        finished(client.forward_backward(TOKENS))
+    held = worker._intake
+    held.stop()
+    numbers = [client.forward_backward(TOKENS) for client in (stuck, healthy) for _ in range(3)]
+    monkeypatch.setattr(intake, "AHEAD_TOKENS", Operation.objects.get(pk=numbers[0]).num_tokens * 3)
+    with worker.scheduler._draining:
+        held.seats[healthy.run.pk].is_leaving = True
+        held._collect()
+        held.seats[healthy.run.pk].is_leaving = False
+        held.seats[stuck.run.pk].restoring.again()
+        held._collect()
+        assert [len(held.seats[client.run.pk].queue) for client in (stuck, healthy)] == [3, 3]
+        stuck.forward_backward(TOKENS)
+        held._collect()
+        assert len(held.seats[stuck.run.pk].queue) == 3

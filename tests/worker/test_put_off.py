@@ -15,10 +15,11 @@ from pytest_django.fixtures import Settings
 
 from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
-from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun
+from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, User
 from runs.services import run_rows, waiting
 from runs.services.run_rows import RunFacts
 from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.test_device_share import ask
 
 Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
@@ -50,7 +51,8 @@ def wait_until_put_off(worker: GpuWorker, client: Client, *, why: str) -> None:
     """Wait until it is tried again later, and people are told why: on its page, and its client in the terminal."""
     seats = worker._intake.seats
     wait_for(
-        lambda: (seat := seats.get(client.run.pk)) is not None and seat.put_off_s, what="the run is put off"
+        lambda: (seat := seats.get(client.run.pk)) is not None and seat.restoring.pause_s,
+        what="the run is put off",
     )
     told = wait_for(lambda: facts_of(client).reason, what="the page says why")
     assert told == f"{why}; bringing the run back is tried again by itself, and nothing is lost"
@@ -110,6 +112,61 @@ def test_a_payload_that_cannot_be_read_does_not_end_the_run(
 
     assert finished(waits).state == Operation.State.DONE
     end_as_undisturbed(client, undisturbed)
+
+
+def test_an_operation_whose_payload_cannot_be_read_waits_for_it(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    worker.stop()
+    waits, step = client.forward_backward(TOKENS), client.optim_step()
+    with unreadable(Operation.objects.get(pk=waits).payload_file):
+        start_worker()
+        reason = wait_for(lambda: facts_of(client).reason, what="people are told")
+        assert reason == (
+            "the payload of operation 3 cannot be read: is a directory; "
+            "reading it is tried again by itself, and nothing is lost"
+        )
+        finished(trained(undisturbed))  # others go on meanwhile
+        queued = Operation.objects.filter(pk__in=[waits, step], state=Operation.State.QUEUED)
+        assert [operation.attempts for operation in queued] == [1, 1]
+
+    assert [finished(pk).state for pk in (waits, step)] == [Operation.State.DONE] * 2
+    end_as_undisturbed(client, undisturbed)
+
+
+def test_an_operation_whose_payload_is_gone_fails_alone(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    client = new_client()
+    lost, step = client.forward_backward(TOKENS), client.optim_step()
+    Path(default_storage.path(Operation.objects.get(pk=lost).payload_file)).unlink()
+    start_worker()
+    failed = finished(lost)
+    assert (failed.state, failed.error) == (
+        Operation.State.FAILED,
+        "the operation's payload cannot be read: FileNotFoundError",
+    )
+    assert finished(step).state == Operation.State.DONE
+
+
+def test_a_sample_whose_payload_cannot_be_read_waits_for_it(
+    start_worker: Start, alice: User, base_model: str, settings: Settings
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    waits, other = (ask(alice, base_model, num_tokens=5 + number) for number in range(2))
+    with unreadable(Operation.objects.get(pk=waits).payload_file):
+        worker = start_worker()
+        wait_for(lambda: worker._intake.samples.num_unread, what="it is put off")
+        assert finished(other).state == Operation.State.DONE
+        assert Operation.objects.get(pk=waits).state == Operation.State.QUEUED
+    assert finished(waits).state == Operation.State.DONE
+    assert not worker._intake.samples.num_unread
 
 
 def test_a_checkpoint_that_cannot_be_read_again_does_not_end_the_run(

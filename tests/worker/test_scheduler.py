@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from gpuworker import scheduler, tasks
+from gpuworker import tasks, turns
 from gpuworker.intake import Intake
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
@@ -28,7 +28,7 @@ def test_runs_that_fill_the_budget_take_turns(
     new_client: Callable[..., Client],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scheduler, "CYCLE_TOKENS", len(TOKENS))
+    monkeypatch.setattr(turns, "CYCLE_TOKENS", len(TOKENS))
     worker = start_worker()
     with worker.scheduler._draining:
         clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]
@@ -102,7 +102,7 @@ def test_training_that_comes_while_a_sample_runs_owes_it_nothing(
     monkeypatch.setattr(drive._desk, "step", step_until_it_owes)
     with drive._draining:
         sample = ask(alice, base_model, num_tokens=240)
-        wait_for(lambda: intake.samples, what="the sample is taken")
+        wait_for(lambda: intake.samples.num_waiting, what="the sample is taken")
         while not has_owed.is_set():
             intake.ready.clear()
             drive._work()

@@ -25,7 +25,8 @@ def key_of(body: dict[str, Any]) -> str:
 class Replay:
     """Answers at `url` until `kill`; `requests` are those it got, `loaded` the adapters it knows.
 
-    Samples, but for probes, are held back until `may_answer`; `is_frozen` has it answer nothing else either.
+    Samples, but for probes, are held back until `may_answer`; `is_frozen` has it answer nothing else either. Its facts
+    are said to be encoded as `said_encoding`, which they are not.
     """
 
     def __init__(self, *, port: int = 0, model: str = "mintweb/tiny") -> None:
@@ -35,6 +36,7 @@ class Replay:
         self.serve(model)
         self.refused_adapters = ""
         self.has_mixed_up_base = False
+        self.said_encoding = ""
         self.num_looks = 0
         self.loaded: dict[str, str] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -120,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             replay.num_looks += 1
             self._answer(200, b"")
             return
-        self._answer(200, json.dumps(replay.facts[self.path]).encode())
+        self._answer(200, json.dumps(replay.facts[self.path]).encode(), encoding=replay.said_encoding)
 
     def do_POST(self) -> None:
         replay = self.server.replay
@@ -172,8 +174,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, message: str) -> None:
         self._answer(status, json.dumps({"error": {"message": message, "code": status}}).encode())
 
-    def _answer(self, status: int, content: bytes) -> None:
+    def _answer(self, status: int, content: bytes, *, encoding: str = "") -> None:
         self.send_response(status)
+        if encoding:
+            self.send_header("content-encoding", encoding)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -253,6 +253,28 @@ def test_an_address_of_something_else_is_told(connect: Connect, replay: Replay) 
     wait_for(lambda: "does not answer as vLLM does" in sampler.words, what="it was looked at")
 
 
+@pytest.mark.parametrize("models", [["nothing"], {"data": ["nothing"]}, {"data": None}])
+def test_an_answer_of_another_form_is_told_and_looked_at_again(
+    connect: Connect, replay: Replay, models: object
+) -> None:
+    real, replay.facts["/v1/models"] = replay.facts["/v1/models"], models
+    sampler = connect(replay.url)
+    wait_for(lambda: "does not answer as vLLM does" in sampler.words, what="it was looked at")
+    replay.facts["/v1/models"] = real
+    attached(sampler)
+
+
+def test_an_answer_that_cannot_be_decoded_is_told_once_and_looked_at_again(
+    connect: Connect, replay: Replay, caplog: pytest.LogCaptureFixture
+) -> None:
+    replay.said_encoding = "gzip"
+    sampler = connect(replay.url)
+    wait_for(lambda: "gives no whole answer (DecodingError)" in sampler.words, what="it was looked at")
+    replay.said_encoding = ""
+    attached(sampler)
+    assert sum("DecodingError" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_base_samples_with_an_adapters_weights_are_refused(
     sampler: VllmSampler, engine: Engine, replay: Replay
 ) -> None:

@@ -1,0 +1,138 @@
+"""What the engine did not expect: the guilty operation fails alone, and a device that is lost takes none with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import EngineError
+from gpuworker.engine.memory import is_device_lost
+from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult
+from gpuworker.worker import GpuWorker
+from runs.models import Operation, TrainingRun, User
+from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.test_device_share import TOKENS, ask
+
+Start = Callable[[], GpuWorker]
+NewClient = Callable[..., Client]
+BAD_TOKEN = 77
+FAULT = "CUDA error: an illegal memory access was encountered"
+
+
+class ProcessEnded(BaseException):
+    """The process would be gone."""
+
+
+def engine_of(worker: GpuWorker) -> Engine:
+    (engine,) = worker.scheduler._engines.values()
+    return engine
+
+
+def fail_after_bad_data(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have a pass with the bad token fail after everything was computed; returns the sizes of the passes."""
+    compute, sizes = engine.forward_backward, list[int]()
+
+    def compute_and_fail(jobs: Sequence[ForwardBackward]) -> list[ForwardBackwardResult | EngineError]:
+        sizes.append(len(jobs))
+        answers = compute(jobs)
+        if any(BAD_TOKEN in datum.tokens for job in jobs for datum in job.data):
+            raise RuntimeError("a shape does not fit")
+        return answers
+
+    monkeypatch.setattr(engine, "forward_backward", compute_and_fail)
+    return sizes
+
+
+def test_of_operations_that_failed_together_only_the_guilty_one_fails(
+    start_worker: Start, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    guilty, innocent, undisturbed = (new_client() for _ in range(3))
+    for client in (guilty, innocent, undisturbed):
+        finished(client.forward_backward(TOKENS))
+    seats = worker._intake.seats
+    sizes = fail_after_bad_data(engine_of(worker), monkeypatch)
+    with worker.scheduler._draining:
+        bad, good = guilty.forward_backward([BAD_TOKEN, *TOKENS]), innocent.forward_backward(TOKENS)
+        wait_for(lambda: all(seats[one.run.pk].queue for one in (guilty, innocent)), what="both are decoded")
+    assert finished(good).state == Operation.State.DONE
+    assert finished(bad).error == "the engine failed: RuntimeError"
+    assert sizes[0] == 2
+
+    undisturbed.forward_backward(TOKENS)
+    for client in (innocent, undisturbed):
+        client.optim_step()
+    losses = [losses_of(finished(one.forward_backward(TOKENS))) for one in (innocent, undisturbed)]
+    assert losses[0] == losses[1]
+    assert finished(guilty.forward_backward(TOKENS)).state == Operation.State.DONE
+
+
+def end_with_an_exception(status: int) -> None:
+    assert status == 3
+    raise ProcessEnded
+
+
+def test_a_lost_device_ends_the_process_before_anything_is_answered(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker = start_worker()
+    clients = [new_client(seed=seed) for seed in range(2)]
+    for client in clients:
+        finished(client.forward_backward(TOKENS))
+    seats = worker._intake.seats
+
+    def fault(*_: object) -> None:
+        raise torch.AcceleratorError(FAULT)
+
+    with worker.scheduler._draining, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_of(worker), "forward_backward", fault)
+        patch.setattr(os, "_exit", end_with_an_exception)
+        waiting = [client.forward_backward(TOKENS) for client in clients]
+        wait_for(lambda: all(seats[one.run.pk].queue for one in clients), what="both are decoded")
+        with pytest.raises(ProcessEnded):
+            worker.scheduler._cycle()
+        worker._committer.flush()
+        assert Operation.objects.filter(pk__in=waiting, state=Operation.State.QUEUED).count() == 2
+    assert all(finished(pk).state == Operation.State.DONE for pk in waiting)
+    assert not TrainingRun.objects.exclude(fence=1).exists()
+
+
+def test_a_device_lost_over_samples_ends_the_process_before_they_are_answered(
+    start_worker: Start, alice: User, base_model: str
+) -> None:
+    worker = start_worker()
+    held, engine = worker._intake.samples, engine_of(worker)
+
+    def fault() -> None:
+        raise RuntimeError(FAULT)
+
+    with worker.scheduler._draining, pytest.MonkeyPatch.context() as patch:
+        sample = ask(alice, base_model, num_tokens=5)
+        wait_for(lambda: held.num_waiting, what="it is taken")
+        patch.setattr(engine.sampler, "step", fault)
+        patch.setattr(os, "_exit", end_with_an_exception)
+        worker._intake.ready.clear()
+        with pytest.raises(ProcessEnded):
+            worker.scheduler._work()
+        worker._committer.flush()
+        assert Operation.objects.get(pk=sample).state == Operation.State.QUEUED
+    assert finished(sample).state == Operation.State.DONE
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.AcceleratorError(FAULT), True),
+        (RuntimeError(FAULT), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError(FAULT), False),
+    ],
+)
+def test_what_a_lost_device_is_told_by(error: Exception, is_lost: bool) -> None:
+    assert is_device_lost(error) is is_lost
