@@ -28,8 +28,10 @@ def test_a_sample_whose_workers_died_is_tried_with_nothing_beside_it(
 
     wait_for(lambda: Operation.objects.get(pk=suspect).lone_attempts, what="it is tried alone")
     trained = client.forward_backward(TOKENS)
-    ends = [(finished(pk).finished_at, pk) for pk in [*samples, trained]]
-    assert [pk for _, pk in sorted(ends, key=str)] == [*samples, trained]
+    for pk in [*samples, trained]:
+        finished(pk)
+    ended = Operation.objects.filter(pk__in=[*samples, trained]).order_by("finished_at")
+    assert list(ended.values_list("pk", flat=True)) == [*samples, trained]
     assert [Operation.objects.get(pk=pk).lone_attempts for pk in samples] == [0, 1, 0]
 
 
