@@ -53,7 +53,7 @@ class Residents:
             self._bring_back(seat)
             if time.monotonic() > until:
                 break
-        return [seat for seat in seats if seat.queue and seat.is_restored]
+        return [seat for seat in seats if seat.has_work and seat.is_restored]
 
     def snapshot(self, seat: Seat) -> None:
         """Keep the state after the last applied operation, unless it is kept; it becomes a row after its commit."""
@@ -101,13 +101,13 @@ class Residents:
             else:
                 until_reachable(partial(restore, seat, beat=self._busy.beat))
         except (StorageError, OutOfMemory) as error:
-            _put_off(seat, error)
+            _put_back(seat, error)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            _put_off(seat, error)
+            _put_back(seat, error)
         else:
-            _let_on(seat)
+            let_on(seat)
             seat.restored_at = time.monotonic()
 
     def _take_back(self, seat: Seat) -> None:
@@ -129,21 +129,24 @@ class Residents:
         seat.is_shelved = False
 
 
-def _let_on(seat: Seat) -> None:
-    if seat.restoring.reason:
-        until_reachable(partial(holdups.clear, seat.run.pk, seat.restoring.reason))
-    seat.restoring = PutOff()
-
-
-def _put_off(seat: Seat, error: Exception) -> None:
-    seat.engine.drop_adapter(seat.adapter_id)
+def put_off(seat: Seat, error: Exception, reason: str) -> None:
+    """Let some time pass before the run's next operation is tried again, and tell people why."""
     seat.restoring.again()
-    problem = str(error) if isinstance(error, StorageError) else "the worker's memory has no room for the run"
-    seat.restoring.reason = holdups.put_off(problem)
-    until_reachable(partial(holdups.enter, seat.run.pk, seat.restoring.reason))
+    seat.restoring.reason = reason
+    until_reachable(partial(holdups.enter, seat.run.pk, reason))
     logger.warning(
-        "run %s cannot be brought back, trying again in %.0f s: %s",
-        seat.run.public_id,
-        seat.restoring.pause_s,
-        error,
+        "run %s is put off, trying again in %.0f s: %s", seat.run.public_id, seat.restoring.pause_s, error
     )
+
+
+def let_on(seat: Seat) -> None:
+    """Note that what was tried again has succeeded."""
+    if seat.restoring.pause_s:
+        until_reachable(partial(holdups.clear, seat.run.pk, seat.restoring.reason))
+        seat.restoring = PutOff()
+
+
+def _put_back(seat: Seat, error: Exception) -> None:
+    seat.engine.drop_adapter(seat.adapter_id)
+    problem = str(error) if isinstance(error, StorageError) else "the worker's memory has no room for the run"
+    put_off(seat, error, holdups.put_off(problem))

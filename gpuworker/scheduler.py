@@ -26,12 +26,13 @@ from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import ForwardBackward, OptimStep
 from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
-from gpuworker.residents import Residents
+from gpuworker.residents import Residents, let_on, put_off
 from gpuworker.sample_desk import PARTIALS_S, SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
+from gpuworker.snapshots import StorageError
 from gpuworker.turns import Turns
 from gpuworker.vllm_sampler import VllmSampler
-from runs.services import claims
+from runs.services import claims, holdups
 from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class Scheduler:
         suspicious = next((seat for seat in seats if seat.head is not None and seat.head.is_suspicious), None)
         if suspicious is not None:
             self._apply_alone(suspicious, done)
-            self._hand_over([suspicious], done, before)
+            self._hand_over([suspicious] if done else [], done, before)
             return True
         lone = self._turns.pop_lone(seats)
         if lone is not None:
@@ -249,23 +250,30 @@ class Scheduler:
 
     def _apply_singles(self, seats: Sequence[Seat], done: dict[int, list[Outcome]]) -> None:
         for seat in sorted(seats, key=lambda seat: seat.last_used_at):
-            while (
-                (head := seat.head) is not None
-                and not isinstance(head.request, ForwardBackward | OptimStep)
-                and not head.is_suspicious
-                and not seat.is_suspect
-                and not (isinstance(head.request, Save) and self._is_full(done))
-            ):
-                self._apply_single(seat, head, done)
+            while (single := self._single_of(seat, done)) is not None:
+                self._apply_single(seat, single, done)
+
+    def _single_of(self, seat: Seat, done: Mapping[int, list[Outcome]]) -> PreparedOperation | None:
+        """Return the seat's next operation if it goes alone, and may now."""
+        head = seat.head
+        if head is None or isinstance(head.request, ForwardBackward | OptimStep) or head.is_suspicious:
+            return None
+        waits = isinstance(head.request, Save) and self._is_full(done)
+        return None if waits or seat.is_suspect or not seat.has_work else head
 
     def _is_full(self, done: Mapping[int, list[Outcome]]) -> bool:
         """Say whether further states are to be copied in the next cycle: when those of this one are being written."""
         return sum(saved_bytes(outcomes) for outcomes in done.values()) >= self._committer.state_bytes
 
     def _apply_single(self, seat: Seat, operation: PreparedOperation, done: dict[int, list[Outcome]]) -> None:
+        """Apply what goes alone; later, where the checkpoint that it loads cannot be read just now."""
         self._busy.beat()
         failpoints.reach("before_compute")
         outcome = self._single(seat, operation)
+        if isinstance(outcome.error, StorageError):
+            put_off(seat, outcome.error, holdups.unread(str(outcome.error)))
+            return
+        let_on(seat)
         _advance(seat, operation)
         done[seat.run.pk].append(outcome)
         request = operation.request

@@ -193,6 +193,29 @@ def test_a_checkpoint_that_cannot_be_read_again_does_not_end_the_run(
     end_as_undisturbed(client, undisturbed)
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_loaded_later(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    client, undisturbed = new_client(), new_client()
+    start_worker()
+    for one in (client, undisturbed):
+        trained(one)
+        finished(one.save("kept"))
+        finished(trained(one))
+    kept, others = (Checkpoint.objects.get(run=one.run) for one in (client, undisturbed))
+    finished(undisturbed.load(others.directory, "tinker://kept", optimizer=True))
+    with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
+        loads, waits = client.load(kept.directory, "tinker://kept", optimizer=True), trained(client)
+        told = wait_for(lambda: facts_of(client).reason, what="people are told")
+        assert told == f"{UNREADABLE}; reading it is tried again by itself, and nothing is lost"
+        finished(trained(undisturbed))  # others go on meanwhile
+        queued = Operation.objects.filter(pk__in=[loads, waits], state=Operation.State.QUEUED)
+        assert queued.count() == 2
+
+    assert [finished(pk).state for pk in (loads, waits)] == [Operation.State.DONE] * 2
+    end_as_undisturbed(client, undisturbed)
+
+
 def test_a_shelved_state_that_cannot_be_read_stays_the_runs_state(
     start_worker: Start, new_client: NewClient, settings: Settings
 ) -> None:
