@@ -20,7 +20,7 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from channels.layers import get_channel_layer
 from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
-from django.db import DatabaseError, InterfaceError
+from django.db import DatabaseError, DataError, InterfaceError
 from django.template.loader import render_to_string
 from django.utils.crypto import constant_time_compare
 
@@ -69,7 +69,7 @@ class LiveConsumer(AsyncWebsocketConsumer):
         self.user = user
         try:
             group = await in_thread(self._open)
-        except MintError:
+        except (MintError, DataError):  # an id with NUL is no row's
             await self.close(NOT_FOUND)
             return
         await self.accept()

@@ -130,6 +130,7 @@ async def test_others_are_refused(connect: Open, run: TrainingRun) -> None:
     assert not (await connect(path(run), with_cookie="")).is_open
     assert not (await connect(path(run), origin="https://evil.example")).is_open
     assert not (await connect("/ws/runs/00000000-0000-4000-8000-000000000000:train:0/")).is_open
+    assert not (await connect("/ws/runs/\0/")).is_open
 
     def give_away() -> None:
         TrainingRun.objects.filter(pk=run.pk).update(owner=seed.make_user("bob"))
