@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from django.core.files.storage import default_storage
 from torch import Tensor
 
 from gpuworker import snapshots
-from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Metric, Operation
 from tests.worker.conftest import Client, finished, wait_for
@@ -46,30 +43,6 @@ def test_a_step_that_two_workers_shared_has_all_of_its_metrics(
     assert curve(moved)["tokens"] == 15
 
 
-def test_a_checkpoint_that_cannot_be_read_fails_the_load_as_the_servers_fault(
-    start_worker: Start, new_client: NewClient
-) -> None:
-    start_worker()
-    client = new_client()
-    finished(client.save("kept"))
-    checkpoint = Checkpoint.objects.get(run=client.run)
-    file = Path(default_storage.path(checkpoint.directory)) / checkpoints.STATE_FILE
-    content = file.read_bytes()
-    file.unlink()
-    file.mkdir()  # the error of a broken disk cannot be had without one; this is one of the same kind
-
-    refused = finished(client.load(checkpoint.directory, "tinker://kept", optimizer=True))
-
-    assert (refused.state, refused.error_category) == (Operation.State.FAILED, "server")
-    assert refused.error == "the checkpoint cannot be read: is a directory"
-    file.rmdir()
-    file.write_bytes(content)
-    assert (
-        finished(client.load(checkpoint.directory, "tinker://kept", optimizer=True)).state
-        == Operation.State.DONE
-    )
-
-
 def weights_of(client: Client, name: str) -> Tensor:
     return snapshots.fetch(Checkpoint.objects.get(run=client.run, name=name).directory).weights
 
@@ -97,9 +70,8 @@ def test_nothing_is_built_on_a_gradient_of_a_pass_that_broke_in_the_middle(
         wait_for(lambda: all(len(seat.queue) == 3 for seat in list(seats.values())), what="all are decoded")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "isfinite", break_at_the_second)
-            assert worker.scheduler._cycle()
-    assert {finished(pk).error for pk in broken} == {"the engine failed: RuntimeError"}
-    assert {finished(pk).state for pk in kept} == {Operation.State.DONE}
+            assert not worker.scheduler._cycle()  # nobody's is answered: each is tried by itself
+    assert {finished(pk).state for pk in (*broken, *kept)} == {Operation.State.DONE}
 
     for client in clients:
         worker.give_up(client.run.pk)
