@@ -36,7 +36,7 @@ class SampleIntake:
         self._unwritten = unwritten
         self._lock = threading.Lock()
         self._taken: list[TakenSample] = []
-        self._held: set[int] = set()
+        self._held: dict[int, int] = {}  # whose they are
         self._unread: dict[int, PutOff] = {}
         self._may_be_more = False
 
@@ -53,7 +53,7 @@ class SampleIntake:
     def take(self) -> bool:
         """Take what there is room for; return whether something came."""
         with self._lock:
-            held = list(self._held)
+            held = dict(self._held)
         limit = min(_AT_A_TIME, self._most - len(held))
         if limit <= 0:
             self._may_be_more = True
@@ -63,6 +63,7 @@ class SampleIntake:
             list(self._engines),
             limit=limit,
             held=[*held, *(pk for pk, put_off in self._unread.items() if not put_off.is_due)],
+            held_owners=held.values(),
             unwritten=self._unwritten(),
         )
         self._may_be_more = len(found) == limit
@@ -72,7 +73,7 @@ class SampleIntake:
         readable = self._read(found)
         with self._lock:
             self._taken += readable
-            self._held |= {sample.pk for sample in readable}
+            self._held |= {sample.pk: sample.owner_pk for sample in readable}
         return bool(readable)
 
     def pop(self) -> list[TakenSample]:
@@ -84,7 +85,7 @@ class SampleIntake:
     def end(self, operation_pk: int) -> bool:
         """Note that a request has its answer, or is to be taken again; return whether to look for more."""
         with self._lock:
-            self._held.discard(operation_pk)
+            self._held.pop(operation_pk, None)
             return self._may_be_more and len(self._held) <= self._most * 3 // 4
 
     @property

@@ -30,8 +30,11 @@ WITH RECURSIVE owners AS (
   UNION ALL
   SELECT (SELECT owner_id FROM runs_operation WHERE state = 'queued' AND sampling_session_id IS NOT NULL
           AND owner_id > owners.id ORDER BY owner_id, id LIMIT 1) FROM owners WHERE owners.id IS NOT NULL
+), mine AS (
+  SELECT owner_id, count(*) AS num_held FROM unnest(%(held_owners)s::bigint[]) AS owner_id GROUP BY owner_id
 ), turns AS (
-  SELECT next.id, next.place FROM owners CROSS JOIN LATERAL (
+  SELECT next.id, next.place + COALESCE(mine.num_held, 0) AS place
+  FROM owners LEFT JOIN mine ON mine.owner_id = owners.id CROSS JOIN LATERAL (
     SELECT op.id, row_number() OVER (ORDER BY op.id) AS place FROM runs_operation op
     WHERE op.owner_id = owners.id AND op.state = 'queued' AND op.sampling_session_id IS NOT NULL
       AND (op.worker_id IS NULL OR (op.worker_id = %(worker)s AND NOT op.id = ANY(%(held)s::bigint[]))
@@ -41,7 +44,7 @@ WITH RECURSIVE owners AS (
              AND c.size_bytes = 0 AND NOT c.directory = ANY(%(unwritten)s::text[]))
            FROM runs_samplingsession s WHERE s.id = op.sampling_session_id)
     ORDER BY op.id LIMIT 1 + 4 * %(limit)s / (SELECT count(*) - 1 FROM owners)) AS next
-  ORDER BY next.place, next.id LIMIT 4 * %(limit)s
+  ORDER BY place, next.id LIMIT 4 * %(limit)s
 ), chosen AS MATERIALIZED (
   SELECT op.id, turns.place FROM turns JOIN runs_operation op ON op.id = turns.id
   WHERE op.state = 'queued' AND (op.worker_id IS NULL OR op.worker_id = %(worker)s
@@ -87,11 +90,13 @@ def take_samples(
     *,
     limit: int,
     held: Collection[int] = (),
+    held_owners: Collection[int] = (),
     unwritten: Collection[str] = (),
 ) -> list[TakenSample]:
     """Return sample requests that no live worker has, in turns between owners, the oldest of each first.
 
-    `held` are those this worker knows it has.
+    `held` are those this worker knows it has, `held_owners` whose they are, one each: who has fewer comes first, so
+    that turns go round also where one request is taken at a time.
 
     Weights whose file is not written yet can be sampled from where they are in memory: `unwritten` names those here.
     """
@@ -101,6 +106,7 @@ def take_samples(
         "worker": worker.pk,
         "base_models": list(base_models),
         "held": list(held),
+        "held_owners": list(held_owners),
         "unwritten": list(unwritten),
         "limit": limit,
     }

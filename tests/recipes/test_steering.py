@@ -62,6 +62,7 @@ def test_a_paused_run_with_nothing_left_to_do_is_not_looked_at(begin: Begin) -> 
     settings = {"every": 2, "max_tokens": 4, "prompts": ["Hello!"]}
     recipe = started(begin(num_steps=400, eval_every=2, samples=settings))
     recipes.pause(recipe)
+    drained(recipe)
     turn_until(recipe, lambda _: not active_recipes.find(), what="nothing left to do")
 
     recipe.refresh_from_db()

@@ -13,6 +13,7 @@ from pytest_django.fixtures import Settings
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, TrainingRun, User, Worker
 from runs.services import claims, commits, operations, playground, sample_claims, workers
+from runs.services.sample_claims import TakenSample
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
 from tests.services.races import race
@@ -223,6 +224,25 @@ def test_owners_take_turns_with_their_samples(alice: User, worker: HandWorker) -
     assert taken == [flood[0], first, flood[1], second, flood[2]]
     rest = sample_claims.take_samples(worker.row, MODELS, limit=99, held=taken)
     assert [sample.pk for sample in rest] == flood[3:]
+
+
+def test_owners_take_turns_also_where_one_sample_is_taken_at_a_time(alice: User, worker: HandWorker) -> None:
+    many = rows.make_sampling_session(alice)
+    flood = [rows.sample(many, seq) for seq in range(4)]
+    few = rows.make_sampling_session(rows.make_user("bob"))
+    first = rows.sample(few, 0)
+
+    taken: list[TakenSample] = []
+    for _ in range(3):
+        taken += sample_claims.take_samples(
+            worker.row,
+            MODELS,
+            limit=1,
+            held=[sample.pk for sample in taken],
+            held_owners=[sample.owner_pk for sample in taken],
+        )
+
+    assert [sample.pk for sample in taken] == [flood[0], first, flood[1]]
 
 
 def test_people_are_told_how_many_samples_are_before_theirs(alice: User, worker: HandWorker) -> None:
