@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 
 from runs.models import User
-from runs.services import accounts
+from runs.services import accounts, base_models
 
 
 @pytest.fixture
 def admin(db: None) -> User:
     """Return the first user."""
     return accounts.ensure_admin()
+
+
+@pytest.fixture(autouse=True)
+def _base_models_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test see the base models of its own settings, not those that a test before it has seen."""
+    monkeypatch.setattr(base_models, "_cache", None)
