@@ -11,7 +11,6 @@ from playwright.sync_api import expect
 from tokenizers import Tokenizer
 
 from runs.models import TrainingRun, User
-from runs.services import base_models
 from tests.pages import seed
 
 PASSWORD = "correct horse battery"
@@ -21,9 +20,8 @@ expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh_cache() -> None:
     cache.clear()
-    monkeypatch.setattr(base_models, "_cache", None)
 
 
 @pytest.fixture

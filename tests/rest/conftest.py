@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ import pytest
 from pytest_django.fixtures import Settings
 
 from runs.models import DatasetVersion, Recipe, TrainingRun
-from runs.services import base_models, datasets
+from runs.services import datasets
 from runs.tasks import check_dataset
 from tests.pages import recipe_seed, seed
 from tests.rest.client import Rest
+from tests.rest.receiver import Receiver, receiving
 
 TINY = Path(__file__).resolve().parent.parent.parent / "gpuworker" / "tiny" / "model"
 BASE_MODEL = "mintweb/tiny"
 
 
 @pytest.fixture(autouse=True)
-def _tiny(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def _tiny(settings: Settings) -> None:
     settings.BASE_MODELS = {BASE_MODEL: str(TINY)}
-    monkeypatch.setattr(base_models, "_cache", None)
 
 
 @pytest.fixture
@@ -75,3 +75,11 @@ def version(add_rows: Callable[..., DatasetVersion]) -> DatasetVersion:
     return add_rows(
         [{"prompt": f"What is {number} + 1?", "completion": str(number + 1)} for number in range(10)]
     )
+
+
+@pytest.fixture
+def receiver(settings: Settings) -> Iterator[Receiver]:
+    """Run somebody's web server, on an address that the settings allow."""
+    settings.WEBHOOK_HOSTS = ["127.0.0.1"]
+    with receiving() as made:
+        yield made
