@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from runs.models import User
@@ -18,3 +20,10 @@ def admin(db: None) -> User:
 def _base_models_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test see the base models of its own settings, not those that a test before it has seen."""
     monkeypatch.setattr(base_models, "_cache", None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show why each test that was tried again had failed, though it may have passed then."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_sep("-", f"first try of {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)

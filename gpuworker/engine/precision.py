@@ -32,7 +32,7 @@ def read_fitting(read: Callable[[torch.dtype], nn.Module]) -> tuple[nn.Module, s
     """
     model = read(torch.float32)
     widest = max((m.weight for m in model.modules() if isinstance(m, nn.Linear)), key=lambda w: min(w.shape))
-    if not _has_bfloat16_products():
+    if not has_bfloat16_products():
         return model, "float32: the processor has no bfloat16 products"
     if min(widest.shape) < _MIN_WIDTH:
         return model, f"float32: the model is narrower than {_MIN_WIDTH}, which bfloat16 would not speed up"
@@ -99,5 +99,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _has_bfloat16_products() -> bool:
+def has_bfloat16_products() -> bool:
+    """Return whether the processor multiplies bfloat16 itself; without, such a product takes several times as long."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -83,13 +83,15 @@ class FrozenWeight:
         """Return `rows @ weight`, (T, D)."""
         return frozen_linear(rows_TF, self._backward)
 
-    def pack(self) -> None:
-        """Hold a copy for `product`."""
+    def pack(self) -> int:
+        """Hold a copy for `product`; return the bytes that it takes, 0 where there is none."""
         self._forward = _packed(self._forward)
+        return self.num_bytes if self._forward.is_mkldnn else 0
 
-    def pack_transposed(self) -> None:
-        """Hold a copy for `transposed_product`."""
+    def pack_transposed(self) -> int:
+        """Hold a copy for `transposed_product`, as `pack` does."""
         self._backward = _packed(self._backward)
+        return self.num_bytes if self._backward.is_mkldnn else 0
 
 
 def pack(weights: Sequence[FrozenWeight], *, room_bytes: int) -> int:
@@ -99,19 +101,19 @@ def pack(weights: Sequence[FrozenWeight], *, room_bytes: int) -> int:
         the bytes that the copies take.
     """
     num_bytes = sum(weight.num_bytes for weight in weights)
-    steps: tuple[Callable[[FrozenWeight], None], ...] = (FrozenWeight.pack, FrozenWeight.pack_transposed)
+    steps: tuple[Callable[[FrozenWeight], int], ...] = (FrozenWeight.pack, FrozenWeight.pack_transposed)
     held_bytes = 0
     for step in steps:
         if not _HAS_ONEDNN or held_bytes + num_bytes > room_bytes:
             break
-        for weight in weights:
-            step(weight)
-        held_bytes += num_bytes
+        held_bytes += sum(step(weight) for weight in weights)
     return held_bytes
 
 
 def _packed(weight_FD: Tensor) -> Tensor:
-    """Return a copy in oneDNN's layout, or the weight itself where products with it have other bits."""
+    """Return a copy in oneDNN's layout, or the weight itself where there is none or products with it have other bits."""
+    if weight_FD.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return weight_FD  # a processor without AVX-512
     copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_FD.contiguous(), None)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(max(_TRIED_ROWS), weight_FD.shape[1], generator=generator).to(weight_FD.dtype)

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from bench import engine_alone
 from bench.fairness import Step, jain_index, served_shares
 from bench.table import Row, is_reached, range_row
 from bench.timing import alternate
@@ -67,6 +68,18 @@ def test_measures_in_bfloat16_give_their_figures(tmp_path: Path) -> None:
     rows = measure("bench.engine_bench", ["--shape", "tiny", *some, *SMALL], tmp_path / "rows.json")
     assert {row["measurement"] for row in rows} == {"engine, tiny bf16"}
     assert rows[-1]["measured"] == "same bits in 3 of 3"
+
+
+def test_bfloat16_is_left_out_where_the_processor_has_no_products_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_alone, "has_bfloat16_products", lambda: False)
+    rows = engine_alone.in_bfloat16(cast(Any, None))  # nothing is started
+    assert [(row.measurement, row.measured) for row in rows] == [
+        ("engine, M bf16", "left out"),
+        ("engine, S bf16", "left out"),
+    ]
+    assert is_reached(rows)
 
 
 @pytest.mark.e2e

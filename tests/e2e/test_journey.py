@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
+from uuid import uuid4
 
 import pytest
 import torch
@@ -41,8 +42,14 @@ def test_from_a_file_to_an_adapter(page: Page, product: Instance, tmp_path: Path
 
 def upload_and_skip_bad_rows(page: Page, tmp_path: Path) -> None:
     good = (ROOT / "examples" / "data" / "pirate_qa.jsonl").read_text(encoding="utf-8").splitlines()
+    # A file of its own: one that was there before, as when this test is tried again, leads nowhere.
+    thanks = [
+        {"role": "user", "content": f"Note {uuid4()}."},
+        {"role": "assistant", "content": "Arr! That I note, matey."},
+    ]
     file = tmp_path / "pirates.jsonl"
-    file.write_text("\n".join([*good[:20], *BAD_LINES, *good[20:]]) + "\n", encoding="utf-8")
+    lines = [*good[:20], *BAD_LINES, *good[20:], json.dumps({"messages": thanks})]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     page.get_by_role("link", name="Datasets").click()
     page.wait_for_url("**/datasets/")
     page.locator("[data-upload-files]").set_input_files(file)

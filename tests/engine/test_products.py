@@ -25,7 +25,8 @@ def is_packed(weight: FrozenWeight) -> tuple[bool, bool]:
 def test_packed_weights_give_the_bits_of_plain_ones(dtype: torch.dtype, num_rows: int) -> None:
     plain, packed = FrozenWeight(make(dtype)), FrozenWeight(make(dtype))
     products.pack([packed], room_bytes=1 << 20)
-    assert is_packed(packed) == (True, True)
+    has_layout = dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert is_packed(packed) == (has_layout, has_layout)
     rows_TD, rows_TF = torch.randn(num_rows, 24).to(dtype), torch.randn(num_rows, 40).to(dtype)
     bias_F = torch.randn(40).to(dtype)
     assert torch.equal(packed.product(rows_TD, bias_F), plain.product(rows_TD, bias_F))
@@ -49,7 +50,7 @@ def test_a_copy_that_would_change_bits_is_not_held(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(products, "frozen_linear", another_kernel)
     weight = FrozenWeight(make(torch.float32))
-    products.pack([weight], room_bytes=1 << 20)
+    assert products.pack([weight], room_bytes=1 << 20) == 0
     assert is_packed(weight) == (False, False)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_LINE = "Ctrl-C stops everything."
+_LANES = 16
 
 
 class Instance:
@@ -107,9 +108,14 @@ def clean_environment(**settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on, below those that outgoing connections get while it is not in use."""
+    """Return a TCP port that nobody listens on, below those that outgoing connections get while it is not in use.
+
+    Each of the processes that run tests beside each other has ports of its own: between this look and the use of
+    a port another one would take it now and then.
+    """
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _LANES
     while True:
-        port = 10_000 + secrets.randbelow(20_000)
+        port = 10_000 + secrets.randbelow(20_000 // _LANES) * _LANES + lane
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
