@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from gpuworker import device_loss, payloads, snapshots, suspicion
+from gpuworker import device_loss, payloads, suspicion
+from gpuworker.cold_weights import ColdWeights, Found
 from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
@@ -49,15 +50,28 @@ class _Open:
 
 
 class SampleDesk:
-    """Keeps the decode loops fed; used by the compute stage alone."""
+    """Keeps the decode loops fed; used by the compute stage alone.
+
+    Args:
+        wake: called from another thread when there is something to do here again.
+    """
 
     def __init__(
-        self, engines: Mapping[str, Engine], committer: Committer, servers: Mapping[str, VllmSampler]
+        self,
+        engines: Mapping[str, Engine],
+        committer: Committer,
+        servers: Mapping[str, VllmSampler],
+        *,
+        wake: Callable[[], None],
     ) -> None:
         self._engines = engines
         self._servers = servers
         self._committer = committer
         self._waiting: dict[str, SampleTurns] = defaultdict(SampleTurns)
+        self._cold = ColdWeights(unwritten=lambda: committer.unwritten, on_read=wake)
+        self._cold_requests: dict[str, list[TakenSample]] = defaultdict(list)
+        self._engines_own: set[int] = set()  # requests that no server is asked to draw
+        self._lone: set[int] = set()  # requests that failed together, to be drawn one at a time
         self._open: dict[int, _Open] = {}
         self._alone: int | None = None
         self._partials = Partials()
@@ -68,7 +82,7 @@ class SampleDesk:
     @property
     def has_work(self) -> bool:
         """Whether there is something to do here; what waits for servers to end, to be tried alone, is not."""
-        if any(engine.sampler.num_pending for engine in self._engines.values()):
+        if self._cold.has_read or any(engine.sampler.num_pending for engine in self._engines.values()):
             return True
         return any(self._waiting.values()) and not self.is_waiting
 
@@ -88,8 +102,9 @@ class SampleDesk:
         self._admit_waiting()
 
     def stop(self) -> None:
-        """Show no more of what is drawn."""
+        """Show no more of what is drawn, and read no more weights."""
         self._partials.stop()
+        self._cold.stop()
 
     def note_kept(self, base_model: str, directory: str) -> None:
         """Count weights that a save has left in the engine, so that they are let go in their turn."""
@@ -99,6 +114,7 @@ class SampleDesk:
     def step(self) -> None:
         """Advance every unfinished sequence by one token and hand over what is complete."""
         self.tend()
+        self._take_read()
         self._admit_waiting()
         for engine in self._engines.values():
             if engine.sampler.num_pending:
@@ -124,14 +140,22 @@ class SampleDesk:
         suspicious = next((one for one in waiting.values() if suspicion.is_suspicious(one.head)), None)
         if suspicious is not None:
             return None if self._open else suspicious
-        return next((turns for name, turns in waiting.items() if self._has_room(self._engines[name])), None)
+        may_begin = (
+            turns for name, turns in waiting.items() if self._has_room(self._engines[name], turns.head)
+        )
+        return next(may_begin, None)
 
-    def _has_room(self, engine: Engine) -> bool:
+    def _has_room(self, engine: Engine, head: TakenSample) -> bool:
         """Say whether an engine has slots left: what it is handed beyond them stands before everybody who comes later."""
-        drawn = (one.num_samples for one in self._open.values() if one.sampler is engine.sampler)
-        return sum(drawn) < engine.num_slots
+        own = self._open_in(engine)
+        if head.pk in self._lone or any(one.taken.pk in self._lone for one in own):
+            return not own
+        return sum(one.num_samples for one in own) < engine.num_slots
 
-    def _begin(self, taken: TakenSample, *, may_ask_server: bool = True) -> None:
+    def _open_in(self, engine: Engine) -> list[_Open]:
+        return [one for one in self._open.values() if one.sampler is engine.sampler]
+
+    def _begin(self, taken: TakenSample) -> None:
         engine = self._engines[taken.base_model]
         try:
             if suspicion.is_poison(taken):
@@ -141,32 +165,46 @@ class SampleDesk:
                 self._note_alone(taken)
             body = payloads.read_sample(taken)
             request = payloads.sample_request(taken, body, max_context=engine.max_context)
-            server = self._server_for(taken, request) if may_ask_server else None
+            server = self._server_for(taken, request)
+            if server is None and not self._has_weights(engine, taken):
+                self._wait_for_weights(taken)
+                return
             if server is None:
-                self._ensure_sampler(engine, taken)
                 engine.sampler.submit(request)
             else:
                 server.submit(request, is_watched=body.stream)
-        except EngineError as error:
-            self._answer(taken.pk, payloads.error_result(error))
-        except Exception as error:
-            device_loss.end_if_lost(error)
-            logger.exception("sample %s could not be begun", taken.pk)
-            self._answer(taken.pk, _failure(error))
+        except Exception as error:  # noqa: BLE001 - it is the request's answer
+            self._refuse(taken, error)
         else:
             self._note_open(taken, body, server or engine.sampler)
+
+    def _refuse(self, taken: TakenSample, error: Exception) -> None:
+        """Answer a request that cannot be begun."""
+        device_loss.end_if_lost(error)
+        if isinstance(error, EngineError):
+            self._answer(taken.pk, payloads.error_result(error))
+            return
+        logger.error("sample %s could not be begun", taken.pk, exc_info=error)
+        self._answer(taken.pk, _failure(error))
 
     def _server_for(self, taken: TakenSample, request: SampleRequest) -> VllmSampler | None:
         """Return who is asked first, if anybody: what ended workers is tried here, and alone."""
         server = self._servers.get(taken.base_model)
-        if server is None or taken.is_lost or suspicion.is_suspicious(taken) or not server.accepts(request):
+        if server is None or taken.is_lost or suspicion.is_suspicious(taken):
+            return None
+        if taken.pk in self._engines_own or not server.accepts(request):
             return None
         if taken.checkpoint_directory:
             self._note_used(taken.base_model, taken.checkpoint_directory)
         return server
 
     def _note_alone(self, taken: TakenSample) -> None:
-        """Enter, before it can end this worker too, that a request is tried alone; what was computed is kept first."""
+        """Enter, before it can end this worker too, that a request is tried alone; what was computed is kept first.
+
+        One that has waited for its weights since is entered already.
+        """
+        if self._alone == taken.pk:
+            return
         self._committer.flush()
         until_reachable(partial(claims.count_lone_attempt, taken.pk))
         self._alone = taken.pk
@@ -205,43 +243,86 @@ class SampleDesk:
             outcomes = engine.sampler.step()
         except Exception as error:
             device_loss.end_if_lost(error)
-            logger.exception("a decode step failed; its requests fail with it")
-            for operation_pk in [pk for pk, one in self._open.items() if one.sampler is engine.sampler]:
-                engine.sampler.cancel(str(operation_pk))
-                self._answer(operation_pk, _failure(error))
+            logger.exception("a decode step failed")
+            self._part(engine, error)
             return
         for request_id, outcome in outcomes:
             answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
             self._answer(int(request_id), answer)
 
+    def _part(self, engine: Engine, error: Exception) -> None:
+        """Answer a request that failed by itself; those that failed together are drawn anew, one at a time."""
+        own = self._open_in(engine)
+        for one in own:
+            engine.sampler.cancel(str(one.taken.pk))
+            if len(own) == 1:
+                self._answer(one.taken.pk, _failure(error))
+            else:
+                self._close(one.taken.pk)
+                self._lone.add(one.taken.pk)
+                self._waiting[one.taken.base_model].put(one.taken)
+
     def _collect(self, server: VllmSampler) -> None:
         for request_id, outcome in server.step():
             if isinstance(outcome, Refusal):
-                self._begin(self._open[int(request_id)].taken, may_ask_server=False)
+                self._engines_own.add(int(request_id))
+                self._begin(self._open[int(request_id)].taken)
             else:
                 self._answer(int(request_id), outcome)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
-        one = self._open.pop(operation_pk, None)
+        one = self._close(operation_pk)
+        self._engines_own.discard(operation_pk)
+        self._lone.discard(operation_pk)
         wanted = one.num_prompt_logprobs if one is not None else None
         self._committer.put(
             SampleOutcome(operation_pk=operation_pk, answer=answer, num_prompt_logprobs=wanted)
         )
         if one is not None and one.is_watched:
-            self._num_watched -= 1
             self._partials.close(one.taken.session_pk, operation_pk)
 
-    def _ensure_sampler(self, engine: Engine, taken: TakenSample) -> None:
+    def _close(self, operation_pk: int) -> _Open | None:
+        one = self._open.pop(operation_pk, None)
+        if one is not None and one.is_watched:
+            self._num_watched -= 1
+        return one
+
+    def _has_weights(self, engine: Engine, taken: TakenSample) -> bool:
+        """Say whether the engine holds what a request is drawn with, and count it as used."""
         if taken.is_lost:
             raise CheckpointError("the weights of this sampling session were deleted")
         directory = taken.checkpoint_directory
         if not directory:
-            return
+            return True
         if not engine.use_sampler(directory):
-            if directory in self._committer.unwritten:
-                self._committer.flush()
-            engine.load_sampler(directory, snapshots.fetch(directory))
+            return False
         self._note_used(taken.base_model, directory)
+        return True
+
+    def _wait_for_weights(self, taken: TakenSample) -> None:
+        """Have a request's weights read; it begins in its turn when they are here."""
+        self._engines_own.add(taken.pk)
+        self._cold_requests[taken.checkpoint_directory].append(taken)
+        self._cold.want(taken.checkpoint_directory)
+
+    def _take_read(self) -> None:
+        """Hand weights that were read to the engine, and let the requests that wait for them begin in their turn."""
+        for directory, found in self._cold.pop().items():
+            requests = self._cold_requests.pop(directory)
+            try:
+                self._hold(requests[0].base_model, directory, found)
+            except Exception as error:  # noqa: BLE001 - it is the requests' answer
+                for taken in requests:
+                    self._refuse(taken, error)
+            else:
+                for taken in requests:
+                    self._waiting[taken.base_model].put(taken)
+
+    def _hold(self, base_model: str, directory: str, found: Found) -> None:
+        if isinstance(found, Exception):
+            raise found
+        self._engines[base_model].load_sampler(directory, found)
+        self._note_used(base_model, directory)
 
     def _note_used(self, base_model: str, directory: str) -> None:
         self._used[base_model, directory] = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from gpuworker.device_share import DeviceShare
 from gpuworker.worker import GpuWorker
-from runs.models import Operation, User
+from runs.models import Checkpoint, Operation, User
 from runs.schemas import requests
 from runs.schemas.sampling import StoredSample
 from runs.services import operations, sampling, sessions
@@ -66,15 +66,23 @@ def test_a_long_sample_and_a_long_training_both_move_on(
     assert 10 < trained < 2 * num_steps
 
 
-def ask(user: User, base_model: str, *, num_tokens: int) -> int:
+def ask(
+    user: User,
+    base_model: str,
+    *,
+    num_tokens: int,
+    prompt: Sequence[int] = (1, 2, 3),
+    checkpoint: Checkpoint | None = None,
+) -> int:
+    """Ask for a sample with a fixed seed and return the number of its operation."""
     session = sampling.create_sampling_session(
-        sessions.create_session(user), seq_id=0, base_model=base_model, checkpoint=None
+        sessions.create_session(user), seq_id=0, base_model=base_model, checkpoint=checkpoint
     )
     body = StoredSample.model_validate(
         {
             "sampling_session_id": session.public_id,
             "seq_id": 0,
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]},
             "sampling_params": {"max_tokens": num_tokens, "seed": 7, "stop": []},
         }
     )

@@ -11,7 +11,8 @@ import torch
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import EngineError
 from gpuworker.engine.memory import is_device_lost
-from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult
+from gpuworker.engine.sampling import SampleOutcome
+from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, SampleRequest
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, TrainingRun, User
 from tests.worker.conftest import Client, finished, losses_of, wait_for
@@ -121,6 +122,51 @@ def test_a_device_lost_over_samples_ends_the_process_before_they_are_answered(
         worker._committer.flush()
         assert Operation.objects.get(pk=sample).state == Operation.State.QUEUED
     assert finished(sample).state == Operation.State.DONE
+
+
+def fail_while_bad_prompt_is_drawn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have every step fail while a prompt with the bad token is in progress; returns how many are, each time."""
+    sampler, bad, sizes = engine.sampler, set[str](), list[int]()
+    submit, step, cancel = sampler.submit, sampler.step, sampler.cancel
+
+    def submit_and_note(request: SampleRequest) -> None:
+        if BAD_TOKEN in request.prompt:
+            bad.add(request.request_id)
+        submit(request)
+
+    def step_or_fail() -> list[SampleOutcome]:
+        if bad:
+            sizes.append(sampler.num_pending)
+            raise RuntimeError("a shape does not fit")
+        return step()
+
+    def cancel_and_note(request_id: str) -> bool:
+        bad.discard(request_id)
+        return cancel(request_id)
+
+    monkeypatch.setattr(sampler, "submit", submit_and_note)
+    monkeypatch.setattr(sampler, "step", step_or_fail)
+    monkeypatch.setattr(sampler, "cancel", cancel_and_note)
+    return sizes
+
+
+def test_of_samples_that_failed_together_only_the_guilty_one_fails(
+    start_worker: Start, new_client: NewClient, alice: User, base_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    undisturbed = finished(ask(alice, base_model, num_tokens=5)).result
+    sizes = fail_while_bad_prompt_is_drawn(engine_of(worker), monkeypatch)
+    with worker.scheduler._draining:
+        before, bad, after = (
+            ask(alice, base_model, num_tokens=5, prompt=prompt)
+            for prompt in ((1, 2, 3), (1, BAD_TOKEN), (1, 2, 3))
+        )
+        wait_for(lambda: worker._intake.samples.num_waiting == 3, what="all are taken")
+    assert finished(bad).error == "the engine failed: RuntimeError"
+    assert [finished(pk).state for pk in (before, after)] == [Operation.State.DONE] * 2
+    assert [finished(pk).result for pk in (before, after)] == [undisturbed] * 2
+    assert sizes == [3, 1]
+    assert finished(new_client().forward_backward(TOKENS)).state == Operation.State.DONE
 
 
 @pytest.mark.parametrize(
