@@ -65,11 +65,11 @@ def upload_and_skip_bad_rows(page: Page, tmp_path: Path) -> None:
 def start_a_run(page: Page) -> None:
     page.get_by_role("link", name="New run with this dataset").click()
     page.get_by_label("Run name", exact=True).fill("from a file")
-    page.get_by_label("Steps", exact=True).fill("2000")  # more than it can do before it is paused
+    page.get_by_label("Steps", exact=True).fill("10000")  # more than it can do before it is paused
     page.get_by_label("Another prompt").or_(page.locator("textarea[name='samples.prompts']")).first.fill(
         PROMPT
     )
-    expect(page.locator("[data-preview]")).to_contain_text(re.compile(r"2\W?000"))
+    expect(page.locator("[data-preview]")).to_contain_text(re.compile(r"10\W?000"))
     page.get_by_role("button", name="Start the run").click()
     page.wait_for_url("**/runs/**:train:*/")
     expect(chart(page, "Loss per token").locator(".chart-summary")).to_contain_text("lowest")
