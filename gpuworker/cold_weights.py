@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection
 from typing import Final, TypeAlias
 
 from gpuworker import snapshots
 from gpuworker.engine.adapters import AdapterState
-from gpuworker.seats import PutOff
-from gpuworker.snapshots import StorageError
-
-logger = logging.getLogger(__name__)
 
 Found: TypeAlias = AdapterState | Exception
 # Read and not yet on the device: their memory is not counted anywhere.
@@ -22,7 +17,7 @@ _STOP_S: Final = 5.0
 
 
 class ColdWeights:
-    """Reads one folder after another; what cannot be read just now is tried again, what is missing or torn is not.
+    """Reads one folder after another.
 
     Args:
         unwritten: returns the folders that a save is still writing, which are read once they are there.
@@ -33,7 +28,7 @@ class ColdWeights:
         self._unwritten = unwritten
         self._on_read = on_read
         self._changed = threading.Condition()
-        self._wanted: dict[str, PutOff] = {}
+        self._wanted: dict[str, None] = {}  # in the order of asking
         self._read: dict[str, Found] = {}
         self._thread: threading.Thread | None = None
         self._is_stopped = False
@@ -47,7 +42,7 @@ class ColdWeights:
         """Have a folder read, unless it is about to be."""
         with self._changed:
             if directory not in self._read:
-                self._wanted.setdefault(directory, PutOff())
+                self._wanted[directory] = None
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cold-weights", daemon=True)
                 self._thread.start()
@@ -72,10 +67,6 @@ class ColdWeights:
         while (directory := self._next()) is not None:
             found = _find(directory)
             with self._changed:
-                if isinstance(found, StorageError):
-                    logger.warning("weights are read again later: %s", found)
-                    self._wanted[directory].again()
-                    continue
                 del self._wanted[directory]
                 self._read[directory] = found
             self._on_read()
@@ -84,12 +75,10 @@ class ColdWeights:
         """Wait for a folder to read, and return it; None when there will be none."""
         with self._changed:
             while not self._is_stopped:
-                due = [directory for directory, put_off in self._wanted.items() if put_off.is_due]
-                unwritten = self._unwritten() if due else ()
-                if len(self._read) < _READ_AHEAD:
-                    for directory in due:
-                        if directory not in unwritten:
-                            return directory
+                unwritten = self._unwritten() if self._wanted else ()
+                written = next((one for one in self._wanted if one not in unwritten), None)
+                if written is not None and len(self._read) < _READ_AHEAD:
+                    return written
                 self._changed.wait(_POLL_S if self._wanted else None)
         return None
 

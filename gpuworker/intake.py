@@ -139,6 +139,7 @@ class Intake:
             held = list(self.seats)
         self._seat(self._claim(held))
         self._take()
+        self.samples.give_back()
         if not self._is_drained and self.samples.take():
             self.ready.set()
 

@@ -23,6 +23,7 @@ from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.types import SampleRequest, SampleResult
 from gpuworker.partials import Partials
 from gpuworker.sample_turns import SampleTurns
+from gpuworker.snapshots import StorageError
 from gpuworker.vllm_sampler import VllmSampler
 from gpuworker.vllm_wire import Refusal
 from runs.schemas.sampling import StoredSample
@@ -54,6 +55,7 @@ class SampleDesk:
 
     Args:
         wake: called from another thread when there is something to do here again.
+        put_off: lets a request go, to come again when what is stored of it may be readable.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class SampleDesk:
         servers: Mapping[str, VllmSampler],
         *,
         wake: Callable[[], None],
+        put_off: Callable[[int], None],
     ) -> None:
         self._engines = engines
         self._servers = servers
         self._committer = committer
+        self._put_off = put_off
         self._waiting: dict[str, SampleTurns] = defaultdict(SampleTurns)
         self._cold = ColdWeights(unwritten=lambda: committer.unwritten, on_read=wake)
         self._cold_requests: dict[str, list[TakenSample]] = defaultdict(list)
@@ -311,12 +315,23 @@ class SampleDesk:
             requests = self._cold_requests.pop(directory)
             try:
                 self._hold(requests[0].base_model, directory, found)
+            except StorageError as error:
+                logger.warning("%s samples wait for storage: %s", len(requests), error)
+                for taken in requests:
+                    self._let_go(taken.pk)
             except Exception as error:  # noqa: BLE001 - it is the requests' answer
                 for taken in requests:
                     self._refuse(taken, error)
             else:
                 for taken in requests:
                     self._waiting[taken.base_model].put(taken)
+
+    def _let_go(self, operation_pk: int) -> None:
+        """Forget a request without an answer."""
+        self._close(operation_pk)
+        self._engines_own.discard(operation_pk)
+        self._lone.discard(operation_pk)
+        self._put_off(operation_pk)
 
     def _hold(self, base_model: str, directory: str, found: Found) -> None:
         if isinstance(found, Exception):

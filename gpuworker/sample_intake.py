@@ -26,7 +26,10 @@ _AT_A_TIME: Final = 64
 
 
 class SampleIntake:
-    """Takes requests with their payloads; one that cannot be read just now is left where it is for a while."""
+    """Takes requests with their payloads.
+
+    One whose payload or weights cannot be read just now goes back to where any worker finds it, this one after a while.
+    """
 
     def __init__(
         self, worker: Worker, engines: Mapping[str, Engine], *, unwritten: Callable[[], Collection[str]]
@@ -38,6 +41,7 @@ class SampleIntake:
         self._taken: list[TakenSample] = []
         self._held: dict[int, int] = {}  # whose they are
         self._unread: dict[int, PutOff] = {}
+        self._to_give_back: set[int] = set()
         self._may_be_more = False
 
     @property
@@ -54,6 +58,7 @@ class SampleIntake:
         """Take what there is room for; return whether something came."""
         with self._lock:
             held = dict(self._held)
+            unread = dict(self._unread)
         limit = min(_AT_A_TIME, self._most - len(held))
         if limit <= 0:
             self._may_be_more = True
@@ -62,18 +67,20 @@ class SampleIntake:
             self._worker,
             list(self._engines),
             limit=limit,
-            held=[*held, *(pk for pk, put_off in self._unread.items() if not put_off.is_due)],
+            held=[*held, *(pk for pk, put_off in unread.items() if not put_off.is_due)],
             held_owners=held.values(),
             unwritten=self._unwritten(),
         )
         self._may_be_more = len(found) == limit
-        if not self._may_be_more:  # what is due and was not found is gone
-            pks = {sample.pk for sample in found}
-            self._unread = {pk: one for pk, one in self._unread.items() if pk in pks or not one.is_due}
+        if not self._may_be_more:  # what was due and was not found is gone
+            self._forget_unread(
+                {pk for pk, one in unread.items() if one.is_due} - {sample.pk for sample in found}
+            )
         readable = self._read(found)
         with self._lock:
             self._taken += readable
             self._held |= {sample.pk: sample.owner_pk for sample in readable}
+            self._to_give_back -= self._held.keys()
         return bool(readable)
 
     def pop(self) -> list[TakenSample]:
@@ -82,10 +89,27 @@ class SampleIntake:
             taken, self._taken = self._taken, []
         return taken
 
+    def put_off(self, operation_pk: int) -> None:
+        """Let a request go whose payload or weights cannot be read just now; it is given back by `give_back`."""
+        with self._lock:
+            self._held.pop(operation_pk, None)
+            self._unread.setdefault(operation_pk, PutOff()).again()
+            self._to_give_back.add(operation_pk)
+
+    def give_back(self) -> None:
+        """Set requests free that this worker has taken and does not hold."""
+        with self._lock:
+            pks = set(self._to_give_back)
+        if pks:
+            sample_claims.release_samples(self._worker, only=pks)
+            with self._lock:
+                self._to_give_back -= pks
+
     def end(self, operation_pk: int) -> bool:
         """Note that a request has its answer, or is to be taken again; return whether to look for more."""
         with self._lock:
             self._held.pop(operation_pk, None)
+            self._unread.pop(operation_pk, None)
             return self._may_be_more and len(self._held) <= self._most * 3 // 4
 
     @property
@@ -101,6 +125,8 @@ class SampleIntake:
         is_away = False
         for sample in found:
             if is_away and sample.payload_file:
+                with self._lock:
+                    self._to_give_back.add(sample.pk)
                 continue
             try:
                 readable.append(payloads.fetched(sample, f"sample {sample.pk}"))
@@ -109,7 +135,10 @@ class SampleIntake:
             except StorageError as error:
                 logger.warning("trying again later: %s", error)
                 is_away = True
-                self._unread.setdefault(sample.pk, PutOff()).again()
-            else:
-                self._unread.pop(sample.pk, None)
+                self.put_off(sample.pk)
         return readable
+
+    def _forget_unread(self, pks: Collection[int]) -> None:
+        with self._lock:
+            for pk in pks:
+                self._unread.pop(pk, None)

@@ -64,7 +64,13 @@ class Scheduler:
         self._committer = committer
         self._release = release
         self._busy = busy
-        self._desk = SampleDesk(engines, committer, {} if servers is None else servers, wake=intake.ready.set)
+        self._desk = SampleDesk(
+            engines,
+            committer,
+            {} if servers is None else servers,
+            wake=intake.ready.set,
+            put_off=intake.samples.put_off,
+        )
         self._share = DeviceShare()
         self._turns = Turns()
         self._residents = Residents(committer, busy)

@@ -37,7 +37,7 @@ WITH RECURSIVE owners AS (
   FROM owners LEFT JOIN mine ON mine.owner_id = owners.id CROSS JOIN LATERAL (
     SELECT op.id, row_number() OVER (ORDER BY op.id) AS place FROM runs_operation op
     WHERE op.owner_id = owners.id AND op.state = 'queued' AND op.sampling_session_id IS NOT NULL
-      AND (op.worker_id IS NULL OR (op.worker_id = %(worker)s AND NOT op.id = ANY(%(held)s::bigint[]))
+      AND NOT op.id = ANY(%(held)s::bigint[]) AND (op.worker_id IS NULL OR op.worker_id = %(worker)s
            OR (SELECT w.stopped_at IS NOT NULL FROM runs_worker w WHERE w.id = op.worker_id))
       AND (SELECT s.base_model = ANY(%(base_models)s) AND NOT EXISTS (
              SELECT 1 FROM runs_checkpoint c WHERE c.id = s.checkpoint_id AND c.is_ephemeral
@@ -95,7 +95,7 @@ def take_samples(
 ) -> list[TakenSample]:
     """Return sample requests that no live worker has, in turns between owners, the oldest of each first.
 
-    `held` are those this worker knows it has, `held_owners` whose they are, one each: who has fewer comes first, so
+    `held` are those this worker has or does not want just now, `held_owners` whose it has, one each: who has fewer comes first, so
     that turns go round also where one request is taken at a time.
 
     Weights whose file is not written yet can be sampled from where they are in memory: `unwritten` names those here.
@@ -138,9 +138,11 @@ def take_samples(
     return taken
 
 
-def release_samples(worker: Worker) -> None:
-    """Give back what a worker has taken and will not answer: it ends in order, not of them."""
+def release_samples(worker: Worker, *, only: Collection[int] | None = None) -> None:
+    """Give back what a worker has taken and will not answer, all or some: it ends in order, or lets go, not of them."""
     unanswered = Operation.objects.filter(
         worker=worker, sampling_session__isnull=False, state=Operation.State.QUEUED
     )
+    if only is not None:
+        unanswered = unanswered.filter(pk__in=only)
     unanswered.update(worker=None, attempts=Greatest(F("attempts") - 1, 0), lone_attempts=0)

@@ -11,9 +11,11 @@ from django.core.files.storage import default_storage
 
 from gpuworker import cold_weights
 from gpuworker.engine import checkpoints
+from gpuworker.sample_intake import HELD_PER_SLOT
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import results
+from runs.services import workers
 from tests.worker.conftest import Client, finished, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 from tests.worker.test_put_off import trained, unreadable
@@ -75,11 +77,45 @@ def test_a_sample_waits_for_weights_that_cannot_be_read_just_now(
     worker = start_worker()
     with unreadable(f"{checkpoint.directory}/{checkpoints.STATE_FILE}"):
         waits = ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint)
-        wanted = worker.scheduler._desk._cold._wanted
-        wait_for(lambda: any(one.pause_s for one in wanted.copy().values()), what="it is put off")
+        wait_for(lambda: worker._intake.samples.num_unread, what="it is put off")
         finished(trained(new_client(seed=2)))
         assert Operation.objects.get(pk=waits).state == Operation.State.QUEUED
     assert len(sampled(waits)) == NUM_TOKENS
+    assert not worker._intake.samples.num_unread
+
+
+def test_weights_that_cannot_be_read_take_no_place_from_other_samples(
+    checkpoint: Checkpoint, start_worker: Start, alice: User, base_model: str
+) -> None:
+    worker = start_worker()
+    (engine,) = worker.scheduler._engines.values()
+    engine.num_slots = 1
+    with unreadable(f"{checkpoint.directory}/{checkpoints.STATE_FILE}"):
+        waits = [
+            ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint)
+            for _ in range(2 * HELD_PER_SLOT)
+        ]
+        wait_for(lambda: worker._intake.samples.num_unread, what="some are put off")
+        assert len(sampled(ask(alice, base_model, num_tokens=NUM_TOKENS))) == NUM_TOKENS
+        attempts = Operation.objects.filter(pk__in=waits).values_list("attempts", flat=True)
+        assert max(attempts) <= 1
+        assert Operation.objects.filter(pk__in=waits, state=Operation.State.QUEUED).count() == len(waits)
+    tokens = [sampled(waiting) for waiting in waits]
+    assert tokens == tokens[:1] * len(waits)
+
+
+def test_a_drained_worker_leaves_samples_that_it_cannot_read_to_another(
+    checkpoint: Checkpoint, start_worker: Start, alice: User, base_model: str
+) -> None:
+    worker = start_worker()
+    with unreadable(f"{checkpoint.directory}/{checkpoints.STATE_FILE}"):
+        waits = ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint)
+        wait_for(lambda: worker._intake.samples.num_unread, what="it is put off")
+        workers.drain(worker.row)
+        wait_for(lambda: Operation.objects.filter(pk=waits, worker=None).exists(), what="it is given back")
+    other = start_worker()
+    assert len(sampled(waits)) == NUM_TOKENS
+    assert Operation.objects.get(pk=waits).worker == other.row
 
 
 def test_every_sample_is_told_that_its_weights_are_torn(
