@@ -42,8 +42,13 @@ def metadata(**values: str) -> str:
 @pytest.fixture
 async def script(transactional_db: None) -> AsyncIterator[Rest]:
     """Return a user with a key whose row other threads see."""
+    await _close_all()  # a test before this one may have ended the connections of these threads
     yield await sync_to_async(Rest.make)("alice")
     await sync_to_async(connections.close_all)()
+    await _close_all()
+
+
+async def _close_all() -> None:
     for pool in (uploads._threads, decorators._threads):
         await sync_to_async(_close, thread_sensitive=False)(pool)
 
