@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from django.db import transaction
-from django.db.models import Prefetch
+from django.db.models import Prefetch, prefetch_related_objects
 from django.http import HttpRequest
 from ninja import Query, Router, Status
 from pydantic import BaseModel, Field, StringConstraints
@@ -132,8 +132,7 @@ def list_datasets(
     cursor: Cursor = None,
 ) -> Page[DatasetOut]:
     """Return the datasets."""
-    versions = Prefetch("versions", DatasetVersion.objects.defer("report"))
-    rows = access.datasets_of(caller(request)).prefetch_related(versions)
+    rows = access.datasets_of(caller(request)).prefetch_related(_versions())
     if name is not None:
         rows = rows.filter(name__icontains=name)
     return page_of(rows, _dataset, sort=sort, cursor=cursor, limit=limit, scope="datasets")
@@ -153,7 +152,7 @@ def upload_dataset(request: HttpRequest) -> Status[Uploaded]:
 @router.get("/{dataset_id}", response=DatasetOut, summary="Read a dataset")
 def get_dataset(request: HttpRequest, dataset_id: str) -> DatasetOut:
     """Return one dataset."""
-    return _dataset(access.get_dataset(caller(request), dataset_id))
+    return _read(request, dataset_id)
 
 
 @router.patch("/{dataset_id}", response=DatasetOut, summary="Rename or describe a dataset")
@@ -164,12 +163,12 @@ def change_dataset(
     dataset = access.get_dataset(caller(request), dataset_id)
     with transaction.atomic():
         access.lock(dataset)
-        check_match(request, _dataset(access.get_dataset(caller(request), dataset_id)))
+        check_match(request, _read(request, dataset_id))
         if body.name is not None:
             datasets.rename(dataset, body.name)
         if body.description is not None:
             datasets.describe(dataset, body.description)
-    return _dataset(access.get_dataset(caller(request), dataset_id))
+    return _read(request, dataset_id)
 
 
 @router.delete("/{dataset_id}", response={204: None}, summary="Delete a dataset")
@@ -258,6 +257,18 @@ def _create(request: HttpRequest, dataset: Dataset | None) -> Uploaded:
             description=upload.fields.get("description", ""),
         )
     return Uploaded(id=version.dataset.public_id, version=_version(version))
+
+
+def _read(request: HttpRequest, dataset_id: str) -> DatasetOut:
+    """Return a dataset as it is stored now."""
+    dataset = access.get_dataset(caller(request), dataset_id)
+    prefetch_related_objects([dataset], _versions())
+    return _dataset(dataset)
+
+
+def _versions() -> Prefetch[str]:
+    """Have the versions at hand without their reports, which may be large."""
+    return Prefetch("versions", DatasetVersion.objects.defer("report"))
 
 
 def _find(request: HttpRequest, dataset_id: str, number: int) -> DatasetVersion:
