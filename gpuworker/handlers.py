@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 from django.conf import settings
@@ -25,7 +26,9 @@ from gpuworker.engine.types import (
 from gpuworker.seats import Consumed, Create, Load, PreparedOperation, Record, Save, Seat, Unload, Unreadable
 from runs import ids
 from runs.schemas import responses
+from runs.services import claims
 from runs.services.commits import Result
+from runs.threads import until_reachable
 
 Answer: TypeAlias = ForwardBackwardResult | Result
 
@@ -250,3 +253,12 @@ def _unload(seat: Seat, operation: PreparedOperation) -> Outcome:
     seat.is_closed = True
     content = dict(responses.unload_model_result(seat.run.public_id))
     return Outcome(operation=operation, step=seat.step, answer=payloads.json_result(content))
+
+
+def is_name_taken(seat: Seat, save: Save) -> bool:
+    """Return whether a row has the name, or a save that is not committed yet will."""
+    if seat.saved_names.get((save.kind, save.name), -1) > seat.committed_seq:
+        return True
+    if save.is_ephemeral:
+        return False
+    return until_reachable(partial(claims.checkpoint_exists, seat.run.pk, kind=save.kind, name=save.name))

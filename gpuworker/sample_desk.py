@@ -150,7 +150,10 @@ class SampleDesk:
         return next(may_begin, None)
 
     def _has_room(self, engine: Engine, head: TakenSample) -> bool:
-        """Say whether an engine has slots left: what it is handed beyond them stands before everybody who comes later."""
+        """Say whether an engine has slots left: what it is handed beyond them stands before everybody who comes later.
+
+        A request that is to be drawn by itself has all of them or none.
+        """
         own = self._open_in(engine)
         if head.pk in self._lone or any(one.taken.pk in self._lone for one in own):
             return not own
@@ -327,7 +330,9 @@ class SampleDesk:
                     self._waiting[taken.base_model].put(taken)
 
     def _let_go(self, operation_pk: int) -> None:
-        """Forget a request without an answer."""
+        """Forget a request without an answer; when it comes again it is as new."""
+        if self._alone == operation_pk:
+            self._alone = None
         self._close(operation_pk)
         self._engines_own.discard(operation_pk)
         self._lone.discard(operation_pk)

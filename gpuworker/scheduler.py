@@ -288,7 +288,7 @@ class Scheduler:
 
     def _single(self, seat: Seat, operation: PreparedOperation) -> Outcome:
         request = operation.request
-        if isinstance(request, Save) and not request.overwrite and _is_name_taken(seat, request):
+        if isinstance(request, Save) and not request.overwrite and handlers.is_name_taken(seat, request):
             taken = CheckpointError(
                 f"a checkpoint named {request.name!r} exists; choose another name or overwrite it"
             )
@@ -384,15 +384,6 @@ class Scheduler:
         seat.engine.drop_adapter(seat.adapter_id)
         until_reachable(partial(self._release, seat))
         self._intake.drop(seat)
-
-
-def _is_name_taken(seat: Seat, save: Save) -> bool:
-    """Return whether a row has the name, or a save that is not committed yet will."""
-    if seat.saved_names.get((save.kind, save.name), -1) > seat.committed_seq:
-        return True
-    if save.is_ephemeral:
-        return False
-    return until_reachable(partial(claims.checkpoint_exists, seat.run.pk, kind=save.kind, name=save.name))
 
 
 def _advance(seat: Seat, operation: PreparedOperation) -> None:

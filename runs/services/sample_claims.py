@@ -95,8 +95,8 @@ def take_samples(
 ) -> list[TakenSample]:
     """Return sample requests that no live worker has, in turns between owners, the oldest of each first.
 
-    `held` are those this worker has or does not want just now, `held_owners` whose it has, one each: who has fewer comes first, so
-    that turns go round also where one request is taken at a time.
+    `held` are those that this worker has, or does not want just now; `held_owners` are the owners of those that it has,
+    one for each: who has fewer comes first, so that turns go round also where one request is taken at a time.
 
     Weights whose file is not written yet can be sampled from where they are in memory: `unwritten` names those here.
     """

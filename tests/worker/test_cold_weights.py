@@ -12,6 +12,7 @@ from django.core.files.storage import default_storage
 from gpuworker import cold_weights
 from gpuworker.engine import checkpoints
 from gpuworker.sample_intake import HELD_PER_SLOT
+from gpuworker.suspicion import ATTEMPTS_TOGETHER
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import results
@@ -82,6 +83,18 @@ def test_a_sample_waits_for_weights_that_cannot_be_read_just_now(
         assert Operation.objects.get(pk=waits).state == Operation.State.QUEUED
     assert len(sampled(waits)) == NUM_TOKENS
     assert not worker._intake.samples.num_unread
+
+
+def test_a_sample_whose_workers_died_is_counted_anew_when_it_comes_again(
+    checkpoint: Checkpoint, start_worker: Start, alice: User, base_model: str
+) -> None:
+    with unreadable(f"{checkpoint.directory}/{checkpoints.STATE_FILE}"):
+        waits = ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint)
+        Operation.objects.filter(pk=waits).update(attempts=ATTEMPTS_TOGETHER)
+        worker = start_worker()
+        wait_for(lambda: worker._intake.samples.num_unread, what="it is put off")
+    assert len(sampled(waits)) == NUM_TOKENS
+    assert Operation.objects.get(pk=waits).lone_attempts == 1  # entered before it is drawn by itself
 
 
 def test_weights_that_cannot_be_read_take_no_place_from_other_samples(
