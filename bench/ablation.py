@@ -176,6 +176,15 @@ def _whole_head(bench: Bench) -> AbstractContextManager[object]:
     return patch.object(bench.engine.engine._head, "chunk_rows", 1 << 20)
 
 
+def _transformers_rotation(bench: Bench) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    for module in bench.engine.engine._base._decoder.modules():
+        if hasattr(module, "q_proj"):
+            plain = type(module).forward.__get__(module)  # type: ignore[attr-defined]
+            stack.enter_context(patch.object(module, "forward", plain))
+    return stack
+
+
 def _no_padding(bench: Bench) -> AbstractContextManager[object]:
     stack = ExitStack()
     for module in (batching, logprobs):
@@ -254,6 +263,12 @@ PARTS: Final = (
         name="varlen attention",
         work=_one_run,
         without=lambda _: patch.object(passes, "PackedAttention", plainly.AttentionOneByOne),
+        kinds=("cuda bfloat16",),
+    ),
+    Part(
+        name="rotary embedding in three kernels",
+        work=_one_run,
+        without=_transformers_rotation,
         kinds=("cuda bfloat16",),
     ),
     Part(

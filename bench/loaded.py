@@ -66,9 +66,16 @@ class Bench:
             vocab_size=self.engine.engine.vocab_size,
         )
 
-    def alternate(self, candidates: Mapping[str, Callable[[], float]], until: float, **how: int) -> Taken:
+    def alternate(
+        self,
+        candidates: Mapping[str, Callable[[], float]],
+        until: float,
+        *,
+        warm_ups: Mapping[str, int] | None = None,
+    ) -> Taken:
         """Time candidates in turn on this bench's device."""
-        return alternate(candidates, rounds=self.plan.rounds, device=self.device, until=until, **how)
+        rounds = self.plan.rounds
+        return alternate(candidates, rounds=rounds, device=self.device, until=until, warm_ups=warm_ups)
 
     def paced(self, items: Sequence[Item]) -> Iterable[tuple[Item, float]]:
         """Yield each item with the time until which it may add rounds: what is left, shared evenly."""

@@ -50,7 +50,7 @@ def _generation(bench: Bench, count: int, until: float) -> list[Row]:
     }
     if num_runs > 1:
         candidates["per_adapter"] = per_adapter
-    taken = bench.alternate(candidates, until, warm_ups=1)
+    taken = bench.alternate(candidates, until, warm_ups=dict.fromkeys(candidates, 1))
     name = f"sampling {count} {'sequence' if count == 1 else 'sequences'} with {num_runs} adapters together"
     if num_runs == 1:
         name = "sampling 1 sequence"

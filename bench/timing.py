@@ -26,22 +26,23 @@ def alternate(
     rounds: int,
     device: torch.device,
     until: float = float("inf"),
-    warm_ups: int | None = None,
+    warm_ups: Mapping[str, int] | None = None,
 ) -> Taken:
     """Time each candidate once a round after warming it up.
 
     Args:
         until: `time.monotonic` after which no further round begins; the first always does.
-        warm_ups: calls of each candidate that do not count; 4 on a GPU, where the engine records what comes back, else 1.
+        warm_ups: calls that do not count, by candidate; else 4 on a GPU, where the engine records what comes back, and 1
+            elsewhere.
 
     A candidate that fails while it is warmed up drops out, the others go on.
     """
-    warm_ups = warm_ups or (4 if device.type == "cuda" else 1)
+    usual, known = 4 if device.type == "cuda" else 1, warm_ups or {}
     seconds: dict[str, list[float]] = {}
     errors: dict[str, str] = {}
     for name, run in candidates.items():
         try:
-            for _ in range(warm_ups):
+            for _ in range(known.get(name, usual)):
                 run()
         except Exception as error:  # noqa: BLE001 - one candidate must not take the others' figures along
             errors[name] = describe(error)

@@ -127,7 +127,9 @@ def _runs_cell(bench: Bench, size: int, count: int, until: float) -> Row:
     data = [engine_data(one.sequences()) for one in batches]
     padded = [[pad(one.sequences(), bench.device)] for one in batches]
     taken = bench.alternate(
-        {"peft": lambda: bench.peft.step(padded), "engine": lambda: bench.engine.step(data)}, until
+        {"peft": lambda: bench.peft.step(padded), "engine": lambda: bench.engine.step(data)},
+        until,
+        warm_ups={"peft": 1},
     )
     return bench.ratio(
         f"{count} {'run' if count == 1 else 'runs'} of {size} tokens against PEFT, one after another",

@@ -1,7 +1,7 @@
-"""Adapters of any rank side by side, so that one grouped product serves rows of all of them.
+"""Adapters of any rank side by side for decoding, where a launch costs more than the arithmetic of a few rows.
 
-For decoding on a CUDA device, where a launch costs more than the arithmetic of a few rows.
-Axes: S rows, K places of the bank, D input and F output features, R rank of the bank, P parameters of one adapter.
+As in `lora_columns`, every row goes through all of them and keeps what is its own.
+Axes: S rows, K places of the bank, R rank, C = K * R columns, M layers of a group, D input and F output features.
 """
 
 from __future__ import annotations
@@ -10,37 +10,44 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
-
-ALIGNMENT = 8
-"""Grouped kernels want rows of a multiple of 16 bytes, which is 8 numbers in bfloat16."""
+from gpuworker.engine.adapters import LoraWeights, ModuleShape
+from gpuworker.engine.bank_layout import BankLayout
+from gpuworker.engine.lora_columns import columns_of
+from gpuworker.engine.products import add_matmul
 
 
 class AdapterBank:
-    """`num_places` adapters of at most `rank`, and behind them one of zeros for rows without an adapter."""
+    """`num_places` adapters of at most `rank`, their alpha / rank within B.
+
+    All that it holds is finite, as decoding begins with a prompt whose logits were: so nothing of another adapter reaches
+    a row.
+    """
 
     def __init__(
         self,
-        modules: tuple[ModuleShape, ...],
+        groups: Sequence[Sequence[ModuleShape]],
         *,
         num_places: int,
         rank: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        layout = Layout(rank, modules)
-        flat_KP = torch.zeros(num_places + 1, layout.num_parameters, device=device, dtype=dtype)
+        layout = BankLayout(groups, num_places=num_places, rank=rank)
+        flat_Q = torch.zeros(layout.num_parameters, device=device, dtype=dtype)
         self.rank = rank
         self.num_places = num_places
-        self.pairs = layout.views(flat_KP)
+        self.pairs = layout.pairs(flat_Q)
+        self._columns = layout.columns(flat_Q)
+        self._column_places_C = torch.arange(layout.num_columns, device=device) // rank
         self._held: list[LoraWeights | None] = [None] * num_places
 
     @staticmethod
-    def num_bytes(modules: tuple[ModuleShape, ...], *, num_places: int, rank: int, dtype: torch.dtype) -> int:
+    def num_bytes(
+        groups: Sequence[Sequence[ModuleShape]], *, num_places: int, rank: int, dtype: torch.dtype
+    ) -> int:
         """Return what a bank of this size takes."""
-        return (num_places + 1) * Layout(rank, modules).num_parameters * dtype.itemsize
+        return BankLayout.size(groups, num_places=num_places, rank=rank) * dtype.itemsize
 
     def places(self, wanted: Sequence[LoraWeights]) -> dict[int, int]:
         """Return the place of each adapter by its `id`; those that are missing take places of unwanted ones."""
@@ -54,22 +61,18 @@ class AdapterBank:
                 places[id(weights)] = place
         return places
 
-    def scaling(self, place: int) -> float:
-        """Return alpha / rank of the adapter at a place, 0 where there is none."""
-        held = self._held[place] if place < self.num_places else None
-        return 0.0 if held is None else held.scaling
+    def foreign(self, places_S: Tensor) -> Tensor:
+        """Return which columns belong to other adapters than those at the rows' places, bool (S, C)."""
+        return self._column_places_C != places_S[:, None]
 
-    def add(
-        self, output_SF: Tensor, rows_SD: Tensor, name: str, *, ends_K: Tensor, scaling_S1: Tensor
-    ) -> None:
-        """Add every row's LoRA product in place.
+    def inner(self, group: tuple[str, ...], rows_SD: Tensor, foreign_SC: Tensor) -> Tensor:
+        """Return the rows' products with the A of their own adapters, zero in all other columns, (S, M, C)."""
+        inner_SMC = columns_of(rows_SD, self._columns.a[group], len(group))
+        return inner_SMC.masked_fill_(foreign_SC[:, None], 0.0)
 
-        Args:
-            ends_K: int32, (K,): rows are sorted by place, and those of place k end before `ends_K[k]`.
-        """
-        a_KRD, b_KFR = self.pairs[name]
-        inner_SR = functional.grouped_mm(rows_SD, a_KRD.transpose(1, 2), offs=ends_K).mul_(scaling_S1)
-        output_SF.add_(functional.grouped_mm(inner_SR, b_KFR.transpose(1, 2), offs=ends_K))
+    def add(self, output_SF: Tensor, inner_SC: Tensor, name: str) -> None:
+        """Add the products of one layer in place."""
+        add_matmul(output_SF, inner_SC, self._columns.b[name].t(), 1.0)
 
     def _put(self, place: int, weights: LoraWeights) -> None:
         self._held[place] = weights
@@ -79,10 +82,4 @@ class AdapterBank:
             if name in weights.pairs:
                 a_rD, b_Fr = weights.pairs[name]
                 a_KRD[place, : len(a_rD)] = a_rD
-                b_KFR[place, :, : len(a_rD)] = b_Fr
-
-
-def fitting_rank(wanted: Sequence[LoraWeights]) -> int:
-    """Return the smallest rank of a bank that holds these adapters."""
-    ranks = [len(pair.a) for weights in wanted for pair in list(weights.pairs.values())[:1]]
-    return -(-max(ranks, default=1) // ALIGNMENT) * ALIGNMENT
+                b_KFR[place, :, : len(a_rD)] = b_Fr * weights.scaling

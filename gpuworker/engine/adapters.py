@@ -7,8 +7,9 @@ Axes: P all parameters of one adapter, R rank, D input and F output features of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,26 +86,59 @@ class Layout(NamedTuple):
         """Return P, the length of the flat buffers."""
         return sum(self.rank * (module.in_features + module.out_features) for module in self.modules)
 
-    def views(self, flat_P: Tensor) -> dict[str, LoraPair]:
+    def views(self, flat_P: Tensor) -> FactorViews:
         """Return the factors of every module as views into one flat buffer, or into rows of them, (..., P)."""
-        rank, sizes = self.rank, []
-        for module in self.modules:
-            sizes += [rank * module.in_features, rank * module.out_features]
-        parts = iter(torch.split(flat_P, sizes, dim=-1))
-        return {
-            module.name: LoraPair(
-                next(parts).view(*flat_P.shape[:-1], rank, module.in_features),
-                next(parts).view(*flat_P.shape[:-1], module.out_features, rank),
-            )
-            for module in self.modules
-        }
+        return FactorViews(self, flat_P, WHOLE)
 
-    def own_views(self, flat_P: Tensor) -> dict[str, LoraPair]:
+    def own_views(self, flat_P: Tensor) -> FactorViews:
         """Return the factors as `views` does, of split projections only what this process computes with."""
-        views = self.views(flat_P)
-        if self.share == WHOLE:
-            return views
-        return {module.name: self.share.of(module, views[module.name]) for module in self.modules}
+        return FactorViews(self, flat_P, self.share)
+
+
+class FactorViews(Mapping[str, LoraPair]):
+    """The factors of an adapter by module, each made when it is first asked for: there are hundreds, and not all are used.
+
+    Shapes:
+        flat_P: one flat buffer, or rows of them, (..., P).
+    """
+
+    def __init__(self, layout: Layout, flat_P: Tensor, share: Share) -> None:
+        self._rank = layout.rank
+        self._places = _places(layout)
+        self._flat_P = flat_P
+        self._share = share
+        self._made: dict[str, LoraPair] = {}
+
+    def __getitem__(self, name: str) -> LoraPair:
+        if name not in self._made:
+            self._made[name] = self._make(*self._places[name])
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _make(self, start: int, module: ModuleShape) -> LoraPair:
+        rank, flat_P = self._rank, self._flat_P
+        size_a, size_b = rank * module.in_features, rank * module.out_features
+        a_RD = flat_P.narrow(-1, start, size_a).view(*flat_P.shape[:-1], rank, module.in_features)
+        b_FR = flat_P.narrow(-1, start + size_a, size_b).view(*flat_P.shape[:-1], module.out_features, rank)
+        return LoraPair(a_RD, b_FR) if self._share == WHOLE else self._share.of(module, LoraPair(a_RD, b_FR))
+
+
+@lru_cache(maxsize=256)
+def _places(layout: Layout) -> dict[str, tuple[int, ModuleShape]]:
+    """Return where the factors of each module begin in a flat buffer, A before B."""
+    places, start = {}, 0
+    for module in layout.modules:
+        places[module.name] = start, module
+        start += layout.rank * (module.in_features + module.out_features)
+    return places
 
 
 @dataclass(frozen=True, kw_only=True)

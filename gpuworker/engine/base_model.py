@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpuworker.engine import activations, attention, norms, tensor_parallel
+from gpuworker.engine import activations, attention, norms, rotary, tensor_parallel
 from gpuworker.engine.adapters import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, UNEMBED, ModuleShape
 from gpuworker.engine.attention import PackedAttention
 from gpuworker.engine.batching import PackedRows, pack_rows
@@ -73,6 +73,8 @@ class BaseModel:
         norms.fuse(model)
         if self.device.type == "cpu":
             activations.steady(model)
+        else:
+            rotary.fuse(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight = FrozenWeight(head.weight)
@@ -82,6 +84,7 @@ class BaseModel:
         self.max_context = int(config.max_position_embeddings)
         self.end_tokens = _read_end_tokens(directory, config)
         routed = [module for module in model.modules() if isinstance(module, RoutedLinear)]
+        self.groups = _name_groups(routed, self.modules)
         tensor_parallel.keep_share(routed, group)
         self.num_held_parameters = sum(parameter.numel() for parameter in model.parameters())
         frozen = [*(module.frozen for module in routed), self.head_weight]
@@ -283,6 +286,15 @@ def _group_projections(model: nn.Module) -> None:
             group = tuple(getattr(parent, name) for name in names if hasattr(parent, name))
             for layer in group:
                 layer.group = group
+
+
+def _name_groups(
+    routed: Sequence[RoutedLinear], modules: Sequence[ModuleShape]
+) -> tuple[tuple[ModuleShape, ...], ...]:
+    """Return the projections, those together that read the same rows; the last one is the head."""
+    known = {module.name: module for module in modules}
+    groups = dict.fromkeys(layer.group for layer in routed)
+    return (*(tuple(known[layer.name] for layer in group) for group in groups), (known[UNEMBED],))
 
 
 def _read_end_tokens(directory: Path, config: Any) -> tuple[int, ...]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gpuworker.engine.adapter_bank import AdapterBank, fitting_rank
+from gpuworker.engine.adapter_bank import AdapterBank
 from gpuworker.engine.adapters import UNEMBED, LoraWeights
+from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import power_of_two
 from gpuworker.engine.kv_cache import KVCache
@@ -33,11 +35,8 @@ _RUNS_BEFORE_RECORDING = 3
 
 
 def can_record(base: BaseModel) -> bool:
-    """Return whether the device has the grouped kernels that a recorded step needs: CUDA has them in bfloat16.
-
-    Sums over a group are not recorded.
-    """
-    return base.group.is_alone and (base.device.type != "cuda" or base.dtype == torch.bfloat16)
+    """Return whether steps may be recorded: sums over a group are not."""
+    return base.group.is_alone
 
 
 class NewToken(NamedTuple):
@@ -50,13 +49,20 @@ class NewToken(NamedTuple):
 
 
 class SlotAttention:
-    """Attention of one new token for each sequence over the first C positions of its slot."""
+    """Attention of one new token for each sequence over the first C positions of its slot.
+
+    A flash kernel reads the slots where they lie; where there is none for the case, copies of them are masked.
+    """
 
     def __init__(self, cache: KVCache, slots_S: Tensor, positions_S: Tensor, num_positions: int) -> None:
         self._cache = cache
         self._slots_S = slots_S
         self._positions_S = positions_S
         self._keys_C = torch.arange(num_positions, device=cache.device)
+        self._lengths_S = (positions_S + 1).int()
+        # The kernel wants a bound more than there are sequences, and reads of the keys' bounds the first of each alone.
+        self._starts = functional.pad(slots_S * cache.num_positions, (0, 1)).int()
+        self._bounds = torch.arange(len(slots_S) + 1, dtype=torch.int32, device=cache.device)
 
     def __call__(
         self,
@@ -74,8 +80,49 @@ class SlotAttention:
         Shapes:
             query: (1, G * M, S, E); key, value: (1, G, S, E); returns (1, S, G * M, E).
         """
-        key_SGCE, value_SGCE = self._cached(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        num_rows, num_groups, size = len(self._slots_S), key.shape[1], query.shape[3]
+        pools = self._cache.pools(layer, key[0].transpose(0, 1))
+        for pool, new in zip(pools, (key, value), strict=True):
+            pool[self._slots_S, self._positions_S] = new[0].transpose(0, 1).to(pool.dtype)
+        if query.is_cuda and query.dtype != torch.float32 and softcap is None:
+            return self._attend_in_place(query, *pools, scaling=scaling, window=window)
+        return self._attend_to_copies(query, *pools, scaling=scaling, window=window, softcap=softcap)
+
+    def _attend_in_place(
+        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        output_SHE, *_ = torch.ops.aten._flash_attention_forward(
+            query[0].transpose(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            self._bounds,
+            self._starts,
+            1,
+            len(self._keys_C),
+            0.0,
+            is_causal=False,
+            return_debug_mask=False,
+            scale=scaling,
+            window_size_left=-1 if window is None else window - 1,
+            window_size_right=-1 if window is None else 0,
+            seqused_k=self._lengths_S,
+        )
+        return cast(Tensor, output_SHE)[None]
+
+    def _attend_to_copies(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        key_SGCE, value_SGCE = (
+            pool[:, : len(self._keys_C)].index_select(0, self._slots_S).transpose(1, 2)
+            for pool in (keys, values)
+        )
+        num_rows, num_groups, _, size = key_SGCE.shape
         query_SGME = query[0].transpose(0, 1).reshape(num_rows, num_groups, -1, size).to(key_SGCE.dtype)
         scores_SGMC = query_SGME.matmul(key_SGCE.transpose(2, 3)).float().mul_(scaling)
         if softcap is not None:
@@ -83,14 +130,6 @@ class SlotAttention:
         scores_SGMC.masked_fill_(~self._allowed(window)[:, None, None, :], float("-inf"))
         output_SGME = torch.softmax(scores_SGMC, dim=-1).to(value_SGCE.dtype).matmul(value_SGCE)
         return output_SGME.reshape(1, num_rows, -1, size).to(query.dtype)
-
-    def _cached(self, layer: int, key_SGE: Tensor, value_SGE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's keys and values; return those of all positions, (S, G, C, E) each."""
-        chosen = []
-        for pool, new_SGE in zip(self._cache.pools(layer, key_SGE), (key_SGE, value_SGE), strict=True):
-            pool[self._slots_S, self._positions_S] = new_SGE.to(pool.dtype)
-            chosen.append(pool[:, : len(self._keys_C)].index_select(0, self._slots_S).transpose(1, 2))
-        return chosen[0], chosen[1]
 
     def _allowed(self, window: int | None) -> Tensor:
         ends_S1, keys_1C = self._positions_S[:, None], self._keys_C[None]
@@ -106,33 +145,43 @@ class _Step:
         self.num_positions = num_positions
         self.bank = bank
         self.rows_3S = torch.zeros(3, num_rows, dtype=torch.int64, device=base.device)
-        self.ends_K = torch.zeros(bank.num_places + 1, dtype=torch.int32, device=base.device)
-        self.scaling_S1 = torch.zeros(num_rows, 1, device=base.device)
+        self.places_S = torch.zeros(num_rows, dtype=torch.int64, device=base.device)
         self.num_runs = 0
         self.is_recordable = base.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_SV = torch.empty(0)
+        self._foreign_SC = torch.empty(0)
+        self._inputs: Tensor | None = None
+        self._inner: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Take note of who uses which adapter; before the layers are called."""
+        self._foreign_SC = self.bank.foreign(self.places_S)
+        self._inputs = None
 
     def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
         """Return a layer's output; inputs: (1, S, D); returns (1, S, F)."""
+        if inputs is not self._inputs:  # the very same for all layers of a group
+            self._inputs, self._inner = inputs, self._inner_of([one.name for one in layer.group], inputs[0])
         output_SF = layer.base_product(inputs[0])
-        self.add(output_SF, inputs[0], layer.name)
+        self.bank.add(output_SF, self._inner[layer.name], layer.name)
         return output_SF[None]
 
-    def add(self, output_SF: Tensor, rows_SD: Tensor, name: str) -> None:
-        """Add the LoRA products of one module in place."""
-        self.bank.add(output_SF, rows_SD, name, ends_K=self.ends_K, scaling_S1=self.scaling_S1)
+    def add_to_logits(self, logits_SV: Tensor, hidden_SD: Tensor) -> None:
+        """Add the LoRA products of the head in place."""
+        self.bank.add(logits_SV, self._inner_of([UNEMBED], hidden_SD)[UNEMBED], UNEMBED)
 
     def fill(self, rows: Sequence[NewToken], places: Sequence[int]) -> None:
         """Say what the next run is about; copies of the last row fill the buffers up, which writes what it writes."""
         missing = self.num_rows - len(rows)
         rows, places = [*rows, *[rows[-1]] * missing], [*places, *[places[-1]] * missing]
         numbers = [[r.token for r in rows], [r.position for r in rows], [r.slot for r in rows]]
-        ends_K = torch.tensor(places).bincount(minlength=len(self.ends_K)).cumsum(0)
         self.rows_3S.copy_(torch.tensor(numbers), non_blocking=True)
-        self.ends_K.copy_(ends_K, non_blocking=True)
-        scalings = [[self.bank.scaling(place)] for place in places]
-        self.scaling_S1.copy_(torch.tensor(scalings), non_blocking=True)
+        self.places_S.copy_(torch.tensor(places), non_blocking=True)
+
+    def _inner_of(self, group: Sequence[str], rows_SD: Tensor) -> dict[str, Tensor]:
+        inner_SMC = self.bank.inner(tuple(group), rows_SD, self._foreign_SC)
+        return dict(zip(group, inner_SMC.unbind(1), strict=True))
 
 
 class DecodeGraphs:
@@ -157,23 +206,17 @@ class DecodeGraphs:
         size, length = self._size(rows)
         layer_bytes = base.cache_bytes_per_position(self._cache.dtype) // base.config.num_hidden_layers
         num_places, rank = self._bank_size(_adapters_of(rows))
-        bank_bytes = AdapterBank.num_bytes(base.modules, num_places=num_places, rank=rank, dtype=base.dtype)
+        bank_bytes = AdapterBank.num_bytes(base.groups, num_places=num_places, rank=rank, dtype=base.dtype)
         return bool(max(size * length * layer_bytes, bank_bytes) <= self._max_bytes)
 
     def logits(self, rows: Sequence[NewToken]) -> Tensor:
-        """Return the logits (S, V), float32, after the rows, in their order; it is overwritten by the next call."""
+        """Return the logits (S, V), float32, after the rows; they are overwritten by the next call."""
         adapters = _adapters_of(rows)
         bank = self._fitting_bank(adapters)
         found = bank.places(adapters)
-        places = [bank.num_places if row.weights is None else found[id(row.weights)] for row in rows]
-        order = sorted(range(len(rows)), key=places.__getitem__)
         step = self._step(bank, *self._size(rows))
-        step.fill([rows[i] for i in order], [places[i] for i in order])
-        logits_SV = self._run(step)[: len(rows)]
-        if all(i == j for i, j in enumerate(order)):
-            return logits_SV
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return logits_SV.index_select(0, torch.tensor(back, device=logits_SV.device))
+        step.fill(rows, [bank.num_places if row.weights is None else found[id(row.weights)] for row in rows])
+        return self._run(step)[: len(rows)]
 
     def release(self) -> None:
         """Let go of the bank, the buffers and what was recorded."""
@@ -200,7 +243,7 @@ class DecodeGraphs:
             self.release()
             base = self._base
             self._bank = AdapterBank(
-                base.modules, num_places=num_places, rank=rank, device=base.device, dtype=base.dtype
+                base.groups, num_places=num_places, rank=rank, device=base.device, dtype=base.dtype
             )
         return self._bank
 
@@ -247,10 +290,11 @@ class DecodeGraphs:
     def _compute(self, step: _Step) -> Tensor:
         tokens_S, positions_S, slots_S = step.rows_3S
         attend = SlotAttention(self._cache, slots_S, positions_S, step.num_positions)
+        step.begin()
         with self._base.routed((), attend, sampled=step):
             hidden_SD = self._base.hidden_of(tokens_S, positions_S)
         logits_SV = self._head.base_logits(hidden_SD)
-        step.add(logits_SV, hidden_SD, UNEMBED)
+        step.add_to_logits(logits_SV, hidden_SD)
         return self._head.cap(logits_SV)
 
 

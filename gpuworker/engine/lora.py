@@ -7,7 +7,7 @@ Axes: T rows of the packed batch, D input features, F output features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,20 +18,23 @@ from gpuworker.engine.products import FrozenWeight, add_factor_gradient, add_mat
 
 
 class Products(Protocol):
-    """The LoRA products of some adjacent rows of a training batch, for the modules named in `pairs`."""
+    """The LoRA products of some adjacent rows of a training batch, for the modules in `names`.
+
+    Outputs and their gradients come by name for all layers that read the same rows.
+    """
 
     @property
-    def pairs(self) -> Mapping[str, LoraPair]: ...
+    def names(self) -> Container[str]: ...
 
     @property
     def is_trained(self) -> bool: ...
 
-    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
-        """Add the products of one module in place; return what `backward` wants of them."""
+    def add(self, outputs: Mapping[str, Tensor], rows_TD: Tensor) -> Any:
+        """Add the products to the outputs (T, F) in place; return what `backward` wants of them."""
         ...
 
     def backward(
-        self, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor, grad_rows_TD: Tensor | None
+        self, grads: Mapping[str, Tensor], kept: Any, *, rows_TD: Tensor, grad_rows_TD: Tensor | None
     ) -> None:
         """Keep the gradients of A and B; add that of the input rows in place where it is wanted."""
         ...
@@ -50,8 +53,8 @@ class Segment(NamedTuple):
     gradients: Mapping[str, LoraPair] | None
 
     @property
-    def pairs(self) -> Mapping[str, LoraPair]:
-        """Return the adapter's factors by module."""
+    def names(self) -> Container[str]:
+        """Return the modules that the adapter changes."""
         return self.weights.pairs
 
     @property
@@ -59,22 +62,33 @@ class Segment(NamedTuple):
         """Return whether a gradient is wanted."""
         return self.gradients is not None
 
-    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
-        """Add the segment's LoRA product in place and return the inner product of shape (rows, R)."""
-        pair, scaling = self.weights.pairs[name], self.weights.scaling
-        inner_TR = factor_product(rows_TD[self.start : self.stop], pair.a)
-        add_matmul(output_TF[self.start : self.stop], inner_TR, pair.b.t(), scaling)
-        return inner_TR
+    def add(self, outputs: Mapping[str, Tensor], rows_TD: Tensor) -> dict[str, Tensor]:
+        """Add the segment's LoRA products in place and return their inner products, (rows, R) each."""
+        scaling, inner = self.weights.scaling, {}
+        for name, output_TF in outputs.items():
+            if name in self.weights.pairs:
+                pair = self.weights.pairs[name]
+                inner[name] = factor_product(rows_TD[self.start : self.stop], pair.a)
+                add_matmul(output_TF[self.start : self.stop], inner[name], pair.b.t(), scaling)
+        return inner
 
     def backward(
-        self, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor, grad_rows_TD: Tensor | None
+        self,
+        grads: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
+        *,
+        rows_TD: Tensor,
+        grad_rows_TD: Tensor | None,
     ) -> None:
         """Add the gradients of A and B to the segment's views, and that of the input rows in place."""
         part = slice(self.start, self.stop)
-        grad_inner_TR = backward_pair(self, name, grad_TF[part], inner_TR=inner_TR, rows_TD=rows_TD[part])
-        if grad_rows_TD is not None:
-            pair = self.weights.pairs[name]
-            grad_rows_TD[part].addmm_(grad_inner_TR, pair.a, alpha=self.weights.scaling)
+        for name, inner_TR in kept.items():
+            grad_inner_TR = backward_pair(
+                self, name, grads[name][part], inner_TR=inner_TR, rows_TD=rows_TD[part]
+            )
+            if grad_rows_TD is not None:
+                pair = self.weights.pairs[name]
+                grad_rows_TD[part].addmm_(grad_inner_TR, pair.a, alpha=self.weights.scaling)
 
     def finish(self) -> None:
         """Nothing is left to hand over: the gradients are the job's own views."""
@@ -196,10 +210,10 @@ def _group_product(
     group: tuple[RoutedLinear, ...], inputs: Tensor, products: Sequence[Products]
 ) -> dict[str, Tensor]:
     """Return the outputs of all layers of a group by name, (1, T, F) each."""
-    own = [(some, layer) for some in products for layer in group if layer.name in some.pairs]
+    own = [some for some in products if any(layer.name in some.names for layer in group)]
     # The anchor makes the outputs require a gradient where the input does not: below the first
     # adapter nothing is then recorded.
-    anchor = group[0].anchor if any(some.is_trained for some, _ in own) else None
+    anchor = group[0].anchor if any(some.is_trained for some in own) else None
     rows_TD = inputs.reshape(-1, inputs.shape[-1])
     outputs: tuple[Tensor, ...] = _GroupProduct.apply(rows_TD, anchor, group, own)  # type: ignore[no-untyped-call]
     shape = inputs.shape[:-1]
@@ -211,41 +225,34 @@ class _GroupProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows_TD: Tensor,
-        anchor: Tensor | None,
-        group: tuple[RoutedLinear, ...],
-        own: list[tuple[Products, RoutedLinear]],
+        ctx: Any, rows_TD: Tensor, anchor: Tensor | None, group: tuple[RoutedLinear, ...], own: list[Products]
     ) -> tuple[Tensor, ...]:
-        outputs = {layer: layer.base_product(rows_TD) for layer in group}
-        inner = [some.add(outputs[layer], rows_TD, layer.name) for some, layer in own]
+        outputs = {layer.name: layer.base_product(rows_TD) for layer in group}
+        kept = [some.add(outputs, rows_TD) for some in own]
         for layer in group:
             if layer.add_up_output is not None:
-                layer.add_up_output(outputs[layer])
+                layer.add_up_output(outputs[layer.name])
         ctx.save_for_backward(rows_TD)
-        ctx.group, ctx.own, ctx.inner = group, own, inner
+        ctx.group, ctx.own, ctx.kept = group, own, kept
         return tuple(outputs.values())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows_TD,) = ctx.saved_tensors
-        grad_of = dict(zip(ctx.group, grads, strict=True))
-        grad_rows_TD = _base_gradient(grad_of) if ctx.needs_input_grad[0] else None
-        for (some, layer), inner_TR in zip(ctx.own, ctx.inner, strict=True):
-            some.backward(
-                layer.name, grad_of[layer], inner_TR=inner_TR, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD
-            )
+        grad_rows_TD = _base_gradient(ctx.group, grads) if ctx.needs_input_grad[0] else None
+        named = {layer.name: grad_TF for layer, grad_TF in zip(ctx.group, grads, strict=True)}
+        for some, kept in zip(ctx.own, ctx.kept, strict=True):
+            some.backward(named, kept, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD)
         add_up = ctx.group[0].add_up_input_gradient
         if grad_rows_TD is not None and add_up is not None:
             add_up(grad_rows_TD)
-        ctx.group = ctx.own = ctx.inner = None
+        ctx.group = ctx.own = ctx.kept = None
         return grad_rows_TD, None, None, None
 
 
-def _base_gradient(grad_of: Mapping[RoutedLinear, Tensor]) -> Tensor:
+def _base_gradient(group: Sequence[RoutedLinear], grads: Sequence[Tensor]) -> Tensor:
     """Return the gradient of the shared input through the frozen products, (T, D)."""
-    (first, grad_TF), *others = grad_of.items()
-    grad_rows_TD = first.frozen.transposed_product(grad_TF)
-    for layer, grad_TF in others:
-        grad_rows_TD.add_(layer.frozen.transposed_product(grad_TF))
+    grad_rows_TD = group[0].frozen.transposed_product(grads[0])
+    for layer, grad_TF in zip(group[1:], grads[1:], strict=True):
+        layer.frozen.add_transposed_product(grad_rows_TD, grad_TF)
     return grad_rows_TD

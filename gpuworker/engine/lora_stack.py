@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from gpuworker.engine.adapter_bank import ALIGNMENT
 from gpuworker.engine.adapters import WHOLE, Adapter, LoraPair
+from gpuworker.engine.bank_layout import ALIGNMENT
 from gpuworker.engine.lora import Products, Segment
 
 _MAX_BYTES = 1 << 30
@@ -50,7 +50,8 @@ class GroupedProducts:
         ends_G: Tensor,
         scaling_N1: Tensor,
     ) -> None:
-        self.pairs = pairs
+        self.names = pairs
+        self._pairs = pairs
         self._gradients = gradients
         self._rows = rows
         self._ends_G = ends_G
@@ -61,25 +62,34 @@ class GroupedProducts:
         """Return whether gradients are wanted."""
         return self._gradients is not None
 
-    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> Tensor:
-        """Add the products of one module in place and return the scaled inner product of shape (N, R)."""
-        pair = self.pairs[name]
-        inner_NR = self._product(rows_TD[self._rows], pair.a.transpose(1, 2)).mul_(self._scaling_N1)
-        output_TF[self._rows].add_(self._product(inner_NR, pair.b.transpose(1, 2)))
-        return inner_NR
+    def add(self, outputs: Mapping[str, Tensor], rows_TD: Tensor) -> dict[str, Tensor]:
+        """Add the products in place; return their scaled inner products, (N, R) each."""
+        inner = {}
+        for name in filter(self._pairs.__contains__, outputs):
+            pair = self._pairs[name]
+            inner_NR = self._product(rows_TD[self._rows], pair.a.transpose(1, 2)).mul_(self._scaling_N1)
+            outputs[name][self._rows].add_(self._product(inner_NR, pair.b.transpose(1, 2)))
+            inner[name] = inner_NR
+        return inner
 
     def backward(
-        self, name: str, grad_TF: Tensor, *, inner_TR: Tensor, rows_TD: Tensor, grad_rows_TD: Tensor | None
+        self,
+        grads: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
+        *,
+        rows_TD: Tensor,
+        grad_rows_TD: Tensor | None,
     ) -> None:
         """Keep the gradients of A and B; add that of the input rows in place where it is wanted."""
-        pair, grad_NF = self.pairs[name], grad_TF[self._rows]
-        grad_inner_NR = self._product(grad_NF, pair.b).mul_(self._scaling_N1)
-        if self._gradients is not None:
-            gradient = self._gradients[name]
-            gradient.a.add_(self._product(grad_inner_NR.t(), rows_TD[self._rows]))
-            gradient.b.add_(self._product(grad_NF.t(), inner_TR))
-        if grad_rows_TD is not None:
-            grad_rows_TD[self._rows].add_(self._product(grad_inner_NR, pair.a))
+        for name, inner_NR in kept.items():
+            pair, grad_NF = self._pairs[name], grads[name][self._rows]
+            grad_inner_NR = self._product(grad_NF, pair.b).mul_(self._scaling_N1)
+            if self._gradients is not None:
+                gradient = self._gradients[name]
+                gradient.a.add_(self._product(grad_inner_NR.t(), rows_TD[self._rows]))
+                gradient.b.add_(self._product(grad_NF.t(), inner_NR))
+            if grad_rows_TD is not None:
+                grad_rows_TD[self._rows].add_(self._product(grad_inner_NR, pair.a))
 
     def finish(self) -> None:
         """Nothing is handed over: the gradients are where the caller wanted them."""

@@ -19,7 +19,13 @@ from gpuworker.engine.lora_stack import AdapterRows, combine
 
 
 class Pass(Protocol):
-    """What a training batch needs of the decoder; one `forward`, then at most one `backward`."""
+    """What a training batch needs of the decoder; one `forward`, then at most one `backward`.
+
+    `mixes` says whether numbers of one job that are not finite may reach the other jobs.
+    """
+
+    @property
+    def mixes(self) -> bool: ...
 
     def forward(self) -> Tensor:
         """Return the last hidden states (T, D), without a gradient of their own."""
@@ -36,6 +42,8 @@ class Pass(Protocol):
 
 class PlainPass:
     """Launches every kernel of a batch by itself, whatever its size."""
+
+    mixes = False
 
     def __init__(self, base: BaseModel, rows: PackedRows, parts: Sequence[AdapterRows]) -> None:
         self._base = base

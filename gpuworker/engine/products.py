@@ -46,13 +46,15 @@ def add_matmul(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     """Add `alpha * left @ right` to `target` in place, also where `target` has a wider dtype."""
     if target.dtype == left.dtype:
         target.addmm_(left, right, alpha=alpha)
+    elif target.is_cuda:
+        torch.addmm(target, left, right, out_dtype=target.dtype, alpha=alpha, out=target)
     else:
         target.add_(left.mm(right), alpha=alpha)
 
 
 def add_factor_gradient(target_RF: Tensor, left_TR: Tensor, right_TF: Tensor, alpha: float) -> None:
-    """Add `alpha * left.T @ right` to the gradient of a factor in place; many rows by oneDNN, as in `factor_product`."""
-    if len(left_TR) >= _MANY_ROWS:
+    """Add `alpha * left.T @ right` to the gradient of a factor in place; on a CPU many rows by oneDNN, as in `factor_product`."""
+    if len(left_TR) >= _MANY_ROWS and not target_RF.is_cuda:
         target_RF.add_(frozen_linear(left_TR.t(), right_TF.t()), alpha=alpha)
     else:
         add_matmul(target_RF, left_TR.t(), right_TF, alpha)
@@ -82,6 +84,13 @@ class FrozenWeight:
     def transposed_product(self, rows_TF: Tensor) -> Tensor:
         """Return `rows @ weight`, (T, D)."""
         return frozen_linear(rows_TF, self._backward)
+
+    def add_transposed_product(self, target_TD: Tensor, rows_TF: Tensor) -> None:
+        """Add `rows @ weight` in place; a GPU does so within the product."""
+        if target_TD.is_cuda:
+            target_TD.addmm_(rows_TF, self.plain)
+        else:
+            target_TD.add_(self.transposed_product(rows_TF))
 
     def pack(self) -> int:
         """Hold a copy for `product`; return the bytes that it takes, 0 where there is none."""

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpuworker.engine.adapter_bank import fitting_rank
+from gpuworker.engine import lora_columns
 from gpuworker.engine.attention import PackedAttention
+from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import PackedRows, power_of_two
+from gpuworker.engine.lora import Products
+from gpuworker.engine.lora_columns import ColumnProducts
 from gpuworker.engine.lora_stack import AdapterRows, GroupedProducts
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.training_bank import TrainingBank
@@ -133,7 +136,7 @@ class TrainGraphs:
     def _bank_bytes(self, size: Size) -> int:
         base = self._base
         return TrainingBank.num_bytes(
-            base.modules, num_places=size.num_places, rank=size.rank, dtype=base.dtype
+            base.groups, num_places=size.num_places, rank=size.rank, dtype=base.dtype
         )
 
     def _pass(self, size: Size) -> RecordedPass:
@@ -154,7 +157,7 @@ class TrainGraphs:
         self._make_room(self._bank_bytes(size))
         base = self._base
         return TrainingBank(
-            base.modules, num_places=size.num_places, rank=size.rank, device=base.device, dtype=base.dtype
+            base.groups, num_places=size.num_places, rank=size.rank, device=base.device, dtype=base.dtype
         )
 
     def _make_room(self, num_bytes: int) -> None:
@@ -180,7 +183,7 @@ class RecordedPass:
         self.bank = bank
         self._num_rows = num_rows
         self._rows_2T = torch.zeros(2, num_rows, dtype=torch.int64, device=base.device)
-        self._ends_K = torch.zeros(bank.num_places + 1, dtype=torch.int32, device=base.device)
+        self._ends_K = torch.zeros(bank.layout.num_places, dtype=torch.int32, device=base.device)
         self._scaling_T1 = torch.zeros(num_rows, 1, device=base.device)
         self._gradient_TD = torch.zeros(
             num_rows, base.config.hidden_size, device=base.device, dtype=base.dtype
@@ -190,6 +193,11 @@ class RecordedPass:
         self._is_recordable = base.device.type == "cuda"
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._hidden_TD = torch.empty(0)
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether adapters share products, in which zero times infinity is not a number."""
+        return self.bank.layout.num_columns <= lora_columns.MAX_COLUMNS
 
     @property
     def pool(self) -> Any:
@@ -213,18 +221,19 @@ class RecordedPass:
 
     def load(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> None:
         """Say what the next run is about: the rows, whose they are, and with which weights."""
-        num_rows, bank = len(rows.tokens_T), self.bank
+        num_rows = len(rows.tokens_T)
         rows_2T = np.zeros((2, self._num_rows), dtype=np.int64)
         rows_2T[:, :num_rows] = rows.tokens_T, rows.positions_T
-        ends = [part.segment.stop for part in parts]
-        missing = bank.num_places - len(parts)
+        # What is missing to T rows counts as the last place's, with a share of nothing.
+        ends_K = np.full(len(self._ends_K), self._num_rows, dtype=np.int32)
         scaling_T1 = np.zeros((self._num_rows, 1), dtype=np.float32)
-        for place, part in enumerate(parts):
-            bank.put(place, part)
-            scaling_T1[part.segment.start : part.segment.stop] = part.adapter.weights.scaling
+        for place, (segment, adapter, _) in enumerate(parts):
+            ends_K[place : len(ends_K) - 1] = segment.stop
+            scaling_T1[segment.start : segment.stop] = adapter.weights.scaling
         self._rows_2T.copy_(torch.from_numpy(rows_2T), non_blocking=True)
-        self._ends_K.copy_(torch.tensor([*ends, *[ends[-1]] * missing, self._num_rows]), non_blocking=True)
+        self._ends_K.copy_(torch.from_numpy(ends_K), non_blocking=True)
         self._scaling_T1.copy_(torch.from_numpy(scaling_T1), non_blocking=True)
+        self.bank.put(parts)
         self._attend.load(rows.lengths)
         self._parts, self._num_loaded = parts, num_rows
 
@@ -246,8 +255,7 @@ class RecordedPass:
             torch.autograd.backward(self._hidden_TD, self._gradient_TD)
         else:
             self._replay(self._graphs[1])
-        for place, part in enumerate(self._parts):
-            self.bank.hand_over(place, part)
+        self.bank.hand_over(self._parts)
         self._parts = ()
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -265,18 +273,31 @@ class RecordedPass:
         self._graphs, self._hidden_TD = (forward, backward), hidden_TD.detach()
 
     def _compute(self) -> Tensor:
-        bank = self.bank
-        bank.gradients_KP.zero_()
-        products = GroupedProducts(
-            bank.pairs,
-            bank.gradients,
+        tokens_T, positions_T = self._rows_2T
+        with torch.enable_grad(), self._base.routed((self._products(),), self._attend):
+            return self._base.hidden_of(tokens_T, positions_T)
+
+    def _products(self) -> Products:
+        bank, layout = self.bank, self.bank.layout
+        if self.mixes:
+            weights, gradients = layout.columns(bank.weights_Q), layout.columns(bank.gradients_Q)
+            return ColumnProducts(weights, gradients, self._share())
+        bank.gradients_Q.zero_()
+        return GroupedProducts(
+            layout.pairs(bank.weights_Q),
+            layout.pairs(bank.gradients_Q),
             rows=slice(0, self._num_rows),
             ends_G=self._ends_K,
             scaling_N1=self._scaling_T1,
         )
-        tokens_T, positions_T = self._rows_2T
-        with torch.enable_grad(), self._base.routed((products,), self._attend):
-            return self._base.hidden_of(tokens_T, positions_T)
+
+    def _share(self) -> Tensor:
+        """Return alpha / rank in the columns of each row's own adapter, else 0, (T, C)."""
+        device, rank = self._base.device, self.bank.layout.rank
+        rows_T = torch.arange(self._num_rows, dtype=torch.int32, device=device)
+        places_T = torch.bucketize(rows_T, self._ends_K, right=True)
+        column_places_C = torch.arange(self.bank.layout.num_columns, device=device) // rank
+        return torch.where(places_T[:, None] == column_places_C, self._scaling_T1, 0.0)
 
 
 class _FixedAttention(PackedAttention):

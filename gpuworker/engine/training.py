@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,7 @@ class Job:
         self.gradients: Mapping[str, LoraPair] | None = None
         self.logprobs: list[Float32Array] = []
         self.loss_sum = 0.0
+        self.is_exposed = False  # to numbers of other jobs that are not finite
 
     @property
     def is_done(self) -> bool:
@@ -85,9 +87,11 @@ class Job:
             self.gradients = self.adapter.layout.own_views(self.gradient_P)
         return self.gradients
 
-    def finish(self) -> ForwardBackwardResult:
+    def finish(self, gradient_sum: float) -> ForwardBackwardResult:
         """Hand the gradient to the adapter and return the result.
 
+        Args:
+            gradient_sum: of all its numbers, in float64.
         Raises:
             NonFiniteError: loss, log-probabilities or gradient are not finite; nothing was added.
         """
@@ -96,9 +100,9 @@ class Job:
             raise NonFiniteError(f"the loss is {self.loss_sum}")
         if not all(np.isfinite(values_NK).all() for values_NK in self.logprobs):
             raise NonFiniteError("the log-probabilities are not finite")
+        if not math.isfinite(gradient_sum):
+            raise NonFiniteError("the gradient is not finite")
         if gradient_P is not None:
-            if not torch.isfinite(gradient_P.sum(dtype=torch.float64)):
-                raise NonFiniteError("the gradient is not finite")
             self.adapter.accumulate(gradient_P)
         return ForwardBackwardResult(logprobs=self._split_logprobs(), metrics=self._metrics())
 
@@ -140,6 +144,7 @@ class Trainer:
         self._head = head
         self._token_budget = token_budget
         self._graphs = graphs
+        self._ill: WeakSet[Adapter] = WeakSet()
         self.on_batch: Callable[[], None] = lambda: None
 
     def run(
@@ -224,13 +229,34 @@ class Trainer:
             part = queue[batch.start : batch.stop]
             self._run_batch([(job, block) for _, job, block in part])
             self.on_batch()
-            for index, job, _ in part:
-                if job.is_done and index not in outcomes:
-                    self._base.group.add_up_gradient(job.adapter.layout, job.gradient_P)
-                    try:
-                        outcomes[index] = job.finish()
-                    except EngineError as error:
-                        outcomes[index] = error
+            done = {index: job for index, job, _ in part if job.is_done and index not in outcomes}
+            sums = self._gradient_sums(list(done.values()))
+            for (index, job), gradient_sum in zip(done.items(), sums, strict=True):
+                outcomes[index] = self._finish(job, gradient_sum, budget)
+
+    def _gradient_sums(self, jobs: Sequence[Job]) -> list[float]:
+        """Add up the numbers of each job's gradient, fetched at once; 0 where there is none."""
+        for job in jobs:
+            self._base.group.add_up_gradient(job.adapter.layout, job.gradient_P)
+        sums = [job.gradient_P.sum(dtype=torch.float64) for job in jobs if job.gradient_P is not None]
+        found = iter(torch.stack(sums).tolist() if sums else ())
+        return [0.0 if job.gradient_P is None else next(found) for job in jobs]
+
+    def _finish(self, job: Job, gradient_sum: float, budget: int) -> ForwardBackwardResult | EngineError:
+        """Return how a job ended; one whose numbers may be ill by those of its neighbours is run again by itself."""
+        try:
+            result = job.finish(gradient_sum)
+        except NonFiniteError as error:
+            if not job.is_exposed:
+                self._ill.add(job.adapter)
+                return error
+        else:
+            self._ill.discard(job.adapter)
+            return result
+        job.reset()
+        outcomes: dict[int, ForwardBackwardResult | EngineError] = {}
+        self._run_packed({0: job}, outcomes, budget)
+        return outcomes[0]
 
     def _run_batch(self, parts: Sequence[tuple[Job, Block]]) -> None:
         base = self._base
@@ -245,15 +271,19 @@ class Trainer:
                 owners.append((len(own_rows) - 1, own))
             start = stop
         backward = parts[0][0].request.backward
-        through = self._pass(rows, own_rows)
+        jobs = dict.fromkeys(job for job, _ in parts)
+        through = self._pass(rows, own_rows, is_shared=len(jobs) > 1)
+        for job in jobs:
+            job.is_exposed |= len(jobs) > 1 and through.mixes
         hidden_TD = through.forward()
         scores = self._head.score(hidden_TD, pieces, through.zero_gradient() if backward else None)
         if backward:
             through.backward()
         _collect(parts, owners, scores)
 
-    def _pass(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> Pass:
-        recorded = None if self._graphs is None else self._graphs.find(rows, parts)
+    def _pass(self, rows: PackedRows, parts: Sequence[AdapterRows], *, is_shared: bool) -> Pass:
+        is_ill = is_shared and any(part.adapter in self._ill for part in parts)
+        recorded = None if self._graphs is None or is_ill else self._graphs.find(rows, parts)
         return recorded or PlainPass(self._base, rows, parts)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpuworker.engine.adapter_bank import AdapterBank, fitting_rank
+from gpuworker.engine.adapter_bank import AdapterBank
 from gpuworker.engine.adapters import Adapter, LoraWeights, ModuleShape, select_modules
+from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.decode_graphs import DecodeGraphs
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import LoraSpec, SampleResult
@@ -104,7 +105,11 @@ def make_weights(rank: int, seed: int) -> LoraWeights:
 
 def make_bank(num_places: int, rank: int) -> AdapterBank:
     return AdapterBank(
-        MODULES, num_places=num_places, rank=rank, device=torch.device("cpu"), dtype=torch.float32
+        [(module,) for module in MODULES],
+        num_places=num_places,
+        rank=rank,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
 
 
@@ -117,12 +122,27 @@ def test_a_bank_keeps_wanted_adapters_in_their_places_and_clears_what_it_reuses(
     assert second[id(wide)] == first[id(wide)]
     assert second[id(narrow)] == first[id(other)]
     place = second[id(narrow)]
-    assert bank.scaling(place) == narrow.scaling
-    assert bank.scaling(bank.num_places) == 0.0
     a_RD, b_FR = (factor[place] for factor in bank.pairs["up_proj"])
     assert torch.equal(a_RD[:3], narrow.pairs["up_proj"].a)
     assert not a_RD[3:].any()
+    assert torch.equal(b_FR[:, :3], narrow.pairs["up_proj"].b * narrow.scaling)
     assert not b_FR[:, 3:].any()
+
+
+def test_huge_factors_reach_no_row_of_another_adapter() -> None:
+    """The rows' products with the other adapter's A are beyond what a number holds."""
+    torch.manual_seed(0)
+    tame, wild = make_weights(8, 1), make_weights(8, 2)
+    bank = make_bank(2, 8)
+    places = bank.places([tame, wild])
+    bank.pairs["up_proj"].a[places[id(wild)]] = 3e38
+    rows_SD, output_SF = torch.randn(3, 24), torch.zeros(3, 40)
+    foreign_SC = bank.foreign(torch.tensor([places[id(tame)], places[id(tame)], bank.num_places]))
+    assert not torch.isfinite(rows_SD.mm(bank.pairs["up_proj"].a.flatten(0, 1).t())).all()
+    bank.add(output_SF, bank.inner(("up_proj",), rows_SD, foreign_SC)[:, 0], "up_proj")
+    a_RD, b_FR = tame.pairs["up_proj"]
+    torch.testing.assert_close(output_SF[:2], tame.scaling * rows_SD[:2].mm(a_RD.t()).mm(b_FR.t()))
+    assert not output_SF[2].any()
 
 
 def test_fitting_rank_rounds_up_to_what_kernels_want() -> None:

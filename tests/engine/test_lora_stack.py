@@ -41,8 +41,8 @@ def run(products: Sequence[Products], name: str, rows_TD: Tensor, grad_TF: Tenso
     """Return what all products add to a layer's output and to the gradient of its input."""
     output_TF, grad_rows_TD = torch.zeros_like(grad_TF), torch.zeros_like(rows_TD)
     for some in products:
-        inner_TR = some.add(output_TF, rows_TD, name)
-        some.backward(name, grad_TF, inner_TR=inner_TR, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD)
+        kept = some.add({name: output_TF}, rows_TD)
+        some.backward({name: grad_TF}, kept, rows_TD=rows_TD, grad_rows_TD=grad_rows_TD)
         some.finish()
     return output_TF, grad_rows_TD
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from gpuworker.engine import train_graphs
+from gpuworker.engine import lora_columns, train_graphs
 from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import NonFiniteError
 from gpuworker.engine.train_graphs import Size, TrainGraphs, recorded_rows
 from gpuworker.engine.training_bank import TrainingBank
 from gpuworker.engine.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec, OptimStep
@@ -71,11 +73,17 @@ def assert_alike(
         assert (gradient_P - expected_P).norm() / expected_P.norm() < 1e-4
 
 
+@pytest.mark.parametrize("max_columns", [512, 0], ids=["columns", "grouped"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_mixed_adapters_get_the_results_of_the_plain_way(
-    architecture: str, load_engine: Callable[..., Engine], with_graphs: Callable[..., CountedGraphs]
+    architecture: str,
+    max_columns: int,
+    load_engine: Callable[..., Engine],
+    with_graphs: Callable[..., CountedGraphs],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ranks that are no multiple of the alignment, parts of the modules, windows and softcaps."""
+    monkeypatch.setattr(lora_columns, "MAX_COLUMNS", max_columns)
     engine = load_engine(architecture)
     jobs = [make_job(f"pass-{i}", np.random.default_rng(i), LENGTHS[i % 3 :]) for i in range(len(ALL_SPECS))]
     for job, spec in zip(jobs, ALL_SPECS, strict=True):
@@ -101,6 +109,28 @@ def test_a_place_forgets_the_adapter_before(
         for job, results_of_job in zip(jobs, expected, strict=True):
             assert_alike(train(engine, [job]), results_of_job)
     assert graphs.num_served == 4
+
+
+def test_an_ill_run_takes_no_neighbour_along(
+    engine: Engine, with_graphs: Callable[..., CountedGraphs]
+) -> None:
+    """Its weights are no numbers: it and its neighbour are run anew by themselves, later the plain way, until it is mended."""
+    tame, wild = (make_job(name, np.random.default_rng(9), LENGTHS) for name in ("tame", "wild"))
+    make_adapter(engine, "tame", LoraSpec(rank=8, seed=1))
+    whole = make_adapter(engine, "wild", LoraSpec(rank=8, seed=2))
+    expected = train(engine, [tame, wild])
+    graphs = with_graphs(engine)
+    engine.import_state("wild", replace(whole, weights=whole.weights * torch.nan), optimizer=False)
+    for num_served in (3, 3):
+        ours, error = engine.forward_backward([tame, wild])
+        assert isinstance(ours, ForwardBackwardResult)
+        assert_alike([(ours, take_gradient(engine, "tame"))], expected[:1])
+        assert isinstance(error, NonFiniteError)
+        assert graphs.num_served == num_served
+    engine.import_state("wild", whole, optimizer=False)
+    for num_served in (3, 4):
+        assert_alike(train(engine, [tame, wild]), expected)
+        assert graphs.num_served == num_served
 
 
 def test_new_weights_are_used_after_a_step(engine: Engine, with_graphs: Callable[..., CountedGraphs]) -> None:
@@ -144,7 +174,7 @@ def test_batches_without_room_take_the_plain_way(
 def test_banks_of_many_kinds_keep_to_their_room(
     engine: Engine, with_graphs: Callable[..., CountedGraphs]
 ) -> None:
-    room = TrainingBank.num_bytes(engine._base.modules, num_places=2, rank=16, dtype=torch.float32)
+    room = TrainingBank.num_bytes(engine._base.groups, num_places=2, rank=16, dtype=torch.float32)
     graphs = with_graphs(engine, max_bytes=room)
     for rank in (3, 8, 16):
         make_adapter(engine, f"kind-{rank}", LoraSpec(rank=rank, seed=rank))
@@ -153,7 +183,7 @@ def test_banks_of_many_kinds_keep_to_their_room(
         for chosen in (jobs[:1], jobs[1:2], jobs[:2], jobs[2:]):
             results(engine.forward_backward(chosen))
             held = {id(one.bank): one.bank for one in graphs._passes.values()}.values()
-            assert 0 < sum(bank.weights_KP.nbytes + bank.gradients_KP.nbytes for bank in held) <= room
+            assert 0 < sum(bank.weights_Q.nbytes + bank.gradients_Q.nbytes for bank in held) <= room
     assert graphs.num_served == 8
 
 
@@ -167,7 +197,7 @@ def test_a_lack_of_memory_keeps_passes_from_being_recorded_for_a_time_only(
     monkeypatch.setattr(train_graphs, "_BATCHES_BETWEEN_TRIES", 3)
     make_adapter(engine, "spike", LoraSpec(rank=8, seed=7))
     job = make_job("spike", np.random.default_rng(0), [60])
-    bank_bytes = TrainingBank.num_bytes(engine._base.modules, num_places=1, rank=8, dtype=torch.float32)
+    bank_bytes = TrainingBank.num_bytes(engine._base.groups, num_places=1, rank=8, dtype=torch.float32)
     graphs = with_graphs(engine, max_bytes=max(bank_bytes, 64 * 10_000))
     graphs.device = Refusing(num_allowed=0, max_refused=2)
     caplog.set_level("INFO", logger=train_graphs.__name__)
