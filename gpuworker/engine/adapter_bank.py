@@ -1,7 +1,8 @@
-"""Adapters of any rank side by side for decoding, where a launch costs more than the arithmetic of a few rows.
+"""Adapters of any rank side by side for sampling, where a launch costs more than the arithmetic of a few rows.
 
 As in `lora_columns`, every row goes through all of them and keeps what is its own.
-Axes: S rows, K places of the bank, R rank, C = K * R columns, M layers of a group, D input and F output features.
+Axes: T rows, K places of the bank, R rank, C = K * R columns, M layers of a group, D input and F output features,
+N parameters of one adapter, Q numbers of the bank.
 """
 
 from __future__ import annotations
@@ -11,18 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpuworker.engine.adapters import LoraWeights, ModuleShape
-from gpuworker.engine.bank_layout import BankLayout
+from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
+from gpuworker.engine.bank_layout import INDEX_BYTES, BankLayout
+from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.lora_columns import columns_of
 from gpuworker.engine.products import add_matmul
 
 
 class AdapterBank:
-    """`num_places` adapters of at most `rank`, their alpha / rank within B.
-
-    All that it holds is finite, as decoding begins with a prompt whose logits were: so nothing of another adapter reaches
-    a row.
-    """
+    """`num_places` adapters of at most `rank`, their alpha / rank within B."""
 
     def __init__(
         self,
@@ -34,20 +32,25 @@ class AdapterBank:
         dtype: torch.dtype,
     ) -> None:
         layout = BankLayout(groups, num_places=num_places, rank=rank)
-        flat_Q = torch.zeros(layout.num_parameters, device=device, dtype=dtype)
         self.rank = rank
         self.num_places = num_places
-        self.pairs = layout.pairs(flat_Q)
-        self._columns = layout.columns(flat_Q)
+        self.num_columns = layout.num_columns
+        self._layout = layout
+        self._flat_Q = torch.zeros(layout.num_parameters, device=device, dtype=dtype)
+        self.pairs = layout.pairs(self._flat_Q)
+        self.columns = layout.columns(self._flat_Q)
         self._column_places_C = torch.arange(layout.num_columns, device=device) // rank
         self._held: list[LoraWeights | None] = [None] * num_places
+        self._ill: set[int] = set()
+        self._indices: dict[Layout, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def num_bytes(
         groups: Sequence[Sequence[ModuleShape]], *, num_places: int, rank: int, dtype: torch.dtype
     ) -> int:
-        """Return what a bank of this size takes."""
-        return BankLayout.size(groups, num_places=num_places, rank=rank) * dtype.itemsize
+        """Return what a bank of this size takes, with the index of one layout."""
+        num_parameters = BankLayout.size(groups, num_places=num_places, rank=rank)
+        return num_parameters * dtype.itemsize + num_parameters // num_places * INDEX_BYTES
 
     def places(self, wanted: Sequence[LoraWeights]) -> dict[int, int]:
         """Return the place of each adapter by its `id`; those that are missing take places of unwanted ones."""
@@ -61,25 +64,67 @@ class AdapterBank:
                 places[id(weights)] = place
         return places
 
-    def foreign(self, places_S: Tensor) -> Tensor:
-        """Return which columns belong to other adapters than those at the rows' places, bool (S, C)."""
-        return self._column_places_C != places_S[:, None]
+    def is_ill(self, weights: LoraWeights) -> bool:
+        """Return whether an adapter was found to have numbers that are not finite, and is not computed with."""
+        return any(self._held[place] is weights for place in self._ill)
 
-    def inner(self, group: tuple[str, ...], rows_SD: Tensor, foreign_SC: Tensor) -> Tensor:
-        """Return the rows' products with the A of their own adapters, zero in all other columns, (S, M, C)."""
-        inner_SMC = columns_of(rows_SD, self._columns.a[group], len(group))
-        return inner_SMC.masked_fill_(foreign_SC[:, None], 0.0)
-
-    def add(self, output_SF: Tensor, inner_SC: Tensor, name: str) -> None:
-        """Add the products of one layer in place."""
-        add_matmul(output_SF, inner_SC, self._columns.b[name].t(), 1.0)
+    def foreign(self, places_T: Tensor) -> Tensor:
+        """Return which columns belong to other adapters than those at the rows' places, bool (T, C)."""
+        return self._column_places_C != places_T[:, None]
 
     def _put(self, place: int, weights: LoraWeights) -> None:
+        views, before = weights.pairs, self._held[place]
         self._held[place] = weights
-        for name, (a_KRD, b_KFR) in self.pairs.items():
-            a_KRD[place].zero_()
-            b_KFR[place].zero_()
-            if name in weights.pairs:
-                a_rD, b_Fr = weights.pairs[name]
-                a_KRD[place, : len(a_rD)] = a_rD
-                b_KFR[place, :, : len(a_rD)] = b_Fr * weights.scaling
+        self._ill.discard(place)
+        first_N, step_N = self._index(views.layout)
+        # From one place to the next it is as far as the rank in B, and rows of the rank in A.
+        scaled_N = torch.where(step_N == self.rank, weights.scaling * views.flat_P, views.flat_P)
+        if not torch.isfinite(scaled_N).all():
+            self._ill.add(place)  # zero times what is not finite would reach the rows of all adapters
+            scaled_N.zero_()
+        if before is None or before.pairs.layout != views.layout:
+            for pair in self.pairs.values():
+                pair.a[place].zero_()
+                pair.b[place].zero_()
+        self._flat_Q.index_copy_(0, torch.add(first_N, step_N, alpha=place), scaled_N)
+
+    def _index(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        if layout not in self._indices:
+            self._indices[layout] = self._layout.indices(layout, self._flat_Q.device)
+        return self._indices[layout]
+
+
+class BankedProducts:
+    """How the routed layers compute rows whose adapters are in a bank: all at once, and each row keeps what is its own.
+
+    Shapes:
+        places_T: where each row's adapter is, `num_places` for rows without one.
+    """
+
+    def __init__(self, bank: AdapterBank, places_T: Tensor) -> None:
+        self._bank = bank
+        self._foreign_T1C = bank.foreign(places_T)[:, None]
+        self._inputs: Tensor | None = None
+        self._inner: dict[str, Tensor] = {}
+
+    def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
+        """Return a layer's output; inputs: (1, T, D); returns (1, T, F)."""
+        if inputs is not self._inputs:  # the very same for all layers of a group
+            group = tuple(one.name for one in layer.group)
+            self._inputs, self._inner = inputs, self._inner_of(group, inputs[0])
+        output_TF = layer.base_product(inputs[0])
+        self._add(output_TF, self._inner[layer.name], layer.name)
+        return output_TF[None]
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None:
+        """Add the LoRA products of one projection that shares its rows with no other, in place."""
+        self._add(output_TF, self._inner_of((name,), rows_TD)[name], name)
+
+    def _inner_of(self, group: tuple[str, ...], rows_TD: Tensor) -> dict[str, Tensor]:
+        """Return the rows' products with the A of their own adapters by layer, zero in all other columns, (T, C)."""
+        inner_TMC = columns_of(rows_TD, self._bank.columns.a[group], len(group))
+        inner_TMC.masked_fill_(self._foreign_T1C, 0.0)
+        return dict(zip(group, inner_TMC.unbind(1), strict=True))
+
+    def _add(self, output_TF: Tensor, inner_TC: Tensor, name: str) -> None:
+        add_matmul(output_TF, inner_TC, self._bank.columns.b[name].t(), 1.0)

@@ -45,13 +45,6 @@ class LoraPair(NamedTuple):
     b: Tensor
 
 
-class LoraWeights(NamedTuple):
-    """What a forward pass needs of an adapter; `scaling` is alpha / rank."""
-
-    pairs: Mapping[str, LoraPair]
-    scaling: float
-
-
 class Share(NamedTuple):
     """Which of `size` equal parts of every split projection a process computes."""
 
@@ -103,9 +96,9 @@ class FactorViews(Mapping[str, LoraPair]):
     """
 
     def __init__(self, layout: Layout, flat_P: Tensor, share: Share) -> None:
-        self._rank = layout.rank
+        self.layout = layout
+        self.flat_P = flat_P
         self._places = _places(layout)
-        self._flat_P = flat_P
         self._share = share
         self._made: dict[str, LoraPair] = {}
 
@@ -124,11 +117,18 @@ class FactorViews(Mapping[str, LoraPair]):
         return len(self._places)
 
     def _make(self, start: int, module: ModuleShape) -> LoraPair:
-        rank, flat_P = self._rank, self._flat_P
+        rank, flat_P = self.layout.rank, self.flat_P
         size_a, size_b = rank * module.in_features, rank * module.out_features
         a_RD = flat_P.narrow(-1, start, size_a).view(*flat_P.shape[:-1], rank, module.in_features)
         b_FR = flat_P.narrow(-1, start + size_a, size_b).view(*flat_P.shape[:-1], module.out_features, rank)
         return LoraPair(a_RD, b_FR) if self._share == WHOLE else self._share.of(module, LoraPair(a_RD, b_FR))
+
+
+class LoraWeights(NamedTuple):
+    """What a forward pass needs of an adapter; `scaling` is alpha / rank."""
+
+    pairs: FactorViews
+    scaling: float
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,8 @@ from gpuworker.engine.adapters import Layout, LoraPair, LoraWeights, ModuleShape
 
 ALIGNMENT: Final = 8
 """Products want rows of a multiple of 16 bytes, which is 8 numbers in bfloat16."""
+INDEX_BYTES: Final = 2 * torch.int64.itemsize + torch.int32.itemsize
+"""What the indices of an adapter take for each parameter, those of another place made of them included."""
 
 
 class Columns(NamedTuple):

@@ -10,21 +10,22 @@ K places of the adapter bank, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpuworker.engine.adapter_bank import AdapterBank
+from gpuworker.engine.adapter_bank import AdapterBank, BankedProducts
 from gpuworker.engine.adapters import UNEMBED, LoraWeights
 from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import power_of_two
 from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.lora import RoutedLinear
+from gpuworker.engine.lora_columns import MAX_COLUMNS
+from gpuworker.engine.lora_decode import SampledRows
 from gpuworker.engine.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -150,26 +151,6 @@ class _Step:
         self.is_recordable = base.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_SV = torch.empty(0)
-        self._foreign_SC = torch.empty(0)
-        self._inputs: Tensor | None = None
-        self._inner: dict[str, Tensor] = {}
-
-    def begin(self) -> None:
-        """Take note of who uses which adapter; before the layers are called."""
-        self._foreign_SC = self.bank.foreign(self.places_S)
-        self._inputs = None
-
-    def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor:
-        """Return a layer's output; inputs: (1, S, D); returns (1, S, F)."""
-        if inputs is not self._inputs:  # the very same for all layers of a group
-            self._inputs, self._inner = inputs, self._inner_of([one.name for one in layer.group], inputs[0])
-        output_SF = layer.base_product(inputs[0])
-        self.bank.add(output_SF, self._inner[layer.name], layer.name)
-        return output_SF[None]
-
-    def add_to_logits(self, logits_SV: Tensor, hidden_SD: Tensor) -> None:
-        """Add the LoRA products of the head in place."""
-        self.bank.add(logits_SV, self._inner_of([UNEMBED], hidden_SD)[UNEMBED], UNEMBED)
 
     def fill(self, rows: Sequence[NewToken], places: Sequence[int]) -> None:
         """Say what the next run is about; copies of the last row fill the buffers up, which writes what it writes."""
@@ -178,10 +159,6 @@ class _Step:
         numbers = [[r.token for r in rows], [r.position for r in rows], [r.slot for r in rows]]
         self.rows_3S.copy_(torch.tensor(numbers), non_blocking=True)
         self.places_S.copy_(torch.tensor(places), non_blocking=True)
-
-    def _inner_of(self, group: Sequence[str], rows_SD: Tensor) -> dict[str, Tensor]:
-        inner_SMC = self.bank.inner(tuple(group), rows_SD, self._foreign_SC)
-        return dict(zip(group, inner_SMC.unbind(1), strict=True))
 
 
 class DecodeGraphs:
@@ -200,18 +177,31 @@ class DecodeGraphs:
         self._cache_version = cache.version
         self._bank: AdapterBank | None = None
 
-    def has_room(self, rows: Sequence[NewToken]) -> bool:
-        """Return whether such a step keeps to `max_bytes`; others are for the plain path."""
+    def can_take(self, rows: Sequence[NewToken]) -> bool:
+        """Return whether such a step keeps to `max_bytes` and its adapters are finite; others are for the plain path."""
         base = self._base
         size, length = self._size(rows)
         layer_bytes = base.cache_bytes_per_position(self._cache.dtype) // base.config.num_hidden_layers
-        num_places, rank = self._bank_size(_adapters_of(rows))
-        bank_bytes = AdapterBank.num_bytes(base.groups, num_places=num_places, rank=rank, dtype=base.dtype)
-        return bool(max(size * length * layer_bytes, bank_bytes) <= self._max_bytes)
+        adapters = distinct(row.weights for row in rows)
+        return size * length * layer_bytes <= self._max_bytes and self._is_fit_for(adapters)
+
+    def products(self, segments: Sequence[SampledRows], num_rows: int) -> BankedProducts | None:
+        """Return the products of a batch with prompts in it; None where every adapter had better go by itself."""
+        adapters = distinct(segment.weights for segment in segments)
+        if not adapters or not self._is_fit_for(adapters):
+            return None
+        bank = self._fitting_bank(adapters)
+        found = bank.places(adapters)
+        if bank.num_columns > MAX_COLUMNS or any(bank.is_ill(one) for one in adapters):
+            return None
+        places_T = torch.full((num_rows,), bank.num_places)
+        for start, stop, weights in segments:
+            places_T[start:stop] = found[id(weights)]
+        return BankedProducts(bank, places_T.to(self._cache.device))
 
     def logits(self, rows: Sequence[NewToken]) -> Tensor:
         """Return the logits (S, V), float32, after the rows; they are overwritten by the next call."""
-        adapters = _adapters_of(rows)
+        adapters = distinct(row.weights for row in rows)
         bank = self._fitting_bank(adapters)
         found = bank.places(adapters)
         step = self._step(bank, *self._size(rows))
@@ -228,6 +218,13 @@ class DecodeGraphs:
         num_positions = max(row.position for row in rows) + 1
         length = max(_MIN_POSITIONS, power_of_two(num_positions))
         return power_of_two(len(rows)), min(length, self._cache.num_positions)
+
+    def _is_fit_for(self, adapters: Sequence[LoraWeights]) -> bool:
+        base = self._base
+        num_places, rank = self._bank_size(adapters)
+        num_bytes = AdapterBank.num_bytes(base.groups, num_places=num_places, rank=rank, dtype=base.dtype)
+        bank = self._bank
+        return num_bytes <= self._max_bytes and not (bank and any(bank.is_ill(one) for one in adapters))
 
     def _bank_size(self, adapters: Sequence[LoraWeights]) -> tuple[int, int]:
         """Return places and rank of a bank for these adapters, no smaller than the present one."""
@@ -290,14 +287,14 @@ class DecodeGraphs:
     def _compute(self, step: _Step) -> Tensor:
         tokens_S, positions_S, slots_S = step.rows_3S
         attend = SlotAttention(self._cache, slots_S, positions_S, step.num_positions)
-        step.begin()
-        with self._base.routed((), attend, sampled=step):
+        products = BankedProducts(step.bank, step.places_S)
+        with self._base.routed((), attend, sampled=products):
             hidden_SD = self._base.hidden_of(tokens_S, positions_S)
         logits_SV = self._head.base_logits(hidden_SD)
-        step.add_to_logits(logits_SV, hidden_SD)
+        products.add(logits_SV, hidden_SD, UNEMBED)
         return self._head.cap(logits_SV)
 
 
-def _adapters_of(rows: Sequence[NewToken]) -> list[LoraWeights]:
-    """Return the adapters of the rows, each once."""
-    return list({id(row.weights): row.weights for row in rows if row.weights is not None}.values())
+def distinct(weights: Iterable[LoraWeights | None]) -> list[LoraWeights]:
+    """Return the adapters among them, each once."""
+    return list({id(one): one for one in weights if one is not None}.values())

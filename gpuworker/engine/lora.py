@@ -111,9 +111,11 @@ class Attention(Protocol):
 
 
 class SampledProduct(Protocol):
-    """How a layer computes the rows of a sampling batch."""
+    """How layers compute the rows of a sampling batch; `add` adds the LoRA products of the head in place."""
 
     def __call__(self, layer: RoutedLinear, inputs: Tensor) -> Tensor: ...
+
+    def add(self, output_TF: Tensor, rows_TD: Tensor, name: str) -> None: ...
 
 
 class Route:

@@ -32,6 +32,7 @@ from gpuworker.engine.exceptions import (
 )
 from gpuworker.engine.kv_cache import CachedAttention, Entry, KVCache
 from gpuworker.engine.logprobs import Head
+from gpuworker.engine.lora import SampledProduct
 from gpuworker.engine.lora_decode import SampledProducts, SampledRows, find_factor_step
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.prompt_scores import score_prompt
@@ -277,7 +278,7 @@ class Sampler:
         if self._graphs is not None and all(group[0].tokens for group in groups):
             continuations = [group[0] for group in groups]
             rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
-            if self._graphs.has_room(rows):
+            if self._graphs.can_take(rows):
                 return self._decode(self._graphs.logits(rows), continuations)
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
@@ -332,7 +333,7 @@ class Sampler:
         products.add(logits_SV, hidden_SD, UNEMBED)
         return self._head.cap(logits_SV[:num_picked])
 
-    def _products(self, groups: list[Group], counts: list[int], num_rows: int) -> SampledProducts:
+    def _products(self, groups: list[Group], counts: list[int], num_rows: int) -> SampledProduct:
         """Return how to compute a batch in which each group has so many rows."""
         segments, start = [], 0
         counted = zip(groups, counts, strict=True)
@@ -343,6 +344,9 @@ class Sampler:
             if weights is not None:
                 segments.append(SampledRows(start, stop, weights))
             start = stop
+        banked = None if self._graphs is None else self._graphs.products(segments, num_rows)
+        if banked is not None:
+            return banked
         # A prompt's rows go by themselves: its neighbours would be filled up to as many.
         is_decoding = all(group[0].tokens for group in groups)
         stacks = self._stacks if is_decoding else None

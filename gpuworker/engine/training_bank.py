@@ -7,16 +7,13 @@ Axes: K places of the bank, Q its numbers, N parameters that an adapter has of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from gpuworker.engine.adapters import UNEMBED, Layout, ModuleShape
-from gpuworker.engine.bank_layout import BankLayout
+from gpuworker.engine.bank_layout import INDEX_BYTES, BankLayout
 from gpuworker.engine.lora_stack import AdapterRows
-
-_INDEX_BYTES: Final = 2 * torch.int64.itemsize + torch.int32.itemsize
 
 
 class TrainingBank:
@@ -43,7 +40,7 @@ class TrainingBank:
     ) -> int:
         """Return what a bank of this size takes, with the index of one layout."""
         num_parameters = BankLayout.size(_without_head(groups), num_places=num_places, rank=rank)
-        index_bytes = num_parameters // num_places * _INDEX_BYTES
+        index_bytes = num_parameters // num_places * INDEX_BYTES
         return num_parameters * (dtype.itemsize + torch.float32.itemsize) + index_bytes
 
     def put(self, parts: Sequence[AdapterRows]) -> None:

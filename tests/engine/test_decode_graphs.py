@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from gpuworker.engine.adapter_bank import AdapterBank
+from gpuworker.engine.adapter_bank import AdapterBank, BankedProducts
 from gpuworker.engine.adapters import Adapter, LoraWeights, ModuleShape, select_modules
 from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.decode_graphs import DecodeGraphs
 from gpuworker.engine.engine import Engine
+from gpuworker.engine.exceptions import NonFiniteError
 from gpuworker.engine.types import LoraSpec, SampleResult
 
 from .conftest import CONFIGS
-from .sampling_requests import GREEDY, make_request, mixed_requests, sample
+from .sampling_requests import GREEDY, finish, make_request, mixed_requests, sample
 
 MODULES = (ModuleShape("up_proj", 24, 40), ModuleShape("down_proj", 40, 24))
 
@@ -55,6 +56,22 @@ def test_mixed_adapters_get_the_tokens_of_the_plain_path(
     expected = sample(engine, requests)
     with_graphs(engine)
     assert_alike(sample(engine, requests), expected)
+
+
+def test_an_ill_sampler_takes_no_other_along(engine: Engine, with_graphs: Callable[..., None]) -> None:
+    """Its weights are no numbers, and its prompt goes through the model together with another one's."""
+    requests = mixed_requests(engine, ranks=(8, 8))[:3]
+    expected = sample(engine, requests[:2])
+    with_graphs(engine)
+    for _ in range(2):
+        engine.sampler._weights[str(requests[2].sampler_id)][1].pairs.flat_P.fill_(torch.nan)
+        for request in requests:
+            engine.sampler.submit(request)
+        outcomes = finish(engine.sampler)
+        assert isinstance(outcomes.pop(requests[2].request_id), NonFiniteError)
+        assert_alike(
+            {key: value for key, value in outcomes.items() if isinstance(value, SampleResult)}, expected
+        )
 
 
 def test_more_adapters_than_places_and_other_ranks_later(
@@ -137,9 +154,9 @@ def test_huge_factors_reach_no_row_of_another_adapter() -> None:
     places = bank.places([tame, wild])
     bank.pairs["up_proj"].a[places[id(wild)]] = 3e38
     rows_SD, output_SF = torch.randn(3, 24), torch.zeros(3, 40)
-    foreign_SC = bank.foreign(torch.tensor([places[id(tame)], places[id(tame)], bank.num_places]))
-    assert not torch.isfinite(rows_SD.mm(bank.pairs["up_proj"].a.flatten(0, 1).t())).all()
-    bank.add(output_SF, bank.inner(("up_proj",), rows_SD, foreign_SC)[:, 0], "up_proj")
+    assert not torch.isfinite(rows_SD.mm(bank.columns.a["up_proj",].t())).all()
+    places_S = torch.tensor([places[id(tame)], places[id(tame)], bank.num_places])
+    BankedProducts(bank, places_S).add(output_SF, rows_SD, "up_proj")
     a_RD, b_FR = tame.pairs["up_proj"]
     torch.testing.assert_close(output_SF[:2], tame.scaling * rows_SD[:2].mm(a_RD.t()).mm(b_FR.t()))
     assert not output_SF[2].any()

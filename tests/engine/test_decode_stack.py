@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpuworker.engine import decode_stack
-from gpuworker.engine.adapters import LoraPair, LoraWeights
+from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
 from gpuworker.engine.decode_stack import DecodeStacks, is_exact
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import LoraSpec, SampleRequest, SampleResult, SamplingParams
@@ -20,8 +20,8 @@ PARAMS = SamplingParams(max_tokens=6, seed=3, temperature=1.0, stop_tokens=())
 
 
 def weights(rank: int, *, scaling: float = 2.0, num_inputs: int = 24, names: str = "xy") -> LoraWeights:
-    pairs = {name: LoraPair(torch.randn(rank, num_inputs), torch.randn(40, rank)) for name in names}
-    return LoraWeights(pairs, scaling)
+    layout = Layout(rank, tuple(ModuleShape(name, num_inputs, 40) for name in names))
+    return LoraWeights(layout.views(torch.randn(layout.num_parameters)), scaling)
 
 
 def request(name: str, length: int) -> SampleRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpuworker.engine.adapters import LoraPair, LoraWeights
+from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
 from gpuworker.engine.lora import Route, RoutedLinear, Segment
 
 NUM_ROWS, NUM_FEATURES = 20, 8
@@ -21,12 +21,10 @@ def make_group(route: Route) -> tuple[RoutedLinear, RoutedLinear]:
 
 def make_segment(layers: tuple[RoutedLinear, ...], start: int, stop: int) -> Segment:
     """Return rows whose adapter trains the given layers, with gradients of zero to add to."""
-    pairs = {
-        layer.name: LoraPair(torch.randn(3, NUM_FEATURES), torch.randn(layer.weight.shape[0], 3))
-        for layer in layers
-    }
-    gradients = {name: LoraPair(*map(torch.zeros_like, pair)) for name, pair in pairs.items()}
-    return Segment(start, stop, LoraWeights(pairs, 1.7), gradients)
+    modules = tuple(ModuleShape(layer.name, NUM_FEATURES, layer.weight.shape[0]) for layer in layers)
+    layout = Layout(3, modules)
+    weights, gradients = (layout.views(make(layout.num_parameters)) for make in (torch.randn, torch.zeros))
+    return Segment(start, stop, LoraWeights(weights, 1.7), gradients)
 
 
 def plain(layer: RoutedLinear, inputs: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
