@@ -23,8 +23,8 @@ measure() { # share of the budget in percent, model shape, options
     cat "$OUT/$shape.md"
 }
 
-measure 52 "$SMALL" --rounds 5 --tokens 60 230 1000
-measure 30 "$LARGE" --rounds 3 --sequences 8 --runs 1 8 --tokens 230 1000
+measure 60 "$SMALL" --rounds 5 --tokens 60 230 1000
+measure 25 "$LARGE" --rounds 3 --sequences 8 --runs 1 8 --tokens 230 1000
 for shape in "$SMALL" "$LARGE"; do
     if [ -f "$OUT/$shape.json" ]; then
         "$PYTHON" -m bench.curves "$OUT/$shape.json" --output "$OUT/$shape.png" || failed=1

@@ -65,7 +65,10 @@ class AdapterBank:
         return places
 
     def is_ill(self, weights: LoraWeights) -> bool:
-        """Return whether an adapter was found to have numbers that are not finite, and is not computed with."""
+        """Return whether an adapter was found to have numbers that are not finite; zeros are in its place.
+
+        Its prompts go the plain way and end with their first token, so that no decode step comes to it.
+        """
         return any(self._held[place] is weights for place in self._ill)
 
     def foreign(self, places_T: Tensor) -> Tensor:

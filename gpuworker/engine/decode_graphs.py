@@ -177,18 +177,18 @@ class DecodeGraphs:
         self._cache_version = cache.version
         self._bank: AdapterBank | None = None
 
-    def can_take(self, rows: Sequence[NewToken]) -> bool:
-        """Return whether such a step keeps to `max_bytes` and its adapters are finite; others are for the plain path."""
+    def has_room(self, rows: Sequence[NewToken]) -> bool:
+        """Return whether such a step keeps to `max_bytes`; others are for the plain path."""
         base = self._base
         size, length = self._size(rows)
         layer_bytes = base.cache_bytes_per_position(self._cache.dtype) // base.config.num_hidden_layers
         adapters = distinct(row.weights for row in rows)
-        return size * length * layer_bytes <= self._max_bytes and self._is_fit_for(adapters)
+        return size * length * layer_bytes <= self._max_bytes and self._has_room_for(adapters)
 
     def products(self, segments: Sequence[SampledRows], num_rows: int) -> BankedProducts | None:
         """Return the products of a batch with prompts in it; None where every adapter had better go by itself."""
         adapters = distinct(segment.weights for segment in segments)
-        if not adapters or not self._is_fit_for(adapters):
+        if not adapters or not self._has_room_for(adapters):
             return None
         bank = self._fitting_bank(adapters)
         found = bank.places(adapters)
@@ -219,12 +219,11 @@ class DecodeGraphs:
         length = max(_MIN_POSITIONS, power_of_two(num_positions))
         return power_of_two(len(rows)), min(length, self._cache.num_positions)
 
-    def _is_fit_for(self, adapters: Sequence[LoraWeights]) -> bool:
+    def _has_room_for(self, adapters: Sequence[LoraWeights]) -> bool:
         base = self._base
         num_places, rank = self._bank_size(adapters)
         num_bytes = AdapterBank.num_bytes(base.groups, num_places=num_places, rank=rank, dtype=base.dtype)
-        bank = self._bank
-        return num_bytes <= self._max_bytes and not (bank and any(bank.is_ill(one) for one in adapters))
+        return num_bytes <= self._max_bytes
 
     def _bank_size(self, adapters: Sequence[LoraWeights]) -> tuple[int, int]:
         """Return places and rank of a bank for these adapters, no smaller than the present one."""

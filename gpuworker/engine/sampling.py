@@ -278,7 +278,7 @@ class Sampler:
         if self._graphs is not None and all(group[0].tokens for group in groups):
             continuations = [group[0] for group in groups]
             rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
-            if self._graphs.can_take(rows):
+            if self._graphs.has_room(rows):
                 return self._decode(self._graphs.logits(rows), continuations)
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
