@@ -2,7 +2,7 @@
 
 As in `lora_columns`, every row goes through all of them and keeps what is its own.
 Axes: T rows, K places of the bank, R rank, C = K * R columns, M layers of a group, D input and F output features,
-N parameters of one adapter, Q numbers of the bank.
+P parameters of one adapter, Q numbers of the bank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
-from gpuworker.engine.bank_layout import INDEX_BYTES, BankLayout
+from gpuworker.engine.bank_layout import BankLayout, Stretch
 from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.lora_columns import columns_of
 from gpuworker.engine.products import add_matmul
@@ -42,15 +42,14 @@ class AdapterBank:
         self._column_places_C = torch.arange(layout.num_columns, device=device) // rank
         self._held: list[LoraWeights | None] = [None] * num_places
         self._ill: set[int] = set()
-        self._indices: dict[Layout, tuple[Tensor, Tensor]] = {}
+        self._stretches: dict[Layout, list[Stretch]] = {}
 
     @staticmethod
     def num_bytes(
         groups: Sequence[Sequence[ModuleShape]], *, num_places: int, rank: int, dtype: torch.dtype
     ) -> int:
-        """Return what a bank of this size takes, with the index of one layout."""
-        num_parameters = BankLayout.size(groups, num_places=num_places, rank=rank)
-        return num_parameters * dtype.itemsize + num_parameters // num_places * INDEX_BYTES
+        """Return what a bank of this size takes."""
+        return BankLayout.size(groups, num_places=num_places, rank=rank) * dtype.itemsize
 
     def places(self, wanted: Sequence[LoraWeights]) -> dict[int, int]:
         """Return the place of each adapter by its `id`; those that are missing take places of unwanted ones."""
@@ -65,10 +64,7 @@ class AdapterBank:
         return places
 
     def is_ill(self, weights: LoraWeights) -> bool:
-        """Return whether an adapter was found to have numbers that are not finite; zeros are in its place.
-
-        Its prompts go the plain way and end with their first token, so that no decode step comes to it.
-        """
+        """Return whether an adapter was found to have numbers that are not finite; zeros are in its place."""
         return any(self._held[place] is weights for place in self._ill)
 
     def foreign(self, places_T: Tensor) -> Tensor:
@@ -79,22 +75,26 @@ class AdapterBank:
         views, before = weights.pairs, self._held[place]
         self._held[place] = weights
         self._ill.discard(place)
-        first_N, step_N = self._index(views.layout)
-        # From one place to the next it is as far as the rank in B, and rows of the rank in A.
-        scaled_N = torch.where(step_N == self.rank, weights.scaling * views.flat_P, views.flat_P)
-        if not torch.isfinite(scaled_N).all():
-            self._ill.add(place)  # zero times what is not finite would reach the rows of all adapters
-            scaled_N.zero_()
-        if before is None or before.pairs.layout != views.layout:
-            for pair in self.pairs.values():
-                pair.a[place].zero_()
-                pair.b[place].zero_()
-        self._flat_Q.index_copy_(0, torch.add(first_N, step_N, alpha=place), scaled_N)
+        if before is not None and before.pairs.layout != views.layout:
+            for stretch in self._layout.whole():
+                stretch.of_bank(self._flat_Q, place).zero_()
+        # Zero times what is not finite would reach the rows of all adapters.
+        is_ill = not torch.isfinite(views.flat_P.abs().amax() * max(1.0, weights.scaling))
+        if is_ill:
+            self._ill.add(place)
+        for stretch in self._of(views.layout):
+            bank = stretch.of_bank(self._flat_Q, place)
+            if is_ill:
+                bank.zero_()
+            else:
+                torch.mul(
+                    stretch.of_adapter(views.flat_P), weights.scaling if stretch.is_b else 1.0, out=bank
+                )
 
-    def _index(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        if layout not in self._indices:
-            self._indices[layout] = self._layout.indices(layout, self._flat_Q.device)
-        return self._indices[layout]
+    def _of(self, layout: Layout) -> list[Stretch]:
+        if layout not in self._stretches:
+            self._stretches[layout] = self._layout.stretches(layout)
+        return self._stretches[layout]
 
 
 class BankedProducts:

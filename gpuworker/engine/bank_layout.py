@@ -3,12 +3,13 @@
 The A of all adapters and of all layers that read the same rows are one matrix, and so are the B of all adapters
 of one layer.
 Axes: K places, R rank of a place, C = K * R columns, M layers of a group, D input and F output features,
-Q numbers of the bank, N parameters that an adapter has of one place.
+P parameters of one adapter, Q numbers of the bank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import torch
@@ -18,8 +19,6 @@ from gpuworker.engine.adapters import Layout, LoraPair, LoraWeights, ModuleShape
 
 ALIGNMENT: Final = 8
 """Products want rows of a multiple of 16 bytes, which is 8 numbers in bfloat16."""
-INDEX_BYTES: Final = 2 * torch.int64.itemsize + torch.int32.itemsize
-"""What the indices of an adapter take for each parameter, those of another place made of them included."""
 
 
 class Columns(NamedTuple):
@@ -91,22 +90,89 @@ class BankLayout:
                 pairs[module.name] = LoraPair(a_KRD, b_FKR.transpose(0, 1))
         return pairs
 
-    def indices(self, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where the parameters of an adapter lie at place 0, (N,), and how far from there at the next.
-
-        Without those of projections that the bank does not have; they are the last of an adapter.
-        """
-        first, step = [_empty(device)], [_empty(device)]
+    def stretches(self, layout: Layout) -> list[Stretch]:
+        """Return where the factors of an adapter lie in its own buffer and at place 0, those of like layers together."""
+        found: list[Stretch] = []
+        start = 0
         for module in layout.modules:
+            size_a, size_b = layout.rank * module.in_features, layout.rank * module.out_features
             if module.name in self._starts:
                 start_a, start_b = self._starts[module.name]
-                size = layout.rank * module.in_features
-                first.append(torch.arange(start_a, start_a + size, device=device))
-                step.append(torch.full((size,), self.rank * module.in_features, device=device))
-                rows_F1 = torch.arange(module.out_features, device=device)[:, None] * self.num_columns
-                first.append((start_b + rows_F1 + torch.arange(layout.rank, device=device)).flatten())
-                step.append(torch.full((module.out_features * layout.rank,), self.rank, device=device))
-        return torch.cat(first), torch.cat(step).int()
+                width, columns, rank = module.in_features, self.num_columns, layout.rank
+                shape_a, shape_b = (rank, width), (module.out_features, rank)
+                step_a = self.rank * width
+                kind = module.projection
+                a = Stretch(kind, False, shape_a, (width, 1), (width, 1), step_a, start, start_a)
+                b = Stretch(kind, True, shape_b, (rank, 1), (columns, 1), self.rank, start + size_a, start_b)
+                found += [a, b]
+            start += size_a + size_b
+        return _joined(found)
+
+    def whole(self) -> list[Stretch]:
+        """Return the stretches of a place with all of its columns."""
+        return self.stretches(Layout(self.rank, tuple(self._modules)))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One factor, or those of one projection in several layers, in an adapter's flat buffer and in the bank's.
+
+    `place_step` is how far it is from one place of the bank to the next, the other steps how far to the next layer.
+    """
+
+    projection: str
+    is_b: bool
+    shape: tuple[int, int]
+    adapter_strides: tuple[int, int]
+    bank_strides: tuple[int, int]
+    place_step: int
+    adapter_start: int
+    bank_start: int
+    count: int = 1
+    adapter_step: int = 0
+    bank_step: int = 0
+
+    def of_adapter(self, flat_P: Tensor) -> Tensor:
+        """Return the factors as a view of an adapter's buffer, (count, ...)."""
+        strides = (self.adapter_step, *self.adapter_strides)
+        return flat_P.as_strided(
+            (self.count, *self.shape), strides, flat_P.storage_offset() + self.adapter_start
+        )
+
+    def of_bank(self, flat_Q: Tensor, place: int) -> Tensor:
+        """Return the factors as a view of a place of the bank, (count, ...)."""
+        strides = (self.bank_step, *self.bank_strides)
+        start = flat_Q.storage_offset() + self.bank_start + place * self.place_step
+        return flat_Q.as_strided((self.count, *self.shape), strides, start)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Return what factors have in common that can be one stretch."""
+        return self.projection, self.is_b, self.shape, self.place_step
+
+    def joined(self, other: Stretch) -> Stretch | None:
+        """Return both as one, where the other lies as far behind the last factor as that behind the one before it."""
+        last = self.count - 1
+        adapter_step = other.adapter_start - self.adapter_start - last * self.adapter_step
+        bank_step = other.bank_start - self.bank_start - last * self.bank_step
+        if last and (adapter_step, bank_step) != (self.adapter_step, self.bank_step):
+            return None
+        return replace(self, count=self.count + 1, adapter_step=adapter_step, bank_step=bank_step)
+
+
+def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Join each factor with those of its kind before it; of like layers all come together."""
+    joined: list[Stretch] = []
+    newest: dict[tuple[object, ...], int] = {}
+    for stretch in stretches:
+        number = newest.get(stretch.kind)
+        both = None if number is None else joined[number].joined(stretch)
+        if number is None or both is None:
+            newest[stretch.kind] = len(joined)
+            joined.append(stretch)
+        else:
+            joined[number] = both
+    return joined
 
 
 def fitting_rank(wanted: Sequence[LoraWeights]) -> int:
@@ -117,7 +183,3 @@ def fitting_rank(wanted: Sequence[LoraWeights]) -> int:
 
 def _names(group: Sequence[ModuleShape]) -> tuple[str, ...]:
     return tuple(module.name for module in group)
-
-
-def _empty(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpuworker.engine import lora_columns
 from gpuworker.engine.adapter_bank import AdapterBank, BankedProducts
 from gpuworker.engine.adapters import UNEMBED, LoraWeights
 from gpuworker.engine.bank_layout import fitting_rank
@@ -24,7 +25,6 @@ from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import power_of_two
 from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.lora_columns import MAX_COLUMNS
 from gpuworker.engine.lora_decode import SampledRows
 from gpuworker.engine.memory import is_out_of_memory
 
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _MIN_POSITIONS = 128
 _RUNS_BEFORE_RECORDING = 3
 """Recording takes several times as long as running: sizes that are met only in passing are not worth it."""
+
+_MANY_TIMES = 4
+"""A bank of more columns than a prompt's products may have gives way to one with so many times fewer."""
 
 
 def can_record(base: BaseModel) -> bool:
@@ -59,7 +62,7 @@ class SlotAttention:
         self._cache = cache
         self._slots_S = slots_S
         self._positions_S = positions_S
-        self._keys_C = torch.arange(num_positions, device=cache.device)
+        self._num_positions = num_positions
         self._lengths_S = (positions_S + 1).int()
         # The kernel wants a bound more than there are sequences, and reads of the keys' bounds the first of each alone.
         self._starts = functional.pad(slots_S * cache.num_positions, (0, 1)).int()
@@ -98,7 +101,7 @@ class SlotAttention:
             self._bounds,
             self._starts,
             1,
-            len(self._keys_C),
+            self._num_positions,
             0.0,
             is_causal=False,
             return_debug_mask=False,
@@ -120,7 +123,7 @@ class SlotAttention:
         softcap: float | None,
     ) -> Tensor:
         key_SGCE, value_SGCE = (
-            pool[:, : len(self._keys_C)].index_select(0, self._slots_S).transpose(1, 2)
+            pool[:, : self._num_positions].index_select(0, self._slots_S).transpose(1, 2)
             for pool in (keys, values)
         )
         num_rows, num_groups, _, size = key_SGCE.shape
@@ -133,7 +136,8 @@ class SlotAttention:
         return output_SGME.reshape(1, num_rows, -1, size).to(query.dtype)
 
     def _allowed(self, window: int | None) -> Tensor:
-        ends_S1, keys_1C = self._positions_S[:, None], self._keys_C[None]
+        ends_S1 = self._positions_S[:, None]
+        keys_1C = torch.arange(self._num_positions, device=ends_S1.device)[None]
         seen_SC = keys_1C <= ends_S1
         return seen_SC if window is None else seen_SC & (keys_1C > ends_S1 - window)
 
@@ -177,33 +181,41 @@ class DecodeGraphs:
         self._cache_version = cache.version
         self._bank: AdapterBank | None = None
 
-    def has_room(self, rows: Sequence[NewToken]) -> bool:
-        """Return whether such a step keeps to `max_bytes`; others are for the plain path."""
+    def _has_room(self, rows: Sequence[NewToken]) -> bool:
+        """Return whether such a step keeps to `max_bytes`."""
         base = self._base
         size, length = self._size(rows)
         layer_bytes = base.cache_bytes_per_position(self._cache.dtype) // base.config.num_hidden_layers
-        adapters = distinct(row.weights for row in rows)
+        adapters = _distinct(row.weights for row in rows)
         return size * length * layer_bytes <= self._max_bytes and self._has_room_for(adapters)
 
     def products(self, segments: Sequence[SampledRows], num_rows: int) -> BankedProducts | None:
         """Return the products of a batch with prompts in it; None where every adapter had better go by itself."""
-        adapters = distinct(segment.weights for segment in segments)
-        if not adapters or not self._has_room_for(adapters):
+        adapters = _distinct(segment.weights for segment in segments)
+        num_places, rank = self._bank_size(adapters)
+        if not adapters or num_places * rank > lora_columns.MAX_COLUMNS or not self._has_room_for(adapters):
             return None
         bank = self._fitting_bank(adapters)
         found = bank.places(adapters)
-        if bank.num_columns > MAX_COLUMNS or any(bank.is_ill(one) for one in adapters):
+        if any(bank.is_ill(one) for one in adapters):
             return None
         places_T = torch.full((num_rows,), bank.num_places)
         for start, stop, weights in segments:
             places_T[start:stop] = found[id(weights)]
         return BankedProducts(bank, places_T.to(self._cache.device))
 
-    def logits(self, rows: Sequence[NewToken]) -> Tensor:
-        """Return the logits (S, V), float32, after the rows; they are overwritten by the next call."""
-        adapters = distinct(row.weights for row in rows)
+    def logits(self, rows: Sequence[NewToken]) -> Tensor | None:
+        """Return the logits (S, V), float32, after the rows; they are overwritten by the next call.
+
+        None where the step had better go the plain way: it has no room, or an adapter that is not finite.
+        """
+        if not self._has_room(rows):
+            return None
+        adapters = _distinct(row.weights for row in rows)
         bank = self._fitting_bank(adapters)
         found = bank.places(adapters)
+        if any(bank.is_ill(one) for one in adapters):
+            return None
         step = self._step(bank, *self._size(rows))
         step.fill(rows, [bank.num_places if row.weights is None else found[id(row.weights)] for row in rows])
         return self._run(step)[: len(rows)]
@@ -226,9 +238,10 @@ class DecodeGraphs:
         return num_bytes <= self._max_bytes
 
     def _bank_size(self, adapters: Sequence[LoraWeights]) -> tuple[int, int]:
-        """Return places and rank of a bank for these adapters, no smaller than the present one."""
+        """Return places and rank of a bank for these adapters, no smaller than the present one unless that is far too large."""
         num_places, rank = power_of_two(max(1, len(adapters))), fitting_rank(adapters)
-        if self._bank is None:
+        limit = max(lora_columns.MAX_COLUMNS, _MANY_TIMES * num_places * rank)
+        if self._bank is None or self._bank.num_columns > limit:
             return num_places, rank
         return max(num_places, self._bank.num_places), max(rank, self._bank.rank)
 
@@ -294,6 +307,6 @@ class DecodeGraphs:
         return self._head.cap(logits_SV)
 
 
-def distinct(weights: Iterable[LoraWeights | None]) -> list[LoraWeights]:
+def _distinct(weights: Iterable[LoraWeights | None]) -> list[LoraWeights]:
     """Return the adapters among them, each once."""
     return list({id(one): one for one in weights if one is not None}.values())

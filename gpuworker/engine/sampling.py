@@ -278,8 +278,9 @@ class Sampler:
         if self._graphs is not None and all(group[0].tokens for group in groups):
             continuations = [group[0] for group in groups]
             rows = [NewToken(c.tokens[-1], c.num_cached, c.slot, c.active.weights) for c in continuations]
-            if self._graphs.has_room(rows):
-                return self._decode(self._graphs.logits(rows), continuations)
+            logits_SV = self._graphs.logits(rows)
+            if logits_SV is not None:
+                return self._decode(logits_SV, continuations)
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
         for group in groups:

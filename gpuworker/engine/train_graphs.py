@@ -131,7 +131,12 @@ class TrainGraphs:
         return self._base.device.type == "cuda"
 
     def _has_room(self, size: Size) -> bool:
-        return max(size.num_rows * self._row_bytes, self._bank_bytes(size)) <= self._room
+        base = self._base
+        num_inner = (
+            sum(len(group) for group in base.groups) * size.num_places * size.rank
+        )  # kept for backward
+        row_bytes = self._row_bytes + num_inner * base.dtype.itemsize
+        return max(size.num_rows * row_bytes, self._bank_bytes(size)) <= self._room
 
     def _bank_bytes(self, size: Size) -> int:
         base = self._base
@@ -181,6 +186,7 @@ class RecordedPass:
         num_rows = size.num_rows
         self._base = base
         self.bank = bank
+        self.mixes = bank.layout.num_columns <= lora_columns.MAX_COLUMNS
         self._num_rows = num_rows
         self._rows_2T = torch.zeros(2, num_rows, dtype=torch.int64, device=base.device)
         self._ends_K = torch.zeros(bank.layout.num_places, dtype=torch.int32, device=base.device)
@@ -193,11 +199,6 @@ class RecordedPass:
         self._is_recordable = base.device.type == "cuda"
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._hidden_TD = torch.empty(0)
-
-    @property
-    def mixes(self) -> bool:
-        """Return whether adapters share products, in which zero times infinity is not a number."""
-        return self.bank.layout.num_columns <= lora_columns.MAX_COLUMNS
 
     @property
     def pool(self) -> Any:

@@ -8,7 +8,7 @@ Axes: T rows of the batch, N rows of one block, K targets per row, P parameters 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet
@@ -222,17 +222,26 @@ class Trainer:
         outcomes: dict[int, ForwardBackwardResult | EngineError],
         token_budget: int | None = None,
     ) -> None:
-        queue = [(index, job, block) for index, job in jobs.items() for block in job.blocks]
-        queue.sort(key=lambda entry: entry[1].adapter.spec.rank)  # adapters of one layout can share products
         budget = token_budget or self._token_budget
-        for batch in fill_batches([block.num_rows for _, _, block in queue], budget):
-            part = queue[batch.start : batch.stop]
+        for part in self._batches(jobs, budget):
             self._run_batch([(job, block) for _, job, block in part])
             self.on_batch()
             done = {index: job for index, job, _ in part if job.is_done and index not in outcomes}
             sums = self._gradient_sums(list(done.values()))
             for (index, job), gradient_sum in zip(done.items(), sums, strict=True):
                 outcomes[index] = self._finish(job, gradient_sum, budget)
+
+    def _batches(self, jobs: Mapping[int, Job], budget: int) -> Iterator[list[tuple[int, Job, Block]]]:
+        """Yield the blocks of all jobs by batches; those of an adapter that was ill even alone have theirs to themselves."""
+        apart = [[index] for index, job in jobs.items() if job.adapter in self._ill]
+        together = [index for index, job in jobs.items() if job.adapter not in self._ill]
+        for indices in (together, *apart):
+            queue = [(index, jobs[index], block) for index in indices for block in jobs[index].blocks]
+            queue.sort(
+                key=lambda entry: entry[1].adapter.spec.rank
+            )  # adapters of one layout can share products
+            for batch in fill_batches([block.num_rows for _, _, block in queue], budget):
+                yield queue[batch.start : batch.stop]
 
     def _gradient_sums(self, jobs: Sequence[Job]) -> list[float]:
         """Add up the numbers of each job's gradient, fetched at once; 0 where there is none."""
@@ -248,7 +257,8 @@ class Trainer:
             result = job.finish(gradient_sum)
         except NonFiniteError as error:
             if not job.is_exposed:
-                self._ill.add(job.adapter)
+                if self._graphs is not None:
+                    self._ill.add(job.adapter)
                 return error
         else:
             self._ill.discard(job.adapter)
@@ -272,7 +282,7 @@ class Trainer:
             start = stop
         backward = parts[0][0].request.backward
         jobs = dict.fromkeys(job for job, _ in parts)
-        through = self._pass(rows, own_rows, is_shared=len(jobs) > 1)
+        through = self._pass(rows, own_rows)
         for job in jobs:
             job.is_exposed |= len(jobs) > 1 and through.mixes
         hidden_TD = through.forward()
@@ -281,9 +291,8 @@ class Trainer:
             through.backward()
         _collect(parts, owners, scores)
 
-    def _pass(self, rows: PackedRows, parts: Sequence[AdapterRows], *, is_shared: bool) -> Pass:
-        is_ill = is_shared and any(part.adapter in self._ill for part in parts)
-        recorded = None if self._graphs is None or is_ill else self._graphs.find(rows, parts)
+    def _pass(self, rows: PackedRows, parts: Sequence[AdapterRows]) -> Pass:
+        recorded = None if self._graphs is None else self._graphs.find(rows, parts)
         return recorded or PlainPass(self._base, rows, parts)
 
 

@@ -1,7 +1,7 @@
 """Adapters of any rank and module set side by side with their gradients, in buffers that stay where they are.
 
-What is recorded reads and writes these; before and after, the jobs' own flat buffers are copied in one kernel each.
-Axes: K places of the bank, Q its numbers, N parameters that an adapter has of one place.
+What is recorded reads and writes these; before and after, the jobs' own flat buffers are copied, factors of like layers at once.
+Axes: K places of the bank, Q its numbers, P parameters of one adapter.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from gpuworker.engine.adapters import UNEMBED, Layout, ModuleShape
-from gpuworker.engine.bank_layout import INDEX_BYTES, BankLayout
+from gpuworker.engine.bank_layout import BankLayout, Stretch
 from gpuworker.engine.lora_stack import AdapterRows
 
 
@@ -31,17 +30,16 @@ class TrainingBank:
         self.layout = BankLayout(_without_head(groups), num_places=num_places, rank=rank)
         self.weights_Q = torch.zeros(self.layout.num_parameters, device=device, dtype=dtype)
         self.gradients_Q = torch.zeros(self.layout.num_parameters, device=device)
-        self._indices: dict[Layout, tuple[Tensor, Tensor]] = {}
+        self._stretches: dict[Layout, list[Stretch]] = {}
         self._held: list[Layout] = []
 
     @staticmethod
     def num_bytes(
         groups: Sequence[Sequence[ModuleShape]], *, num_places: int, rank: int, dtype: torch.dtype
     ) -> int:
-        """Return what a bank of this size takes, with the index of one layout."""
+        """Return what a bank of this size takes."""
         num_parameters = BankLayout.size(_without_head(groups), num_places=num_places, rank=rank)
-        index_bytes = num_parameters // num_places * INDEX_BYTES
-        return num_parameters * (dtype.itemsize + torch.float32.itemsize) + index_bytes
+        return num_parameters * (dtype.itemsize + torch.float32.itemsize)
 
     def put(self, parts: Sequence[AdapterRows]) -> None:
         """Copy the weights that jobs train to the first places; the others hold zeros."""
@@ -50,22 +48,20 @@ class TrainingBank:
             self.weights_Q.zero_()
             self._held = layouts
         for place, part in enumerate(parts):
-            index_N = self._index(part.adapter.layout, place)
-            self.weights_Q.index_copy_(0, index_N, part.adapter.working_P[: len(index_N)])
+            for stretch in self._of(part.adapter.layout):
+                stretch.of_bank(self.weights_Q, place).copy_(stretch.of_adapter(part.adapter.working_P))
 
     def hand_over(self, parts: Sequence[AdapterRows]) -> None:
         """Add the gradient of each place to that of its job."""
         for place, part in enumerate(parts):
             if part.gradient_P is not None:
-                index_N = self._index(part.adapter.layout, place)
-                part.gradient_P[: len(index_N)].add_(self.gradients_Q.index_select(0, index_N))
+                for stretch in self._of(part.adapter.layout):
+                    stretch.of_adapter(part.gradient_P).add_(stretch.of_bank(self.gradients_Q, place))
 
-    def _index(self, layout: Layout, place: int) -> Tensor:
-        """Return where each parameter of an adapter, up to its head, lies in the bank, (N,)."""
-        if layout not in self._indices:
-            self._indices[layout] = self.layout.indices(layout, self.weights_Q.device)
-        first_N, step_N = self._indices[layout]
-        return torch.add(first_N, step_N, alpha=place) if place else first_N
+    def _of(self, layout: Layout) -> list[Stretch]:
+        if layout not in self._stretches:
+            self._stretches[layout] = self.layout.stretches(layout)
+        return self._stretches[layout]
 
 
 def _without_head(groups: Sequence[Sequence[ModuleShape]]) -> list[Sequence[ModuleShape]]:

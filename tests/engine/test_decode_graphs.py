@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from gpuworker.engine import lora_columns
 from gpuworker.engine.adapter_bank import AdapterBank, BankedProducts
 from gpuworker.engine.adapters import Adapter, LoraWeights, ModuleShape, select_modules
 from gpuworker.engine.bank_layout import fitting_rank
 from gpuworker.engine.decode_graphs import DecodeGraphs
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import NonFiniteError
+from gpuworker.engine.exceptions import EngineError
 from gpuworker.engine.types import LoraSpec, SampleResult
 
 from .conftest import CONFIGS
@@ -58,20 +59,47 @@ def test_mixed_adapters_get_the_tokens_of_the_plain_path(
     assert_alike(sample(engine, requests), expected)
 
 
-def test_an_ill_sampler_takes_no_other_along(engine: Engine, with_graphs: Callable[..., None]) -> None:
-    """Its weights are no numbers, and its prompt goes through the model together with another one's."""
+@pytest.mark.parametrize("num_odd", [None, 1])
+def test_an_ill_sampler_takes_no_other_along(
+    num_odd: int | None, engine: Engine, with_graphs: Callable[..., None]
+) -> None:
+    """Its weights are no numbers, or one of the head's is infinite, which a prompt's first token may survive."""
     requests = mixed_requests(engine, ranks=(8, 8))[:3]
-    expected = sample(engine, requests[:2])
-    with_graphs(engine)
-    for _ in range(2):
-        engine.sampler._weights[str(requests[2].sampler_id)][1].pairs.flat_P.fill_(torch.nan)
+    factor = engine.sampler._weights[str(requests[2].sampler_id)][1].pairs["lm_head"].b
+    (factor[:num_odd] if num_odd else engine.sampler._weights["mixed-2"][1].pairs.flat_P).fill_(-torch.inf)
+
+    def outcomes() -> dict[str, SampleResult | EngineError]:
         for request in requests:
             engine.sampler.submit(request)
-        outcomes = finish(engine.sampler)
-        assert isinstance(outcomes.pop(requests[2].request_id), NonFiniteError)
+        return finish(engine.sampler)
+
+    expected = outcomes()
+    with_graphs(engine)
+    for _ in range(2):
+        actual = outcomes()
+        assert type(actual[requests[2].request_id]) is type(expected[requests[2].request_id])
         assert_alike(
-            {key: value for key, value in outcomes.items() if isinstance(value, SampleResult)}, expected
+            *(
+                {key: one for key, one in some.items() if isinstance(one, SampleResult)}
+                for some in (actual, expected)
+            )
         )
+
+
+def test_a_bank_of_many_columns_gives_way_to_a_small_one(
+    engine: Engine, with_graphs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_columns, "MAX_COLUMNS", 16)
+    with_graphs(engine)
+    sizes = []
+    for ranks in ((8,) * 7, (8,), (8, 8)):
+        expected = sample(engine, mixed_requests(engine, ranks=ranks))
+        assert_alike(sample(engine, mixed_requests(engine, ranks=ranks)), expected)
+        graphs = engine.sampler._graphs
+        assert graphs is not None
+        assert graphs._bank is not None
+        sizes.append(graphs._bank.num_columns)
+    assert sizes == [64, 8, 16]
 
 
 def test_more_adapters_than_places_and_other_ranks_later(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_a_part
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_interleaved
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_a_part
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb as rotate_plainly
 
 from gpuworker.engine import rotary
@@ -63,5 +64,6 @@ def test_a_model_computes_the_same_with_it(
 
 def test_a_rotation_of_another_kind_is_left_alone() -> None:
     assert rotary._is_plain(rotate_plainly)
+    assert not rotary._is_plain(rotate_interleaved)
     assert not rotary._is_plain(rotate_a_part)
     assert not rotary._is_plain(None)

@@ -44,8 +44,8 @@ def with_graphs() -> Iterator[Callable[..., CountedGraphs]]:
     """Let an engine train as it does on a GPU, until the end of the test."""
     changed: list[Engine] = []
 
-    def switch(engine: Engine, *, max_bytes: int = 1 << 30) -> CountedGraphs:
-        graphs = CountedGraphs(engine._base, row_bytes=10_000, max_bytes=max_bytes)
+    def switch(engine: Engine, *, max_bytes: int = 1 << 30, row_bytes: int = 10_000) -> CountedGraphs:
+        graphs = CountedGraphs(engine._base, row_bytes=row_bytes, max_bytes=max_bytes)
         engine._trainer._graphs = graphs
         changed.append(engine)
         return graphs
@@ -73,7 +73,7 @@ def assert_alike(
         assert (gradient_P - expected_P).norm() / expected_P.norm() < 1e-4
 
 
-@pytest.mark.parametrize("max_columns", [512, 0], ids=["columns", "grouped"])
+@pytest.mark.parametrize("max_columns", [256, 0], ids=["columns", "grouped"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_mixed_adapters_get_the_results_of_the_plain_way(
     architecture: str,
@@ -114,21 +114,21 @@ def test_a_place_forgets_the_adapter_before(
 def test_an_ill_run_takes_no_neighbour_along(
     engine: Engine, with_graphs: Callable[..., CountedGraphs]
 ) -> None:
-    """Its weights are no numbers: it and its neighbour are run anew by themselves, later the plain way, until it is mended."""
+    """Its weights are no numbers: both are run anew by themselves, and later it has a batch of its own until it is mended."""
     tame, wild = (make_job(name, np.random.default_rng(9), LENGTHS) for name in ("tame", "wild"))
     make_adapter(engine, "tame", LoraSpec(rank=8, seed=1))
     whole = make_adapter(engine, "wild", LoraSpec(rank=8, seed=2))
     expected = train(engine, [tame, wild])
     graphs = with_graphs(engine)
     engine.import_state("wild", replace(whole, weights=whole.weights * torch.nan), optimizer=False)
-    for num_served in (3, 3):
+    for num_served in (3, 5):
         ours, error = engine.forward_backward([tame, wild])
         assert isinstance(ours, ForwardBackwardResult)
         assert_alike([(ours, take_gradient(engine, "tame"))], expected[:1])
         assert isinstance(error, NonFiniteError)
         assert graphs.num_served == num_served
     engine.import_state("wild", whole, optimizer=False)
-    for num_served in (3, 4):
+    for num_served in (7, 8):
         assert_alike(train(engine, [tame, wild]), expected)
         assert graphs.num_served == num_served
 
@@ -175,7 +175,7 @@ def test_banks_of_many_kinds_keep_to_their_room(
     engine: Engine, with_graphs: Callable[..., CountedGraphs]
 ) -> None:
     room = TrainingBank.num_bytes(engine._base.groups, num_places=2, rank=16, dtype=torch.float32)
-    graphs = with_graphs(engine, max_bytes=room)
+    graphs = with_graphs(engine, max_bytes=room, row_bytes=1_000)
     for rank in (3, 8, 16):
         make_adapter(engine, f"kind-{rank}", LoraSpec(rank=rank, seed=rank))
     jobs = [make_job(f"kind-{rank}", np.random.default_rng(rank), [9]) for rank in (3, 8, 16)]
@@ -198,7 +198,7 @@ def test_a_lack_of_memory_keeps_passes_from_being_recorded_for_a_time_only(
     make_adapter(engine, "spike", LoraSpec(rank=8, seed=7))
     job = make_job("spike", np.random.default_rng(0), [60])
     bank_bytes = TrainingBank.num_bytes(engine._base.groups, num_places=1, rank=8, dtype=torch.float32)
-    graphs = with_graphs(engine, max_bytes=max(bank_bytes, 64 * 10_000))
+    graphs = with_graphs(engine, max_bytes=max(bank_bytes, 64 * 11_000))
     graphs.device = Refusing(num_allowed=0, max_refused=2)
     caplog.set_level("INFO", logger=train_graphs.__name__)
     served = []
