@@ -169,7 +169,7 @@ class DecodeGraphs:
     """Runs the decode steps of one base model.
 
     Args:
-        max_bytes: what the bank may take, and what the keys and values that a step gathers may.
+        max_bytes: what the bank may take, and what the keys and values of a layer that a step may have to copy may.
     """
 
     def __init__(self, base: BaseModel, head: Head, cache: KVCache, *, max_bytes: int) -> None:

@@ -59,14 +59,17 @@ def test_mixed_adapters_get_the_tokens_of_the_plain_path(
     assert_alike(sample(engine, requests), expected)
 
 
-@pytest.mark.parametrize("num_odd", [None, 1])
+@pytest.mark.parametrize("odd", [None, torch.inf, -torch.inf])
 def test_an_ill_sampler_takes_no_other_along(
-    num_odd: int | None, engine: Engine, with_graphs: Callable[..., None]
+    odd: float | None, engine: Engine, with_graphs: Callable[..., None]
 ) -> None:
     """Its weights are no numbers, or one of the head's is infinite, which a prompt's first token may survive."""
     requests = mixed_requests(engine, ranks=(8, 8))[:3]
-    factor = engine.sampler._weights[str(requests[2].sampler_id)][1].pairs["lm_head"].b
-    (factor[:num_odd] if num_odd else engine.sampler._weights["mixed-2"][1].pairs.flat_P).fill_(-torch.inf)
+    views = engine.sampler._weights[str(requests[2].sampler_id)][1].pairs
+    if odd is None:
+        views.flat_P.fill_(torch.nan)
+    else:
+        views["lm_head"].b[0, 0] = odd
 
     def outcomes() -> dict[str, SampleResult | EngineError]:
         for request in requests:
