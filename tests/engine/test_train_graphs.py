@@ -133,6 +133,25 @@ def test_an_ill_run_takes_no_neighbour_along(
         assert graphs.num_served == num_served
 
 
+def test_a_job_of_several_batches_that_met_an_ill_one_is_run_again_as_a_whole(
+    engine: Engine, with_graphs: Callable[..., CountedGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of its own, the second with a block of the ill run; then both anew, and each of the ill run's two."""
+    monkeypatch.setattr(engine._trainer, "_token_budget", 48)
+    tame = make_job("tame-long", np.random.default_rng(1), [20, 20, 20])
+    wild = make_job("wild-long", np.random.default_rng(2), [10, 40])
+    make_adapter(engine, "tame-long", LoraSpec(rank=8, seed=1))
+    state = make_adapter(engine, "wild-long", LoraSpec(rank=8, seed=2))
+    expected = train(engine, [tame])
+    engine.import_state("wild-long", replace(state, weights=state.weights * torch.nan), optimizer=False)
+    graphs = with_graphs(engine)
+    ours, error = engine.forward_backward([tame, wild])
+    assert isinstance(ours, ForwardBackwardResult)
+    assert_alike([(ours, take_gradient(engine, "tame-long"))], expected)
+    assert isinstance(error, NonFiniteError)
+    assert graphs.num_served == 3 + 2 + 2
+
+
 def test_new_weights_are_used_after_a_step(engine: Engine, with_graphs: Callable[..., CountedGraphs]) -> None:
     spec, job = LoraSpec(rank=8, seed=3), make_job("stepped", np.random.default_rng(0), LENGTHS)
     answers = []
