@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpuworker.engine.adapters import Layout, LoraWeights, ModuleShape
-from gpuworker.engine.bank_layout import BankLayout, Stretch
+from gpuworker.engine.adapters import LoraWeights, ModuleShape
+from gpuworker.engine.bank_layout import BankLayout
 from gpuworker.engine.lora import RoutedLinear
 from gpuworker.engine.lora_columns import columns_of
 from gpuworker.engine.products import add_matmul
@@ -39,10 +39,9 @@ class AdapterBank:
         self._flat_Q = torch.zeros(layout.num_parameters, device=device, dtype=dtype)
         self.pairs = layout.pairs(self._flat_Q)
         self.columns = layout.columns(self._flat_Q)
-        self._column_places_C = torch.arange(layout.num_columns, device=device) // rank
+        self._column_places_C = layout.column_places(device)
         self._held: list[LoraWeights | None] = [None] * num_places
         self._ill: set[int] = set()
-        self._stretches: dict[Layout, list[Stretch]] = {}
 
     @staticmethod
     def num_bytes(
@@ -82,7 +81,7 @@ class AdapterBank:
         is_ill = not torch.isfinite(views.flat_P.abs().amax() * max(1.0, weights.scaling))
         if is_ill:
             self._ill.add(place)
-        for stretch in self._of(views.layout):
+        for stretch in self._layout.stretches(views.layout):
             bank = stretch.of_bank(self._flat_Q, place)
             if is_ill:
                 bank.zero_()
@@ -90,11 +89,6 @@ class AdapterBank:
                 torch.mul(
                     stretch.of_adapter(views.flat_P), weights.scaling if stretch.is_b else 1.0, out=bank
                 )
-
-    def _of(self, layout: Layout) -> list[Stretch]:
-        if layout not in self._stretches:
-            self._stretches[layout] = self._layout.stretches(layout)
-        return self._stretches[layout]
 
 
 class BankedProducts:

@@ -45,6 +45,7 @@ class BankLayout:
         self.rank = rank
         self.num_columns = num_places * rank
         self._starts: dict[str, tuple[int, int]] = {}
+        self._stretches: dict[Layout, list[Stretch]] = {}
         start = 0
         for group in groups:
             for module in group:
@@ -92,6 +93,20 @@ class BankLayout:
 
     def stretches(self, layout: Layout) -> list[Stretch]:
         """Return where the factors of an adapter lie in its own buffer and at place 0, those of like layers together."""
+        if layout not in self._stretches:
+            self._stretches[layout] = _joined(self._factors(layout))
+        return self._stretches[layout]
+
+    def whole(self) -> list[Stretch]:
+        """Return the stretches of a place with all of its columns."""
+        return self.stretches(Layout(self.rank, tuple(self._modules)))
+
+    def column_places(self, device: torch.device) -> Tensor:
+        """Return the place that each column belongs to, (C,)."""
+        return torch.arange(self.num_columns, device=device) // self.rank
+
+    def _factors(self, layout: Layout) -> list[Stretch]:
+        """Return each factor of an adapter by itself."""
         found: list[Stretch] = []
         start = 0
         for module in layout.modules:
@@ -106,11 +121,7 @@ class BankLayout:
                 b = Stretch(kind, True, shape_b, (rank, 1), (columns, 1), self.rank, start + size_a, start_b)
                 found += [a, b]
             start += size_a + size_b
-        return _joined(found)
-
-    def whole(self) -> list[Stretch]:
-        """Return the stretches of a place with all of its columns."""
-        return self.stretches(Layout(self.rank, tuple(self._modules)))
+        return found
 
 
 @dataclass(frozen=True)

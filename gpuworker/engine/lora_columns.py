@@ -1,9 +1,8 @@
 """LoRA products of several adapters in plain matrix products, for a CUDA device.
 
 All rows go through the A of all adapters at once; of what comes out each row keeps the columns of its own adapter,
-and the B of all adapters are then one more product, which adds to the layer's output by itself. A device that does
-so in large tiles takes no longer over a few hundred columns than over the sixteen of one adapter, and launches
-half as many kernels as grouped products do.
+and the B of all adapters are then one more product, which adds to the layer's output by itself. That is more arithmetic
+than grouped products have, in far fewer kernels.
 Axes: T rows, K places of the bank, R rank, C = K * R columns, M layers of a group, D input and F output features.
 """
 

@@ -36,16 +36,21 @@ from gpuworker.engine.lora import SampledProduct
 from gpuworker.engine.lora_decode import SampledProducts, SampledRows, find_factor_step
 from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.engine.prompt_scores import score_prompt
-from gpuworker.engine.sequences import ActiveRequest, Continuation, check_request
+from gpuworker.engine.sequences import (
+    ActiveRequest,
+    Continuation,
+    Group,
+    check_request,
+    new_tokens,
+    num_new_tokens,
+)
 from gpuworker.engine.stop_strings import TextDecoder
 from gpuworker.engine.token_choice import Draw, choose
-from gpuworker.engine.types import Int64Array, SampleRequest, SampleResult, StopReason
+from gpuworker.engine.types import SampleRequest, SampleResult, StopReason
 
 logger = logging.getLogger(__name__)
 
 SampleOutcome: TypeAlias = tuple[str, SampleResult | EngineError]
-Group: TypeAlias = list[Continuation]
-"""Continuations that share one row of logits: new samples of one prompt, or a single running one."""
 
 
 class Sampler:
@@ -284,7 +289,7 @@ class Sampler:
         hidden_TD, last_rows = self._run_model(groups)
         row = 0
         for group in groups:
-            count = _num_rows(group)
+            count = num_new_tokens(group)
             for active in dict.fromkeys(continuation.active for continuation in group):
                 if active.wants_prompt_scores:
                     active.prompt_scores = score_prompt(
@@ -308,12 +313,12 @@ class Sampler:
 
     def _run_model(self, groups: list[Group]) -> tuple[Tensor, list[int]]:
         """Return the hidden states and each group's last row; fills the cache of every slot."""
-        sequences = [(_new_tokens(group), group[0].num_cached) for group in groups]
+        sequences = [(new_tokens(group), group[0].num_cached) for group in groups]
         rows = pack_rows(sequences, row_step=self._row_step)
         num_rows = len(rows.tokens_T)
-        entries = [Entry(g[0].slot, g[0].num_cached, _num_rows(g)) for g in groups]
+        entries = [Entry(g[0].slot, g[0].num_cached, num_new_tokens(g)) for g in groups]
         attend = CachedAttention(self._cache, entries, num_rows, grouped=self._grouped)
-        products = self._products(groups, [_num_rows(group) for group in groups], num_rows)
+        products = self._products(groups, [num_new_tokens(group) for group in groups], num_rows)
         with self._base.routed((), attend, sampled=products):
             hidden_TD = self._base.hidden(rows)
         for leader, *followers in groups:
@@ -391,13 +396,3 @@ def _place(active: ActiveRequest) -> tuple[int, int, int]:
         return 0, 0, 0
     rank, modules = kind_of(active.weights)
     return rank, len(modules), active.order
-
-
-def _new_tokens(group: Group) -> Int64Array:
-    """Return what a group puts through the model: its whole prompt at first, then its last token."""
-    leader = group[0]
-    return np.array(leader.tokens[-1:], dtype=np.int64) if leader.tokens else leader.active.request.prompt
-
-
-def _num_rows(group: Group) -> int:
-    return 1 if group[0].tokens else len(group[0].active.request.prompt)

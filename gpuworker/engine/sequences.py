@@ -6,6 +6,7 @@ No tensors of the model here; `sampling` moves these through the model.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from gpuworker.engine.adapters import LoraWeights
 from gpuworker.engine.exceptions import SamplingError
 from gpuworker.engine.prompt_scores import PromptScores
 from gpuworker.engine.stop_strings import TextDecoder
-from gpuworker.engine.types import SampledSequence, SampleRequest, SampleResult, StopReason
+from gpuworker.engine.types import Int64Array, SampledSequence, SampleRequest, SampleResult, StopReason
 
 
 class ActiveRequest:
@@ -136,3 +137,18 @@ def check_request(request: SampleRequest, *, vocab_size: int, max_context: int) 
         raise SamplingError(
             f"topk_prompt_logprobs is {request.topk_prompt_logprobs}; it must be in 0..{vocab_size}"
         )
+
+
+Group: TypeAlias = list[Continuation]
+"""Continuations that share one row of logits: new samples of one prompt, or a single running one."""
+
+
+def new_tokens(group: Group) -> Int64Array:
+    """Return what a group puts through the model: its whole prompt at first, then its last token."""
+    leader = group[0]
+    return np.array(leader.tokens[-1:], dtype=np.int64) if leader.tokens else leader.active.request.prompt
+
+
+def num_new_tokens(group: Group) -> int:
+    """Return how many tokens those are."""
+    return 1 if group[0].tokens else len(group[0].active.request.prompt)

@@ -132,9 +132,8 @@ class TrainGraphs:
 
     def _has_room(self, size: Size) -> bool:
         base = self._base
-        num_inner = (
-            sum(len(group) for group in base.groups) * size.num_places * size.rank
-        )  # kept for backward
+        num_layers = sum(len(group) for group in base.groups)
+        num_inner = num_layers * size.num_places * size.rank  # inner products, kept for backward
         row_bytes = self._row_bytes + num_inner * base.dtype.itemsize
         return max(size.num_rows * row_bytes, self._bank_bytes(size)) <= self._room
 
@@ -294,11 +293,11 @@ class RecordedPass:
 
     def _share(self) -> Tensor:
         """Return alpha / rank in the columns of each row's own adapter, else 0, (T, C)."""
-        device, rank = self._base.device, self.bank.layout.rank
+        device = self._base.device
         rows_T = torch.arange(self._num_rows, dtype=torch.int32, device=device)
         places_T = torch.bucketize(rows_T, self._ends_K, right=True)
-        column_places_C = torch.arange(self.bank.layout.num_columns, device=device) // rank
-        return torch.where(places_T[:, None] == column_places_C, self._scaling_T1, 0.0)
+        is_own_TC = places_T[:, None] == self.bank.layout.column_places(device)
+        return torch.where(is_own_TC, self._scaling_T1, 0.0)
 
 
 class _FixedAttention(PackedAttention):

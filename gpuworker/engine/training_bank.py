@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from gpuworker.engine.adapters import UNEMBED, Layout, ModuleShape
-from gpuworker.engine.bank_layout import BankLayout, Stretch
+from gpuworker.engine.bank_layout import BankLayout
 from gpuworker.engine.lora_stack import AdapterRows
 
 
@@ -30,7 +30,6 @@ class TrainingBank:
         self.layout = BankLayout(_without_head(groups), num_places=num_places, rank=rank)
         self.weights_Q = torch.zeros(self.layout.num_parameters, device=device, dtype=dtype)
         self.gradients_Q = torch.zeros(self.layout.num_parameters, device=device)
-        self._stretches: dict[Layout, list[Stretch]] = {}
         self._held: list[Layout] = []
 
     @staticmethod
@@ -48,20 +47,15 @@ class TrainingBank:
             self.weights_Q.zero_()
             self._held = layouts
         for place, part in enumerate(parts):
-            for stretch in self._of(part.adapter.layout):
+            for stretch in self.layout.stretches(part.adapter.layout):
                 stretch.of_bank(self.weights_Q, place).copy_(stretch.of_adapter(part.adapter.working_P))
 
     def hand_over(self, parts: Sequence[AdapterRows]) -> None:
         """Add the gradient of each place to that of its job."""
         for place, part in enumerate(parts):
             if part.gradient_P is not None:
-                for stretch in self._of(part.adapter.layout):
+                for stretch in self.layout.stretches(part.adapter.layout):
                     stretch.of_adapter(part.gradient_P).add_(stretch.of_bank(self.gradients_Q, place))
-
-    def _of(self, layout: Layout) -> list[Stretch]:
-        if layout not in self._stretches:
-            self._stretches[layout] = self.layout.stretches(layout)
-        return self._stretches[layout]
 
 
 def _without_head(groups: Sequence[Sequence[ModuleShape]]) -> list[Sequence[ModuleShape]]:
