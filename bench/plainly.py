@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.optim.adamw import adamw
 from gpuworker.engine.adapters import LoraPair
 from gpuworker.engine.attention import PackedAttention, attend_causal
 from gpuworker.engine.logprobs import Head, HeadPiece, PieceScore
-from gpuworker.engine.lora import Products, RoutedLinear, Segment
+from gpuworker.engine.lora import Products, RoutedLinear, Scoring, Segment
 from gpuworker.engine.norms import FusedNorm
 from gpuworker.engine.optimizer import _Update
 
@@ -30,10 +29,10 @@ Score = Callable[[Head, Tensor, Sequence[HeadPiece], Tensor | None], list[PieceS
 class AttentionOneByOne(PackedAttention):
     """Sequence by sequence in the model's own dtype, on any device."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output, (1, T, H, E), of (1, H, T, E) queries."""
         parts = zip(*(torch.split(part, self.lengths, dim=2) for part in (query, key, value)), strict=True)
-        return torch.cat([attend_causal(q, k, v, **how).transpose(1, 2) for q, k, v in parts], dim=1)
+        return torch.cat([attend_causal(q, k, v, scoring).transpose(1, 2) for q, k, v in parts], dim=1)
 
 
 def group_product(

@@ -23,9 +23,9 @@ WORKER_STOP_TIMEOUT_S = 60
 # A program that ended starts again at once; one that never becomes steady, after 1, 2, 3 and 4 seconds, then not again.
 NUM_RETRIES = 4
 DATABASE_STEADY_AFTER_S, SERVICE_STEADY_AFTER_S = 1, 10
-# OpenMP threads of a worker spin for a while before they sleep: by default so long that on a shared CPU a step takes
-# 20 times as long, never (OMP_WAIT_POLICY=passive) costs small steps a third; this short is near the best.
-SPIN_COUNT = "1000"
+# OpenMP threads of a worker spin for a while before they sleep: by default so long that beside a busy process a step
+# takes a multiple of its time; so short that they sleep between two products, each of these waits for a wake-up.
+SPIN_COUNT = "2500"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from gpuworker.engine.block_attention import attend_by_blocks
 from gpuworker.engine.exceptions import BaseModelError
-from gpuworker.engine.lora import Route
+from gpuworker.engine.lora import Route, Scoring
 
 ATTENTION_NAME = "mintweb_packed"
 _SHORT_ROWS = 64
@@ -39,37 +39,22 @@ class PackedAttention:
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.bounds = bounds.to(device)
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output.
 
         Shapes:
             query: (1, H, T, E); key, value: (1, G, T, E); returns (1, T, H, E).
         """
-        if query.is_cuda and query.dtype != torch.float32 and softcap is None:
-            return self._attend_varlen(query, key, value, scaling=scaling, window=window)
+        if query.is_cuda and query.dtype != torch.float32 and scoring.softcap is None:
+            return self._attend_varlen(query, key, value, scoring)
         heads = (query, key, value)
         if self.max_length <= _SHORT_ROWS:
             heads = (query.float(), key.float(), value.float())  # all at once: a call for each costs more
         sequences = zip(*(torch.split(part, self.lengths, dim=2) for part in heads), strict=True)
-        outputs = [
-            _attend_one(q, k, v, scaling=scaling, window=window, softcap=softcap).transpose(1, 2)
-            for q, k, v in sequences
-        ]
+        outputs = [_attend_one(q, k, v, scoring).transpose(1, 2) for q, k, v in sequences]
         return torch.cat(outputs, dim=1).to(query.dtype)
 
-    def _attend_varlen(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
+    def _attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: importing it loads its kernels
 
         # torch before 2.12 groups heads by itself and has no word for it.
@@ -83,55 +68,51 @@ class PackedAttention:
             self.bounds,
             self.max_length,
             self.max_length,
-            scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
+            scale=scoring.scaling,
+            window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
             **grouped,
         )
         return cast(Tensor, output).unsqueeze(0)
 
 
-def _attend_one(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Return causal attention of one sequence, on a CPU by blocks where nothing stands against it."""
     num_rows = query.shape[2]
-    is_plain = softcap is None and (window is None or num_rows <= window)
+    is_plain = scoring.softcap is None and (scoring.window is None or num_rows <= scoring.window)
     if num_rows > _SHORT_ROWS and is_plain and not query.is_cuda:
-        return attend_by_blocks(query, key, value, scaling=scaling)
-    wide = attend_causal(
-        query.float(), key.float(), value.float(), scaling=scaling, window=window, softcap=softcap
-    )
-    return wide.to(query.dtype)
+        return attend_by_blocks(query, key, value, scaling=scoring.scaling)
+    return attend_causal(query.float(), key.float(), value.float(), scoring).to(query.dtype)
 
 
-def attend_causal(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Return causal attention of one sequence, or of its last N rows over all L keys.
 
     Shapes:
         query: (1, H, N, E); key, value: (1, G, L, E), N = L or N = 1; returns (1, H, N, E).
     """
-    num_rows, num_keys = query.shape[2], key.shape[2]
+    num_rows, num_keys, window = query.shape[2], key.shape[2], scoring.window
     if window is not None and num_rows == 1 and num_keys > window:
         key, value, num_keys = key[:, :, -window:], value[:, :, -window:], window
     masked = window is not None and num_rows > window
-    if softcap is None and not masked:
+    if scoring.softcap is None and not masked:
         return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=num_rows > 1, scale=scaling, enable_gqa=True
+            query, key, value, is_causal=num_rows > 1, scale=scoring.scaling, enable_gqa=True
         )
-    allowed = causal_mask(num_rows, num_keys, window, device=query.device)
+    return attend_masked(
+        query, key, value, causal_mask(num_rows, num_keys, window, device=query.device), scoring
+    )
+
+
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scoring: Scoring) -> Tensor:
+    """Return attention to the keys that a mask allows.
+
+    With a softcap the scores pass through `softcap * tanh(scores / softcap)` (Gemma 2), for which torch's function has no word.
+    """
+    scaling, _, softcap = scoring
     if softcap is None:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True
         )
-    return attend_softcapped(query, key, value, allowed, scaling=scaling, softcap=softcap)
-
-
-def attend_softcapped(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, *, scaling: float, softcap: float
-) -> Tensor:
-    """Return attention whose scores pass through `softcap * tanh(scores / softcap)` (Gemma 2)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query.matmul(key.transpose(2, 3)) * scaling
@@ -179,13 +160,5 @@ def _attend(
     route = cast(Route, module.mintweb_route)
     if route.attention is None:
         raise RuntimeError("the model ran outside of BaseModel.routed")
-    output = route.attention(
-        cast(int, module.mintweb_layer),
-        query,
-        key,
-        value,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return output, None
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    return route.attention(cast(int, module.mintweb_layer), query, key, value, scoring), None

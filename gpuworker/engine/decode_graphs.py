@@ -25,6 +25,7 @@ from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import power_of_two
 from gpuworker.engine.kv_cache import KVCache
 from gpuworker.engine.logprobs import Head
+from gpuworker.engine.lora import Scoring
 from gpuworker.engine.lora_decode import SampledRows
 from gpuworker.engine.memory import is_out_of_memory
 
@@ -68,17 +69,7 @@ class SlotAttention:
         self._starts = functional.pad(slots_S * cache.num_positions, (0, 1)).int()
         self._bounds = torch.arange(len(slots_S) + 1, dtype=torch.int32, device=cache.device)
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Store the new keys and values and return the attention output.
 
         Shapes:
@@ -87,13 +78,12 @@ class SlotAttention:
         pools = self._cache.pools(layer, key[0].transpose(0, 1))
         for pool, new in zip(pools, (key, value), strict=True):
             pool[self._slots_S, self._positions_S] = new[0].transpose(0, 1).to(pool.dtype)
-        if query.is_cuda and query.dtype != torch.float32 and softcap is None:
-            return self._attend_in_place(query, *pools, scaling=scaling, window=window)
-        return self._attend_to_copies(query, *pools, scaling=scaling, window=window, softcap=softcap)
+        if query.is_cuda and query.dtype != torch.float32 and scoring.softcap is None:
+            return self._attend_in_place(query, *pools, scoring)
+        return self._attend_to_copies(query, *pools, scoring)
 
-    def _attend_in_place(
-        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
+    def _attend_in_place(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        scaling, window, _ = scoring
         output_SHE, *_ = torch.ops.aten._flash_attention_forward(
             query[0].transpose(0, 1),
             keys.flatten(0, 1),
@@ -112,16 +102,8 @@ class SlotAttention:
         )
         return cast(Tensor, output_SHE)[None]
 
-    def _attend_to_copies(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def _attend_to_copies(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        scaling, window, softcap = scoring
         key_SGCE, value_SGCE = (
             pool[:, : self._num_positions].index_select(0, self._slots_S).transpose(1, 2)
             for pool in (keys, values)

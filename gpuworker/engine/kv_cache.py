@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from gpuworker.engine.attention import attend_causal, attend_softcapped
+from gpuworker.engine.attention import attend_causal, attend_masked
 from gpuworker.engine.batching import power_of_two
+from gpuworker.engine.lora import Scoring
 
 _MIN_POSITIONS = 64
 
@@ -147,17 +147,7 @@ class CachedAttention:
         ends = torch.tensor(lengths, device=device)[:, None]
         return _Group(torch.tensor(rows, device=device), torch.tensor(slots, device=device), positions, ends)
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Store the new keys and values and return the attention output.
 
         Shapes:
@@ -178,13 +168,11 @@ class CachedAttention:
             if start > 0 and self._grouped is not None:
                 outputs.append(rows)  # replaced below
             else:
-                outputs.append(attend_causal(rows, k, v, scaling=scaling, window=window, softcap=softcap))
+                outputs.append(attend_causal(rows, k, v, scoring))
         # Any finite numbers do for the rows of padding, which nobody reads.
         output = torch.cat([part.transpose(1, 2) for part in (*outputs, padding)], dim=1)
         if self._grouped is not None:
-            output[0, self._grouped.rows] = self._grouped.attend(
-                query, keys, values, scaling=scaling, window=window, softcap=softcap
-            )
+            output[0, self._grouped.rows] = self._grouped.attend(query, keys, values, scoring)
         return output.to(dtype)
 
     def _store(self, layer: int, key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,28 +191,13 @@ class _Group(NamedTuple):
     positions: Tensor
     ends: Tensor
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         """Return the output of all new tokens, (N, H, E), over copies of their slots."""
         allowed = self.positions[None, :] < self.ends
-        if window is not None:
-            allowed &= self.positions[None, :] >= self.ends - window
+        if scoring.window is not None:
+            allowed &= self.positions[None, :] >= self.ends - scoring.window
         allowed = allowed[:, None, None, :]
         query_NHE = query[0, :, self.rows].transpose(0, 1)[:, :, None]
         key = keys[self.slots, :, : len(self.positions)]
         value = values[self.slots, :, : len(self.positions)]
-        if softcap is not None:
-            output = attend_softcapped(query_NHE, key, value, allowed, scaling=scaling, softcap=softcap)
-        else:
-            output = functional.scaled_dot_product_attention(
-                query_NHE, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True
-            )
-        return output[:, :, 0]
+        return attend_masked(query_NHE, key, value, allowed, scoring)[:, :, 0]

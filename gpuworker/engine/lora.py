@@ -94,20 +94,24 @@ class Segment(NamedTuple):
         """Nothing is left to hand over: the gradients are the job's own views."""
 
 
+class Scoring(NamedTuple):
+    """What a layer makes of the products of queries and keys.
+
+    Args:
+        scaling: they are multiplied by it.
+        window: a row sees so many keys, its own included; all of them where it is None.
+        softcap: they come between minus and plus this, where it is not None.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
 class Attention(Protocol):
     """How the sequences of the current batch attend; one call per layer."""
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor: ...
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor: ...
 
 
 class SampledProduct(Protocol):
