@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,21 +16,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from django.db import connection
 from pytest_django.fixtures import Settings
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gpuworker.worker import GpuWorker
-from runs.models import Operation, TrainingRun, User
+from runs.models import Operation, SamplingSession, TrainingRun, User, Worker
 from runs.schemas import forward_backward, requests, results
 from runs.schemas.data import DatumArrays
 from runs.schemas.forward_backward import ForwardBackwardPayload
-from runs.services import accounts, base_models, operations, sessions, training_runs
+from runs.services import accounts, base_models, operations, sampling, sessions, training_runs
 from runs.services.operations import Submission
 from runs.services.training_runs import Lora
 
 MODEL = "test/random"
 DEADLINE_S = 180.0
 FEW_TOKENS = 100
+LONG_S = 120.0
+ROOT = Path(__file__).parents[2]
+Start = Callable[[], GpuWorker]
+StartProcess = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +68,7 @@ def base_model(settings: Settings, model_directory: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def start_worker(transactional_db: None, base_model: str) -> Iterator[Callable[[], GpuWorker]]:
+def start_worker(transactional_db: None, base_model: str) -> Iterator[Start]:
     """Return a function that starts a worker; all are stopped at the end."""
     started: list[GpuWorker] = []
 
@@ -76,9 +84,59 @@ def start_worker(transactional_db: None, base_model: str) -> Iterator[Callable[[
 
 
 @pytest.fixture
+def start_process(
+    transactional_db: None, base_model: str, model_directory: Path, settings: Settings, tmp_path: Path
+) -> Iterator[StartProcess]:
+    """Return a function that starts a worker process on the test's database, with further settings; what still runs is killed at the end."""
+    Worker.objects.all().delete()
+    parameters = connection.get_connection_params()
+    address = f"host={parameters['host']}&port={parameters.get('port', 5432)}"
+    env = {
+        **os.environ,
+        "DATABASE_URL": f"postgres://{parameters['user']}@/{parameters['dbname']}?{address}",
+        "MINTWEB_BASE_MODELS": f"{MODEL}={model_directory}",
+        "MINTWEB_DATA_DIR": str(settings.DATA_DIR),
+        "MINTWEB_DEVICE": "cpu",
+        "MINTWEB_DTYPE": "float32",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "celery", "--app", "mintweb", "--skip-checks", "worker", "--pool=solo"]
+    command += ["--concurrency=1", "--queues=gpu", "--include=gpuworker.tasks", "--without-mingle"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**extra: str) -> subprocess.Popen[bytes]:
+        log = (tmp_path / f"worker{len(started)}.log").open("wb")
+        hostname = f"--hostname=gpu{len(started)}@%h"
+        process = subprocess.Popen([*command, hostname], cwd=ROOT, env=env | extra, stdout=log, stderr=log)
+        log.close()
+        started.append(process)
+        wait_for(
+            lambda: Worker.objects.filter(
+                pid=process.pid, stopped_at=None, fingerprint__has_key=MODEL
+            ).exists(),
+            what="the worker serves the base model",
+            deadline_s=LONG_S,
+        )
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
 def alice(transactional_db: None) -> User:
     """Return a user."""
     return User.objects.create(username="alice")
+
+
+@pytest.fixture
+def session(alice: User, base_model: str) -> SamplingSession:
+    """Return a sampling session on the bare base model."""
+    return sampling.create_sampling_session(
+        sessions.create_session(alice), seq_id=0, base_model=base_model, checkpoint=None
+    )
 
 
 @dataclass

@@ -11,13 +11,11 @@ import pytest
 from django.core.files.storage import default_storage
 from django.db import connection, connections
 
-from gpuworker.worker import GpuWorker
 from mintweb import embedded
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import state_folders
-from tests.worker.conftest import Client, finished
+from tests.worker.conftest import Client, Start, finished
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

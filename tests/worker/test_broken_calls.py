@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from gpuworker import snapshots
-from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Metric, Operation
-from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.conftest import Client, Start, finished, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

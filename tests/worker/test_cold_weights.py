@@ -13,15 +13,13 @@ from gpuworker import cold_weights
 from gpuworker.engine import checkpoints
 from gpuworker.sample_intake import HELD_PER_SLOT
 from gpuworker.suspicion import ATTEMPTS_TOGETHER
-from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import results
 from runs.services import workers
-from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.conftest import Client, Start, finished, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 from tests.worker.test_put_off import trained, unreadable
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 NUM_TOKENS = 12
 

@@ -12,13 +12,11 @@ from django.core.files.storage import default_storage
 from pytest_django.fixtures import Settings
 
 from gpuworker.engine import checkpoints
-from gpuworker.worker import GpuWorker
 from runs.exceptions import RequestInvalid
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun, Worker
 from runs.schemas import results
-from tests.worker.conftest import Client, finished, wait_for
+from tests.worker.conftest import Client, Start, finished, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

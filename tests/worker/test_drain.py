@@ -7,8 +7,8 @@ from collections.abc import Callable
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, RunEvent, TrainingRun, User, Worker
 from runs.services import sampling, sessions, waiting, workers
-from tests.worker.conftest import MODEL, Client, finished, losses_of, wait_for
-from tests.worker.test_placement import LONG_S, Start, start_process, tokens_of  # noqa: F401 - a fixture
+from tests.worker.conftest import LONG_S, MODEL, Client, StartProcess, finished, losses_of, wait_for
+from tests.worker.test_placement import tokens_of
 from tests.worker.test_streaming import ask
 
 NUM_AHEAD = 4
@@ -37,7 +37,7 @@ def is_drained(worker: Worker) -> bool:
 
 
 def test_a_run_whose_worker_is_drained_while_it_trains_goes_on_elsewhere_with_the_same_bits(
-    start_process: Start,  # noqa: F811
+    start_process: StartProcess,
     new_client: Callable[..., Client],
 ) -> None:
     first, second = start_process(), start_process()
@@ -76,7 +76,7 @@ def test_a_run_whose_worker_is_drained_while_it_trains_goes_on_elsewhere_with_th
 
 
 def test_without_another_worker_everything_waits_and_says_why(
-    start_process: Start,  # noqa: F811
+    start_process: StartProcess,
     new_client: Callable[..., Client],
     alice: User,
 ) -> None:

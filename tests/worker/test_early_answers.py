@@ -17,9 +17,9 @@ from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, TrainingRun
 from runs.schemas import results
 from runs.services import early_answers
-from tests.worker.conftest import DEADLINE_S, Client, finished, losses_of, wait_for
+from tests.worker.conftest import DEADLINE_S, LONG_S, Client, StartProcess, finished, losses_of, wait_for
 from tests.worker.test_operations import _sample
-from tests.worker.test_placement import LONG_S, Start, start_process, tokens_of  # noqa: F401 - a fixture
+from tests.worker.test_placement import tokens_of
 
 NewClient = Callable[..., Client]
 PROMPT = [3, 14, 15]
@@ -88,7 +88,7 @@ def test_weights_are_sampled_from_before_anything_of_them_is_written(
     "goes_on", [False, True], ids=["and its client only samples", "and its client trains on"]
 )
 def test_a_worker_that_dies_before_the_file_is_written_takes_no_weights_with_it(
-    start_process: Start,  # noqa: F811
+    start_process: StartProcess,
     new_client: NewClient,
     goes_on: bool,
 ) -> None:

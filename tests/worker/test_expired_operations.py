@@ -11,13 +11,11 @@ import pytest
 from django.core.files.storage import default_storage
 from pytest_django.fixtures import Settings
 
-from gpuworker.worker import GpuWorker
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import expired_operations
-from tests.worker.conftest import Client, finished, losses_of
+from tests.worker.conftest import Client, Start, finished, losses_of
 
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79]
-Start = Callable[[], GpuWorker]
 
 
 def train(client: Client, num_steps: int = 3) -> int:

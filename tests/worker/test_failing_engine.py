@@ -15,10 +15,9 @@ from gpuworker.engine.sampling import SampleOutcome
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, SampleRequest
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, TrainingRun, User
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 BAD_TOKEN = 77
 FAULT = "CUDA error: an illegal memory access was encountered"

@@ -19,7 +19,6 @@ from django.db import connection
 from pytest_django.fixtures import Settings
 
 from gpuworker.engine import checkpoints
-from gpuworker.worker import GpuWorker
 from mintweb import programs
 from runs.models import Checkpoint, Operation, RunEvent, SamplingSession, Worker
 from runs.schemas import requests, results
@@ -27,12 +26,11 @@ from runs.schemas.sampling import Sample
 from runs.services import operations
 from runs.services.operations import Submission
 from tests.up.instances import ROOT, all_processes, clean_environment, command, environment
-from tests.worker.conftest import MODEL, Client, finished, losses_of
+from tests.worker.conftest import MODEL, Client, Start, finished, losses_of
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator() is not None, reason="this torch splits over its GPUs only"
 )
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 # Sums over two processes are rounded elsewhere in float32; five steps of Adam make more of it.

@@ -18,12 +18,11 @@ from runs.models import BaseModel, Operation, SamplingSession, User, Worker
 from runs.services import base_models, operations, placement, sessions, training_runs, waiting
 from runs.services.training_runs import Lora
 from tests.services.hand_worker import HandWorker
-from tests.worker.conftest import Client, drawing_no_end, finished, wait_for
-from tests.worker.test_streaming import ask, session  # noqa: F401 - a fixture
+from tests.worker.conftest import Client, Start, drawing_no_end, finished, wait_for
+from tests.worker.test_streaming import ask
 
 LATER = "hub/later"
 TOKENS = [3, 14, 15, 92, 65]
-Start = Callable[[], GpuWorker]
 
 
 class Hub:
@@ -131,7 +130,7 @@ def test_a_worker_that_takes_no_work_yet_makes_nothing_ready_and_has_no_share(
 
 def test_nothing_is_computed_while_another_has_the_engines(
     start_worker: Start,
-    session: SamplingSession,  # noqa: F811
+    session: SamplingSession,
     new_client: Callable[..., Client],
 ) -> None:
     worker, client = start_worker(), new_client()

@@ -12,12 +12,10 @@ import torch
 from pytest_django.fixtures import Settings
 
 from gpuworker import snapshots
-from gpuworker.worker import GpuWorker
 from runs.models import Metric, Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import metrics
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 # A loss of the one weight is infinite. A gradient of the other is finite, but so many of them added up are not.

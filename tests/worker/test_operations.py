@@ -11,15 +11,13 @@ import numpy as np
 from django.core.files.storage import default_storage
 from django.db.models import F
 
-from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Metric, Operation, RunEvent, SamplingSession, Snapshot, TrainingRun
 from runs.schemas import requests, results
 from runs.schemas.sampling import Sample
 from runs.services import checkpoints, operations
 from runs.services.operations import GAP_PATIENCE_S, Submission
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
-from django.db import connection
 from django.db.models import Count
-from pytest_django.fixtures import Settings
 
-from runs.models import RunEvent, TrainingRun, Worker
-from tests.worker.conftest import MODEL, Client, finished, losses_of, wait_for
+from runs.models import RunEvent, TrainingRun
+from tests.worker.conftest import LONG_S, Client, StartProcess, finished, losses_of, wait_for
 
-ROOT = Path(__file__).parents[2]
 NUM_RUNS = 8
-LONG_S = 120.0
-Start = Callable[..., subprocess.Popen[bytes]]
-
-
-@pytest.fixture
-def start_process(
-    transactional_db: None, base_model: str, model_directory: Path, settings: Settings, tmp_path: Path
-) -> Iterator[Start]:
-    """Return a function that starts a worker process on the test's database, with further settings; what still runs is killed at the end."""
-    Worker.objects.all().delete()
-    parameters = connection.get_connection_params()
-    address = f"host={parameters['host']}&port={parameters.get('port', 5432)}"
-    env = {
-        **os.environ,
-        "DATABASE_URL": f"postgres://{parameters['user']}@/{parameters['dbname']}?{address}",
-        "MINTWEB_BASE_MODELS": f"{MODEL}={model_directory}",
-        "MINTWEB_DATA_DIR": str(settings.DATA_DIR),
-        "MINTWEB_DEVICE": "cpu",
-        "MINTWEB_DTYPE": "float32",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "celery", "--app", "mintweb", "--skip-checks", "worker", "--pool=solo"]
-    command += ["--concurrency=1", "--queues=gpu", "--include=gpuworker.tasks", "--without-mingle"]
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(**extra: str) -> subprocess.Popen[bytes]:
-        log = (tmp_path / f"worker{len(started)}.log").open("wb")
-        hostname = f"--hostname=gpu{len(started)}@%h"
-        process = subprocess.Popen([*command, hostname], cwd=ROOT, env=env | extra, stdout=log, stderr=log)
-        log.close()
-        started.append(process)
-        wait_for(
-            lambda: Worker.objects.filter(
-                pid=process.pid, stopped_at=None, fingerprint__has_key=MODEL
-            ).exists(),
-            what="the worker serves the base model",
-            deadline_s=LONG_S,
-        )
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def tokens_of(seed: int) -> list[int]:
@@ -95,7 +43,7 @@ def wait_until_even(clients: list[Client]) -> None:
 
 
 def test_two_workers_share_the_runs_and_one_alone_gives_the_same_bits(
-    start_process: Start, new_client: Callable[..., Client]
+    start_process: StartProcess, new_client: Callable[..., Client]
 ) -> None:
     first = start_process()
     expected = [new_client(seed=seed) for seed in range(NUM_RUNS)]
@@ -122,7 +70,7 @@ def test_two_workers_share_the_runs_and_one_alone_gives_the_same_bits(
 
 
 def test_a_worker_that_comes_gets_some_of_the_runs_and_keeps_them(
-    start_process: Start, new_client: Callable[..., Client]
+    start_process: StartProcess, new_client: Callable[..., Client]
 ) -> None:
     first = start_process()
     clients = [new_client(seed=seed) for seed in range(NUM_RUNS)]

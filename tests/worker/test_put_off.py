@@ -18,10 +18,9 @@ from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, User
 from runs.services import run_rows, waiting
 from runs.services.run_rows import RunFacts
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 from tests.worker.test_device_share import ask
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 UNREADABLE = "the checkpoint cannot be read: is a directory"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]

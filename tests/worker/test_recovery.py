@@ -14,12 +14,10 @@ from django.db.models import F
 from psycopg.sql import SQL, Identifier
 
 from gpuworker.engine import checkpoints
-from gpuworker.worker import GpuWorker
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import workers
-from tests.worker.conftest import DEADLINE_S, Client, finished, wait_for
+from tests.worker.conftest import DEADLINE_S, Client, Start, finished, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

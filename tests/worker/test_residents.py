@@ -20,9 +20,8 @@ from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun
 from runs.services import claims, workers
-from tests.worker.conftest import Client, finished, losses_of, wait_for
+from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 
-Start = Callable[[], GpuWorker]
 NewClient = Callable[..., Client]
 NUM_RUNS, NUM_ROUNDS, NUM_FITTING = 60, 3, 6
 # An adapter of this rank on the random model takes 512 KiB with its moments and gradient.

@@ -7,20 +7,17 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from channels.layers import get_channel_layer
 from django.test import override_settings
 
-from gpuworker.worker import GpuWorker
 from runs import events
 from runs.models import Operation, SamplingSession, User
 from runs.schemas import requests, results
 from runs.schemas.sampling import Sample, StoredSample
 from runs.services import operations, sampling, sessions
 from runs.services.operations import Submission
-from tests.worker.conftest import Client, drawing_no_end, finished, wait_for
+from tests.worker.conftest import Client, Start, drawing_no_end, finished, wait_for
 
-Start = Callable[[], GpuWorker]
 NEVER_STOP: list[int] = []
 NOWHERE = {
     "default": {
@@ -28,14 +25,6 @@ NOWHERE = {
         "CONFIG": {"hosts": ["redis://127.0.0.1:1/0"]},
     }
 }
-
-
-@pytest.fixture
-def session(alice: User, base_model: str) -> SamplingSession:
-    """Return a sampling session on the bare base model."""
-    return sampling.create_sampling_session(
-        sessions.create_session(alice), seq_id=0, base_model=base_model, checkpoint=None
-    )
 
 
 def ask(session: SamplingSession, *, seq: int = 0, num_tokens: int = 100, stream: bool = True) -> int:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, SamplingSession
-from tests.worker.conftest import Client, finished, wait_for
-from tests.worker.test_streaming import ask, session  # noqa: F401 - a fixture
+from tests.worker.conftest import Client, Start, finished, wait_for
+from tests.worker.test_streaming import ask
 
-Start = Callable[[], GpuWorker]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79]
 
 
 def test_a_sample_whose_workers_died_is_tried_with_nothing_beside_it(
     start_worker: Start,
     new_client: Callable[..., Client],
-    session: SamplingSession,  # noqa: F811
+    session: SamplingSession,
 ) -> None:
     lengths = (100, 200, 5)  # beside each other they would end in another order
     samples = [ask(session, seq=seq, num_tokens=num, stream=False) for seq, num in enumerate(lengths)]
@@ -37,7 +36,7 @@ def test_a_sample_whose_workers_died_is_tried_with_nothing_beside_it(
 
 def test_a_sample_that_ended_two_workers_alone_is_given_up(
     start_worker: Start,
-    session: SamplingSession,  # noqa: F811
+    session: SamplingSession,
 ) -> None:
     poison, innocent = (ask(session, seq=seq, stream=False) for seq in range(2))
     Operation.objects.filter(pk=poison).update(attempts=4, lone_attempts=2)
@@ -52,7 +51,7 @@ def test_a_sample_that_ended_two_workers_alone_is_given_up(
 
 def test_a_sample_outlives_any_number_of_workers_that_end_in_order(
     start_worker: Start,
-    session: SamplingSession,  # noqa: F811
+    session: SamplingSession,
 ) -> None:
     worker = start_worker()
     worker.scheduler.end_soon()  # takes what comes, but begins nothing

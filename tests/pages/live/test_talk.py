@@ -5,38 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, Recipe, TrainingRun, User
 from runs.recipes import rendering
-from runs.schemas import results
 from runs.schemas.requests import from_canonical
 from runs.schemas.sampling import StoredSample
-from runs.services import commits, sessions, training_runs
-from runs.services.commits import Result
+from runs.services import sessions, training_runs
 from runs.services.training_runs import Lora
 from tests.pages import recipe_seed, seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    open_run,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import open_run
+from tests.pages.live.server import Server
+from tests.pages.live.talking import MODEL, answer, box, say
 from tests.worker import conftest as worker_side
 from tests.worker.conftest import drawing_no_end, finished, wait_for
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
-MODEL = "mintweb/tiny"
+pytestmark = LIVE
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202e[](javascript:alert(3))"
 
 
@@ -50,7 +37,7 @@ def worker(transactional_db: None) -> Iterator[GpuWorker]:
 
 
 @pytest.fixture
-def trained(alice: User, worker: GpuWorker) -> TrainingRun:  # noqa: F811
+def trained(alice: User, worker: GpuWorker) -> TrainingRun:
     """Return a run with a checkpoint that the worker has saved."""
     session = sessions.create_session(alice)
     run, _ = training_runs.create_run(
@@ -63,28 +50,7 @@ def trained(alice: User, worker: GpuWorker) -> TrainingRun:  # noqa: F811
     return run
 
 
-def box(tab: Page) -> Locator:  # noqa: F811
-    return tab.locator("[data-talk]")
-
-
-def say(tab: Page, text: str) -> None:  # noqa: F811
-    message = box(tab).get_by_label("Message", exact=True)
-    message.fill(text)
-    message.press("Control+Enter")
-
-
-def answer(text: str) -> None:
-    """Answer the waiting sample as a worker would."""
-    row = wait_for(lambda: Operation.objects.filter(kind="sample", state="queued").first(), what="a question")
-    tokens = rendering.renderer_of(MODEL).prompt(text, as_chat=False)
-    sequence = results.SampledSequence(
-        tokens=np.array(tokens), logprobs=np.zeros(len(tokens), np.float32), stop_reason="stop"
-    )
-    body = results.encode_sample(results.SampleOutput(sequences=(sequence,)))
-    commits.commit_sample(row.pk, Result(body=body, is_proto=True))
-
-
-def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> None:  # noqa: F811
+def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> None:
     open_run(tab, trained)
     say(tab, "Tell me a story about a fox.")
     answers = box(tab).locator(".talk-answer")
@@ -110,7 +76,7 @@ def test_base_and_tuned_answer_side_by_side(tab: Page, trained: TrainingRun) -> 
 
 
 def test_stopping_keeps_what_is_there(
-    tab: Page,  # noqa: F811
+    tab: Page,
     trained: TrainingRun,
     worker: GpuWorker,
 ) -> None:
@@ -127,8 +93,8 @@ def test_stopping_keeps_what_is_there(
 
 
 def test_hostile_text_stays_text(
-    tab: Page,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    alice: User,
 ) -> None:
     tab.goto("/playground/")
     say(tab, HOSTILE)
@@ -138,7 +104,7 @@ def test_hostile_text_stays_text(
     assert box(tab).locator("img, script:not([type='application/json'])").count() == 0
 
 
-def test_a_run_without_weights_offers_to_save(tab: Page, alice: User) -> None:  # noqa: F811
+def test_a_run_without_weights_offers_to_save(tab: Page, alice: User) -> None:
     run = seed.make_run(alice, name="young")
     recipe_seed.make_recipe(run, state=Recipe.State.RUNNING, next_seq=1, next_step=0)
     open_run(tab, run)
@@ -154,9 +120,9 @@ def test_a_run_without_weights_offers_to_save(tab: Page, alice: User) -> None:  
 
 
 def test_an_answer_survives_a_restart_of_the_server(
-    tab: Page,  # noqa: F811
-    alice: User,  # noqa: F811
-    server: Server,  # noqa: F811
+    tab: Page,
+    alice: User,
+    server: Server,
 ) -> None:
     tab.goto("/playground/")
     say(tab, "Are you there?")

@@ -6,27 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 from tokenizers import Tokenizer
 
 from runs.models import DatasetVersion, Recipe, TrainingRun, User
 from runs.recipes import trial
 from tests.pages import recipe_seed, seed
+from tests.pages.live.browser import LIVE
+from tests.pages.live.new_run_page import card, choose, error_at, field
+from tests.pages.live.server import Server
 from tests.pages.new_run_form import NEW, make_dataset, make_sizes, ref
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    server,
-    tab,
-)
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 
 
 @pytest.fixture(autouse=True)
@@ -41,28 +32,12 @@ def _base_model(transactional_db: None, tmp_path: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def dataset(alice: User) -> DatasetVersion:  # noqa: F811
+def dataset(alice: User) -> DatasetVersion:
     """Return 400 rows."""
     return make_dataset(alice)
 
 
-def card(tab: Page, label: str) -> Locator:  # noqa: F811
-    return tab.locator(".preview-line").filter(has=tab.locator("dt", has_text=label)).locator("dd")
-
-
-def field(tab: Page, label: str) -> Locator:  # noqa: F811
-    return tab.get_by_label(label, exact=True)
-
-
-def choose(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
-    field(tab, "Dataset").select_option(ref(dataset))
-
-
-def error_at(tab: Page, place: str) -> Locator:  # noqa: F811
-    return tab.locator(f'[data-field="{place}"] [data-error]')
-
-
-def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
+def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVersion) -> None:
     tab.goto(NEW)
     choose(tab, dataset)
     field(tab, "Run name").fill("typed by hand")
@@ -86,7 +61,7 @@ def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVers
     assert (config["schedule"], config["validation"]["datasets"]) == ("linear", [ref(dataset)])
 
 
-def test_the_card_follows_what_is_typed(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
+def test_the_card_follows_what_is_typed(tab: Page, dataset: DatasetVersion) -> None:
     tab.goto(NEW)
     expect(tab.get_by_text("Choose a dataset to see steps")).to_be_visible()
     expect(field(tab, "Learning rate")).to_have_attribute("placeholder", "0.0012")
@@ -107,7 +82,7 @@ def test_the_card_follows_what_is_typed(tab: Page, dataset: DatasetVersion) -> N
 
 
 def test_an_error_is_shown_at_its_field_and_goes_away_with_its_cause(
-    tab: Page,  # noqa: F811
+    tab: Page,
     dataset: DatasetVersion,
 ) -> None:
     tab.goto(NEW)
@@ -127,7 +102,7 @@ def test_an_error_is_shown_at_its_field_and_goes_away_with_its_cause(
 
 
 def test_a_refused_start_leads_to_the_first_field_and_keeps_everything(
-    tab: Page,  # noqa: F811
+    tab: Page,
     dataset: DatasetVersion,
 ) -> None:
     tab.goto(NEW)
@@ -152,7 +127,7 @@ def test_a_refused_start_leads_to_the_first_field_and_keeps_everything(
     assert TrainingRun.objects.get().name == "kept"
 
 
-def test_two_presses_start_one_run(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
+def test_two_presses_start_one_run(tab: Page, dataset: DatasetVersion) -> None:
     tab.goto(NEW)
     choose(tab, dataset)
     expect(card(tab, "Steps")).to_contain_text("143")
@@ -162,7 +137,7 @@ def test_two_presses_start_one_run(tab: Page, dataset: DatasetVersion) -> None: 
 
 
 def test_what_was_typed_is_back_after_a_reload_until_it_is_discarded(
-    tab: Page,  # noqa: F811
+    tab: Page,
     dataset: DatasetVersion,
 ) -> None:
     tab.goto(NEW)
@@ -181,7 +156,7 @@ def test_what_was_typed_is_back_after_a_reload_until_it_is_discarded(
     expect(tab.get_by_text("What you had typed before is back.")).to_be_hidden()
 
 
-def test_a_file_fills_the_form(tab: Page, dataset: DatasetVersion, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_fills_the_form(tab: Page, dataset: DatasetVersion, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("base_model: mintweb/tiny\nlora:\n  rank: many\n")
     tab.goto(NEW)
@@ -209,7 +184,7 @@ def test_a_file_fills_the_form(tab: Page, dataset: DatasetVersion, tmp_path: Pat
     assert config["samples"]["prompts"] == ["one", "two"]
 
 
-def test_the_form_is_shown_and_saved_as_a_file(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
+def test_the_form_is_shown_and_saved_as_a_file(tab: Page, dataset: DatasetVersion) -> None:
     tab.goto(NEW)
     tab.get_by_role("button", name="Export").click()
     dialog = tab.get_by_role("dialog", name="This run as text")
@@ -230,7 +205,7 @@ def test_the_form_is_shown_and_saved_as_a_file(tab: Page, dataset: DatasetVersio
     assert Path(download.value.path()).read_text().startswith("name: <b>kept</b>\n")
 
 
-def test_a_fork_marks_what_is_changed_and_follows_its_optimizer(tab: Page, alice: User) -> None:  # noqa: F811
+def test_a_fork_marks_what_is_changed_and_follows_its_optimizer(tab: Page, alice: User) -> None:
     run = seed.make_run(alice, name="first", lora_rank=4)
     seed.add_values(run, seed.curve(100))
     recipe_seed.make_recipe(run, num_steps=400, state=Recipe.State.STOPPED)
@@ -251,9 +226,9 @@ def test_a_fork_marks_what_is_changed_and_follows_its_optimizer(tab: Page, alice
 
 
 def test_a_checkpoint_that_is_gone_meanwhile_is_named_where_the_text_would_be(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    server: Server,
+    alice: User,
 ) -> None:
     run = seed.make_run(alice, name="first", lora_rank=4)
     recipe_seed.make_recipe(run, state=Recipe.State.STOPPED)
@@ -268,7 +243,7 @@ def test_a_checkpoint_that_is_gone_meanwhile_is_named_where_the_text_would_be(
 
 
 @pytest.mark.parametrize("address", ["/runs/", NEW])
-def test_one_click_tries_it(tab: Page, alice: User, address: str) -> None:  # noqa: F811
+def test_one_click_tries_it(tab: Page, alice: User, address: str) -> None:
     tab.goto(address)
     tab.get_by_role("button", name="Try it").click()
     tab.wait_for_url("**/runs/**:train:*/")
@@ -276,7 +251,7 @@ def test_one_click_tries_it(tab: Page, alice: User, address: str) -> None:  # no
     assert Recipe.objects.get().config["dataset"].startswith("ds-")
 
 
-def test_everything_fits_on_a_phone(tab: Page, dataset: DatasetVersion) -> None:  # noqa: F811
+def test_everything_fits_on_a_phone(tab: Page, dataset: DatasetVersion) -> None:
     tab.set_viewport_size({"width": 390, "height": 844})
     tab.goto(NEW)
     choose(tab, dataset)

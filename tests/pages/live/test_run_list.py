@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from django.db import transaction
 from playwright.sync_api import Page, expect
 
@@ -10,24 +9,13 @@ from runs import events
 from runs.consumers import MAX_WATCHED_ROWS
 from runs.models import TrainingRun, User
 from tests.pages import seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    server,
-    tab,
-)
-from tests.pages.test_live_recovery import shoot
+from tests.pages.live.browser import LIVE, shoot
+from tests.pages.live.server import Server
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 
 
-def begin(alice: User, first: TrainingRun, num: int) -> TrainingRun:  # noqa: F811
+def begin(alice: User, first: TrainingRun, num: int) -> TrainingRun:
     """Enter runs of one session all at once; returns the newest."""
     with transaction.atomic():
         for number in range(num):
@@ -37,9 +25,9 @@ def begin(alice: User, first: TrainingRun, num: int) -> TrainingRun:  # noqa: F8
 
 
 def test_a_list_that_is_full_stays_live_and_says_where_the_older_ones_are(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    server: Server,
+    alice: User,
 ) -> None:
     first = seed.make_run(alice, name="first")
     second = seed.make_run(alice, name="second", session=first.session)

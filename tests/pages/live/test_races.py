@@ -14,34 +14,21 @@ from tokenizers import Tokenizer
 
 from runs.models import Operation, Recipe, TrainingRun, User
 from tests.pages import recipe_seed, seed
+from tests.pages.live.browser import LIVE
+from tests.pages.live.new_run_page import card, choose, field
+from tests.pages.live.run_page import PROMPT, expect_live, expect_values, note, open_run, steps
+from tests.pages.live.talking import answer as answer_question
+from tests.pages.live.talking import box, say
 from tests.pages.new_run_form import NEW, make_dataset, make_sizes
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    expect_values,
-    open_run,
-    server,
-    tab,
-)
-from tests.pages.test_live_new_run import card, choose, field
-from tests.pages.test_live_steering import PROMPT, expect_live, note, run, steps, tokenizer  # noqa: F401
-from tests.pages.test_talk import answer as answer_question
-from tests.pages.test_talk import box, say
 from tests.worker.conftest import wait_for
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 
 
 class Late:
     """An answer of the server that is kept back: the page is given it when the test says so."""
 
-    def __init__(self, tab: Page, address: str | Pattern[str]) -> None:  # noqa: F811
+    def __init__(self, tab: Page, address: str | Pattern[str]) -> None:
         self._tab = tab
         self._address = address
         self._held: list[tuple[Route, APIResponse]] = []
@@ -61,7 +48,7 @@ class Late:
 
 
 @contextmanager
-def requests_to(tab: Page, part: str) -> Iterator[list[str]]:  # noqa: F811
+def requests_to(tab: Page, part: str) -> Iterator[list[str]]:
     """Collect the addresses with a part in them that are asked while the `with` lasts."""
     found: list[str] = []
 
@@ -74,13 +61,13 @@ def requests_to(tab: Page, part: str) -> Iterator[list[str]]:  # noqa: F811
     tab.remove_listener("request", collect)
 
 
-def stop_the_clock(tab: Page) -> None:  # noqa: F811
+def stop_the_clock(tab: Page) -> None:
     """Let the page's timers run only when the test says so."""
     tab.clock.install()
     tab.clock.pause_at(datetime.now() + timedelta(minutes=1))  # noqa: DTZ005 - as the page has it
 
 
-def test_facts_that_came_over_the_line_outlive_an_older_answer(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_facts_that_came_over_the_line_outlive_an_older_answer(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     late = Late(tab, "**/panels/")
@@ -96,11 +83,11 @@ def test_facts_that_came_over_the_line_outlive_an_older_answer(tab: Page, run: T
 
 
 def test_an_older_past_does_not_take_the_place_of_a_newer_one(
-    tab: Page,  # noqa: F811
-    alice: User,  # noqa: F811
-    tokenizer: Tokenizer,  # noqa: F811
+    tab: Page,
+    alice: User,
+    tokenizer: Tokenizer,
 ) -> None:
-    run = seed.make_run(alice)  # noqa: F811
+    run = seed.make_run(alice)
     recipe_seed.make_recipe(run)
     seed.add_values(run, seed.curve(13_000))
     open_run(tab, run)
@@ -118,9 +105,9 @@ def test_an_older_past_does_not_take_the_place_of_a_newer_one(
 
 
 def test_a_fork_that_is_opened_before_its_first_value_shows_its_parent(
-    tab: Page,  # noqa: F811
-    run: TrainingRun,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    run: TrainingRun,
+    alice: User,
 ) -> None:
     checkpoint = seed.add_checkpoint(run, "step-000040", step=40)
     path = f"tinker://{run.public_id}/weights/{checkpoint.name}"
@@ -132,7 +119,7 @@ def test_a_fork_that_is_opened_before_its_first_value_shows_its_parent(
     expect(tab.locator('[data-metric="loss"] .chart-legend')).to_contain_text("before the fork")
 
 
-def test_a_form_on_its_way_is_not_sent_again_after_a_refresh(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_form_on_its_way_is_not_sent_again_after_a_refresh(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     pause = tab.get_by_role("button", name="Pause", exact=True)
@@ -150,8 +137,8 @@ def test_a_form_on_its_way_is_not_sent_again_after_a_refresh(tab: Page, run: Tra
 
 
 def test_a_slow_preview_does_not_put_off_the_next(
-    tab: Page,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    alice: User,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     worker = seed.make_worker()
@@ -171,7 +158,7 @@ def test_a_slow_preview_does_not_put_off_the_next(
     expect(card(tab, "Steps")).to_contain_text("72")
 
 
-def test_a_line_that_goes_dead_costs_no_answer(tab: Page, alice: User) -> None:  # noqa: F811
+def test_a_line_that_goes_dead_costs_no_answer(tab: Page, alice: User) -> None:
     tab.clock.install()
     tab.goto("/playground/")
     say(tab, "Are you there?")
@@ -184,10 +171,10 @@ def test_a_line_that_goes_dead_costs_no_answer(tab: Page, alice: User) -> None: 
 
 
 def test_stop_holds_while_the_weights_are_being_saved(
-    tab: Page,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    alice: User,
 ) -> None:
-    run = seed.make_run(alice, name="young")  # noqa: F811
+    run = seed.make_run(alice, name="young")
     recipe_seed.make_recipe(run, state=Recipe.State.RUNNING, next_seq=1, next_step=0)
     stop_the_clock(tab)
     open_run(tab, run)
@@ -204,9 +191,9 @@ def test_stop_holds_while_the_weights_are_being_saved(
 
 
 def test_a_column_that_is_chosen_while_the_strip_still_moves_stays_chosen(
-    tab: Page,  # noqa: F811
-    run: TrainingRun,  # noqa: F811
-    tokenizer: Tokenizer,  # noqa: F811
+    tab: Page,
+    run: TrainingRun,
+    tokenizer: Tokenizer,
 ) -> None:
     recipe_seed.add_fixed_sample(run, tokenizer, step=None, prompt=PROMPT, answer="a a a")
     for step in range(1, 31):

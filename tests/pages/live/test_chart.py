@@ -2,177 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
-from urllib.parse import quote
+from datetime import timedelta
 
 import pytest
-from django.conf import settings
-from django.db import connection, transaction
-from django.test import Client
 from django.utils import timezone
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from runs import events
-from runs.models import Metric, TrainingRun, User
+from runs.models import User
 from runs.services import accounts
 from tests.pages import seed
-from tests.up.instances import free_port, wait_for
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import add_steps, expect_values, open_run, shown_steps
+from tests.pages.live.server import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
-WATCH = """
-window.problems = [];
-addEventListener("securitypolicyviolation", (event) => problems.push(`CSP: ${event.violatedDirective} ${event.blockedURI}`));
-addEventListener("error", (event) => problems.push(`error: ${event.message}`));
-addEventListener("unhandledrejection", (event) => problems.push(`rejection: ${event.reason}`));
-window.alert = () => problems.push("a script from data ran");
-requestAnimationFrame(function frame() {
-  requestAnimationFrame(frame);
-});
-"""
-
-
-class Server:
-    """The web process on a port of its own; it can be stopped and started again."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.was_away = False
-        # Words of the browser's own about refusals that a test asks for.
-        self.refused: tuple[str, ...] = ()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it and wait for it."""
-        database = connection.settings_dict
-        url = f"postgresql://{database['USER']}@/{database['NAME']}?host={quote(database['HOST'], safe='/')}"
-        command = [sys.executable, "-m", "uvicorn", "mintweb.asgi:application", "--port", str(self.port)]
-        self._process = subprocess.Popen(
-            [*command, "--log-level", "warning", "--no-access-log"],
-            env={**os.environ, "DATABASE_URL": url},
-            cwd=settings.BASE_DIR,
-        )
-        wait_for(self._answers, 120)
-
-    def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, "the server has ended"
-        try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=30):
-                return True
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        if self._process is not None:
-            self.was_away = True
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-@pytest.fixture
-def server(transactional_db: None) -> Iterator[Server]:
-    server = Server()
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with pytest.MonkeyPatch.context() as environment, sync_playwright() as playwright:
-        # Playwright keeps an event loop in this thread, which Django would take for asynchronous code.
-        environment.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def alice(transactional_db: None) -> User:
-    return seed.make_user("alice", "a good long password")
-
-
-# The browser itself says this when the server refuses what a form holds, which the page shows.
-REFUSED = "status of 422"
-# And this of a server that is gone, or goes while it answers; the page comes back from both.
-AWAY = ("net::ERR_CONNECTION_", "net::ERR_EMPTY_RESPONSE", "before receiving a handshake response")
-
-
-@pytest.fixture
-def tab(browser: Browser, server: Server, alice: User) -> Iterator[Page]:
-    """Return alice's browser tab, which fails the test on any error or violation of the content policy."""
-    client = Client()
-    client.force_login(alice)
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=server.address)
-    value = client.cookies["mintweb_session"].value
-    context.add_cookies([{"name": "mintweb_session", "value": value, "url": server.address}])
-    tab = context.new_page()
-    tab.add_init_script(WATCH)
-    messages: list[str] = []
-
-    def note(message: ConsoleMessage) -> None:
-        told = [REFUSED, *server.refused, *(AWAY if server.was_away else ())]
-        if message.type in ("error", "warning") and not any(words in message.text for words in told):
-            messages.append(message.text)
-
-    tab.on("console", note)
-    yield tab
-    problems = [] if tab.url == "about:blank" else tab.evaluate("window.problems")
-    context.close()
-    assert problems == []
-    assert messages == []
-
-
-def add_steps(
-    run: TrainingRun, steps: Sequence[int], *, step_s: float = 1.0, ends_at: datetime | None = None
-) -> None:
-    values = [
-        (2 * step, step, {"loss": 2 / step, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_s": 5e3})
-        for step in steps
-    ]
-    with transaction.atomic():
-        seed.add_values(run, values, step_s=step_s, ends_at=ends_at)
-        events.run_changed(run.pk, run.owner_id, run.public_id)
-
-
-def open_run(tab: Page, run: TrainingRun) -> None:
-    tab.goto(f"/runs/{quote(run.public_id)}/")
-
-
-def expect_values(tab: Page, run: TrainingRun) -> None:
-    """Wait until the page holds exactly what is stored, and check every step of one chart."""
-    number = Metric.objects.filter(run=run).count()
-    grid = tab.locator("[data-chart-grid]")
-    expect(grid).to_have_attribute("data-num-values", str(number))
-    stored = set(Metric.objects.filter(run=run).values_list("name", flat=True))
-    for name in stored:
-        expected = str(Metric.objects.filter(run=run, name=name).count())
-        expect(tab.locator(f'[data-metric="{name}"]')).to_have_attribute("data-num-values", expected)
-
-
-def shown_steps(tab: Page) -> list[int]:
-    """Return the steps of the loss chart's table, oldest first."""
-    table = tab.locator('[data-metric="loss"]')
-    if table.locator("table").count() == 0:
-        table.get_by_role("button", name="Table").click()
-    cells = table.locator("tbody tr td:first-child").all_text_contents()
-    return [int(cell.replace("\u202f", "")) for cell in reversed(cells)]
+pytestmark = LIVE
 
 
 def test_a_value_arrives_while_the_page_is_open(tab: Page, alice: User) -> None:

@@ -16,20 +16,10 @@ from playwright.sync_api import Browser, CDPSession, Locator, Page, expect
 
 from runs.models import Dataset, DatasetVersion, Upload, User
 from tests.pages.dataset_seed import HOSTILE, add_checked, add_version, chat_line, chats, checked
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.server import Server
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 State = DatasetVersion.State
 BAD = '{"messages": [{"role": "asistant", "content": "hello"}]}\n'
 SLOW, FAST = 100_000, -1  # more than a minute for the large file, which no busy machine misses
@@ -37,7 +27,7 @@ DATASET = re.compile(r"/datasets/ds-[0-9a-f]{12}/")
 
 
 @pytest.fixture
-def line(tab: Page) -> Iterator[CDPSession]:  # noqa: F811
+def line(tab: Page) -> Iterator[CDPSession]:
     """Return the tab's connection, whose speed can be set."""
     session = tab.context.new_cdp_session(tab)
     session.send("Network.enable")
@@ -58,11 +48,11 @@ def set_speed(line: CDPSession, bytes_per_s: int) -> None:
     line.send("Network.emulateNetworkConditions", values)
 
 
-def choose(tab: Page, *files: Path) -> None:  # noqa: F811
+def choose(tab: Page, *files: Path) -> None:
     tab.locator("[data-upload-files]").set_input_files(list(files))
 
 
-def begin_slowly(tab: Page, line: CDPSession, file: Path) -> Locator:  # noqa: F811
+def begin_slowly(tab: Page, line: CDPSession, file: Path) -> Locator:
     """Begin an upload that is slow; return its line once a part of it is on the server."""
     tab.goto("/datasets/")
     set_speed(line, SLOW)
@@ -73,7 +63,7 @@ def begin_slowly(tab: Page, line: CDPSession, file: Path) -> Locator:  # noqa: F
     return item
 
 
-def wait(tab: Page, condition: Callable[[], bool]) -> None:  # noqa: F811
+def wait(tab: Page, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -88,7 +78,7 @@ def part_of(upload: Upload) -> Path:
     return Path(settings.DATA_DIR) / "uploads" / f"{upload.public_id}.part"
 
 
-def expect_whole(tab: Page, file: Path) -> DatasetVersion:  # noqa: F811
+def expect_whole(tab: Page, file: Path) -> DatasetVersion:
     """Wait for the dataset's page, and check that every byte is there."""
     tab.wait_for_url(DATASET)
     version = DatasetVersion.objects.get()
@@ -96,7 +86,7 @@ def expect_whole(tab: Page, file: Path) -> DatasetVersion:  # noqa: F811
     return version
 
 
-def test_an_upload_goes_on_after_a_reload(tab: Page, line: CDPSession, large: Path) -> None:  # noqa: F811
+def test_an_upload_goes_on_after_a_reload(tab: Page, line: CDPSession, large: Path) -> None:
     item = begin_slowly(tab, line, large)
     expect(item.locator("[data-upload-said]")).to_contain_text("kB/s")
     tab.reload()
@@ -120,7 +110,7 @@ def test_an_upload_goes_on_after_a_reload(tab: Page, line: CDPSession, large: Pa
     expect(tab.locator(".row-view")).to_have_count(5)
 
 
-def test_a_file_that_was_changed_since_begins_anew(tab: Page, line: CDPSession, large: Path) -> None:  # noqa: F811
+def test_a_file_that_was_changed_since_begins_anew(tab: Page, line: CDPSession, large: Path) -> None:
     item = begin_slowly(tab, line, large)
     tab.reload()
     expect(item).to_contain_text("are here")
@@ -136,7 +126,7 @@ def test_a_file_that_was_changed_since_begins_anew(tab: Page, line: CDPSession, 
 
 
 def test_another_file_does_not_go_on_with_an_upload(
-    tab: Page,  # noqa: F811
+    tab: Page,
     line: CDPSession,
     large: Path,
     tmp_path: Path,
@@ -157,7 +147,7 @@ def test_another_file_does_not_go_on_with_an_upload(
     assert not part_of(upload).exists()
 
 
-def test_an_upload_is_paused_resumed_and_cancelled(tab: Page, line: CDPSession, large: Path) -> None:  # noqa: F811
+def test_an_upload_is_paused_resumed_and_cancelled(tab: Page, line: CDPSession, large: Path) -> None:
     item = begin_slowly(tab, line, large)
     item.get_by_role("button", name="Pause").click()
     expect(item).to_contain_text("Paused at")
@@ -173,8 +163,8 @@ def test_an_upload_is_paused_resumed_and_cancelled(tab: Page, line: CDPSession, 
 
 
 def test_an_upload_outlives_a_restart_of_the_server(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
+    tab: Page,
+    server: Server,
     line: CDPSession,
     large: Path,
 ) -> None:
@@ -188,7 +178,7 @@ def test_an_upload_outlives_a_restart_of_the_server(
     expect_whole(tab, large)
 
 
-def test_several_files_come_in_one_after_the_other(tab: Page, tmp_path: Path) -> None:  # noqa: F811
+def test_several_files_come_in_one_after_the_other(tab: Page, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.jsonl" for number in range(3)]
     for number, file in enumerate(files):
         file.write_text(chats(5) + chat_line("which?", str(number)))
@@ -205,7 +195,7 @@ def test_several_files_come_in_one_after_the_other(tab: Page, tmp_path: Path) ->
     assert tab.locator("img").count() == 0
 
 
-def test_a_refusal_among_several_files_stays_to_be_read(tab: Page, tmp_path: Path) -> None:  # noqa: F811
+def test_a_refusal_among_several_files_stays_to_be_read(tab: Page, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.jsonl" for number in range(2)]
     for number, file in enumerate(files):
         file.write_text(chats(5) + chat_line("which?", str(number)))
@@ -222,7 +212,7 @@ def test_a_refusal_among_several_files_stays_to_be_read(tab: Page, tmp_path: Pat
     assert tab.evaluate("window.isSamePage") is True
 
 
-def test_a_file_is_dropped_anywhere_on_the_page(tab: Page) -> None:  # noqa: F811
+def test_a_file_is_dropped_anywhere_on_the_page(tab: Page) -> None:
     tab.goto("/datasets/")
     tab.get_by_text("Name and description").click()
     tab.get_by_role("region", name="Upload").get_by_label("Name", exact=True).fill("dropped")
@@ -240,9 +230,9 @@ def test_a_file_is_dropped_anywhere_on_the_page(tab: Page) -> None:  # noqa: F81
 
 
 def test_a_file_that_is_refused_says_why(
-    tab: Page,  # noqa: F811
+    tab: Page,
     tmp_path: Path,
-    alice: User,  # noqa: F811
+    alice: User,
 ) -> None:
     known = tmp_path / "known.jsonl"
     known.write_text(chats(4))
@@ -262,9 +252,9 @@ def test_a_file_that_is_refused_says_why(
 
 
 def test_a_new_version_is_uploaded_on_the_datasets_page(
-    tab: Page,  # noqa: F811
+    tab: Page,
     tmp_path: Path,
-    alice: User,  # noqa: F811
+    alice: User,
 ) -> None:
     dataset = add_checked(alice, chats(3), name="kept").dataset
     file = tmp_path / "second.jsonl"
@@ -283,7 +273,7 @@ def test_a_new_version_is_uploaded_on_the_datasets_page(
     )
 
 
-def test_bad_rows_are_skipped_without_leaving_the_page(tab: Page, alice: User) -> None:  # noqa: F811
+def test_bad_rows_are_skipped_without_leaving_the_page(tab: Page, alice: User) -> None:
     version = add_checked(alice, chats(3) + BAD + chat_line(HOSTILE, HOSTILE))
     tab.goto(f"/datasets/{version.dataset.public_id}/")
     tab.evaluate("window.isSamePage = true")
@@ -297,7 +287,7 @@ def test_bad_rows_are_skipped_without_leaving_the_page(tab: Page, alice: User) -
     assert tab.evaluate("window.isSamePage") is True
 
 
-def test_columns_are_named_and_a_wrong_choice_is_explained(tab: Page, alice: User) -> None:  # noqa: F811
+def test_columns_are_named_and_a_wrong_choice_is_explained(tab: Page, alice: User) -> None:
     version = add_checked(alice, "nr,frage,antwort\n1,Was?,Das.\n2,Wo?,Hier.\n", filename="rows.csv")
     tab.goto(f"/datasets/{version.dataset.public_id}/")
     tab.get_by_label("nr holds").select_option("prompt")
@@ -312,7 +302,7 @@ def test_columns_are_named_and_a_wrong_choice_is_explained(tab: Page, alice: Use
     expect(tab.locator(".row-view").first).to_contain_text("Das.")
 
 
-def test_rows_are_read_in_another_way_without_leaving_the_page(tab: Page, alice: User) -> None:  # noqa: F811
+def test_rows_are_read_in_another_way_without_leaving_the_page(tab: Page, alice: User) -> None:
     turns = [("user", "First?"), ("assistant", "Alpha."), ("user", "Second?"), ("assistant", "Omega.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     version = add_checked(alice, json.dumps(row) + "\n" + chats(11))
@@ -341,7 +331,7 @@ def test_rows_are_read_in_another_way_without_leaving_the_page(tab: Page, alice:
     assert tab.evaluate("window.isSamePage") is True
 
 
-def test_a_dataset_is_renamed_and_deleted(tab: Page, alice: User) -> None:  # noqa: F811
+def test_a_dataset_is_renamed_and_deleted(tab: Page, alice: User) -> None:
     version = add_checked(alice, chats(3), name="old")
     tab.goto(f"/datasets/{version.dataset.public_id}/")
     tab.get_by_role("button", name="Edit").click()
@@ -365,9 +355,9 @@ def test_a_dataset_is_renamed_and_deleted(tab: Page, alice: User) -> None:  # no
 
 
 def test_an_upload_without_a_sign_in_says_so(
-    browser: Browser,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    browser: Browser,
+    server: Server,
+    alice: User,
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "rows.jsonl"

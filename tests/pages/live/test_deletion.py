@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from runs import events
 from runs.models import Checkpoint, Operation, TrainingRun, User
 from tests.pages import seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    alice,
-    browser,
-    open_run,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import open_run
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 
 
-def test_a_run_is_deleted_from_its_page(tab: Page, alice: User) -> None:  # noqa: F811
+def test_a_run_is_deleted_from_its_page(tab: Page, alice: User) -> None:
     run = seed.make_run(alice, name="old")
     seed.add_operations(run, num_done=2, num_queued=1)
     open_run(tab, run)
@@ -43,7 +32,7 @@ def test_a_run_is_deleted_from_its_page(tab: Page, alice: User) -> None:  # noqa
     assert not TrainingRun.objects.exists()
 
 
-def test_runs_are_chosen_in_the_list_while_it_changes(tab: Page, alice: User) -> None:  # noqa: F811
+def test_runs_are_chosen_in_the_list_while_it_changes(tab: Page, alice: User) -> None:
     first, second, third = (seed.make_run(alice, name=name) for name in ("first", "second", "third"))
     tab.goto("/runs/")
     expect(tab.locator("[data-live-state]")).to_have_attribute("data-state", "live")
@@ -63,7 +52,7 @@ def test_runs_are_chosen_in_the_list_while_it_changes(tab: Page, alice: User) ->
     assert second.pk != third.pk
 
 
-def test_checkpoints_are_counted_before_they_go(tab: Page, alice: User) -> None:  # noqa: F811
+def test_checkpoints_are_counted_before_they_go(tab: Page, alice: User) -> None:
     run = seed.make_run(alice, name="saved")
     for number in range(3):
         seed.add_checkpoint(run, f"step-{number}", step=number)

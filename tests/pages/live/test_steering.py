@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import pytest
 from django.db import transaction
 from django.test import Client
 from playwright.sync_api import APIResponse, Browser, Page, Route, expect
@@ -14,44 +10,12 @@ from tokenizers import Tokenizer
 from runs import events
 from runs.models import FixedSample, Operation, Recipe, RunEvent, TrainingRun, User
 from tests.pages import recipe_seed, seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    expect_values,
-    open_run,
-    server,
-    shown_steps,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import PROMPT, expect_live, expect_values, note, open_run, shown_steps, steps
+from tests.pages.live.server import Server
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
-PROMPT = "Where does the bear sleep?"
+pytestmark = LIVE
 PAYLOAD = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture
-def tokenizer(transactional_db: None, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return seed.make_base_model(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def run(alice: User, tokenizer: Tokenizer) -> TrainingRun:  # noqa: F811
-    run = seed.make_run(alice, name="steered", source="browser", worker=seed.make_worker())
-    seed.add_values(run, seed.curve(60))
-    recipe_seed.make_recipe(run, prompts=[PROMPT])
-    return run
-
-
-def note(run: TrainingRun, kind: str, step: int, **detail: Any) -> None:
-    with transaction.atomic():
-        recipe_seed.add_event(run, kind, step, **detail)
-        events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
 def answer(run: TrainingRun, tokenizer: Tokenizer, step: int, text: str) -> None:
@@ -60,18 +24,7 @@ def answer(run: TrainingRun, tokenizer: Tokenizer, step: int, text: str) -> None
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
-def expect_live(tab: Page) -> None:  # noqa: F811
-    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
-
-
-def steps(run: TrainingRun, numbers: Sequence[int], *, first_seq: int, loss: float) -> None:
-    rows = [(first_seq + index, step, {"loss": loss, "tokens": 100.0}) for index, step in enumerate(numbers)]
-    with transaction.atomic():
-        seed.add_values(run, rows)
-        events.run_changed(run.pk, run.owner_id, run.public_id)
-
-
-def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     tab.evaluate("window.isSamePage = true")
@@ -90,8 +43,8 @@ def test_a_run_is_paused_and_resumed_without_leaving_the_page(tab: Page, run: Tr
 
 
 def test_a_run_that_is_gone_meanwhile_says_so_in_the_servers_words(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
+    tab: Page,
+    server: Server,
     run: TrainingRun,
 ) -> None:
     open_run(tab, run)
@@ -103,7 +56,7 @@ def test_a_run_that_is_gone_meanwhile_says_so_in_the_servers_words(
     expect(alert).to_have_text(f"There is no training run '{run.public_id}' with a recipe.")
 
 
-def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     late: list[tuple[Route, APIResponse]] = []
@@ -121,7 +74,7 @@ def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) 
     assert tab.get_by_role("button", name="Resume").is_visible()
 
 
-def test_an_open_dialog_and_a_typed_value_outlive_a_refresh(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_an_open_dialog_and_a_typed_value_outlive_a_refresh(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     tab.get_by_role("button", name="Change settings").click()
@@ -148,7 +101,7 @@ def test_an_open_dialog_and_a_typed_value_outlive_a_refresh(tab: Page, run: Trai
     expect(rate).to_have_value("0.0001")
 
 
-def test_folded_details_focus_and_selection_outlive_a_refresh(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_folded_details_focus_and_selection_outlive_a_refresh(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     details = tab.locator("[data-part=recipe-settings] details")
@@ -163,7 +116,7 @@ def test_folded_details_focus_and_selection_outlive_a_refresh(tab: Page, run: Tr
     assert tab.evaluate("getSelection().toString()") == "Model and data"
 
 
-def test_a_stop_asks_what_to_keep(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_stop_asks_what_to_keep(tab: Page, run: TrainingRun) -> None:
     seed.add_checkpoint(run, "step-000040", step=40)
     open_run(tab, run)
     tab.get_by_role("button", name="Stop").click()
@@ -182,9 +135,9 @@ def test_a_stop_asks_what_to_keep(tab: Page, run: TrainingRun) -> None:  # noqa:
 
 
 def test_dialogs_and_forms_work_without_javascript(
-    browser: Browser,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    browser: Browser,
+    server: Server,
+    alice: User,
     run: TrainingRun,
 ) -> None:
     client = Client()
@@ -201,7 +154,7 @@ def test_dialogs_and_forms_work_without_javascript(
     context.close()
 
 
-def test_validation_is_drawn_beside_the_training_loss(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_validation_is_drawn_beside_the_training_loss(tab: Page, run: TrainingRun) -> None:
     recipe_seed.add_evaluations(run, [0, 40], labels=["held out", PAYLOAD])
     Recipe.objects.filter(run=run).update(best_step=40)
     open_run(tab, run)
@@ -218,7 +171,7 @@ def test_validation_is_drawn_beside_the_training_loss(tab: Page, run: TrainingRu
     assert download.value.suggested_filename == "loss.png"
 
 
-def test_a_run_that_is_only_validated_yet_has_a_chart(tab: Page, alice: User, tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_a_run_that_is_only_validated_yet_has_a_chart(tab: Page, alice: User, tokenizer: Tokenizer) -> None:
     run = seed.make_run(alice)
     recipe_seed.make_recipe(run)
     recipe_seed.add_evaluations(run, [0])
@@ -227,7 +180,7 @@ def test_a_run_that_is_only_validated_yet_has_a_chart(tab: Page, alice: User, to
     expect(tab.locator('[data-metric="loss"] .chart-summary')).to_contain_text("validation")
 
 
-def test_events_are_marks_that_tell_more(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_events_are_marks_that_tell_more(tab: Page, run: TrainingRun) -> None:
     recipe_seed.add_event(run, "started", 1, num_steps=400)
     recipe_seed.add_event(run, "failed", 30, error=PAYLOAD)
     recipe_seed.add_event(run, "saved", 59, checkpoint="step-000059")
@@ -251,7 +204,7 @@ def test_events_are_marks_that_tell_more(tab: Page, run: TrainingRun) -> None:  
     assert tab.locator("img[src=x]").count() == 0
 
 
-def test_a_run_that_went_back_draws_each_step_once(tab: Page, alice: User, tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_a_run_that_went_back_draws_each_step_once(tab: Page, alice: User, tokenizer: Tokenizer) -> None:
     run = seed.make_run(alice)
     recipe_seed.make_recipe(run)
     steps(run, range(1, 41), first_seq=1, loss=2.0)
@@ -268,7 +221,7 @@ def test_a_run_that_went_back_draws_each_step_once(tab: Page, alice: User, token
     assert shown_steps(tab) == list(range(1, 51))
 
 
-def test_a_long_run_that_goes_back_is_read_again(tab: Page, alice: User, tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_a_long_run_that_goes_back_is_read_again(tab: Page, alice: User, tokenizer: Tokenizer) -> None:
     run = seed.make_run(alice)
     recipe_seed.make_recipe(run)
     seed.add_values(run, seed.curve(13_000))
@@ -284,7 +237,7 @@ def test_a_long_run_that_goes_back_is_read_again(tab: Page, alice: User, tokeniz
     expect_values(tab, run)
 
 
-def test_a_fork_goes_on_from_its_parents_curve(tab: Page, run: TrainingRun, alice: User) -> None:  # noqa: F811
+def test_a_fork_goes_on_from_its_parents_curve(tab: Page, run: TrainingRun, alice: User) -> None:
     checkpoint = seed.add_checkpoint(run, "step-000040", step=40)
     path = f"tinker://{run.public_id}/weights/{checkpoint.name}"
     fork = seed.make_run(alice, name="fork", parent=run, parent_step=40, parent_path=path)
@@ -302,7 +255,7 @@ def test_a_fork_goes_on_from_its_parents_curve(tab: Page, run: TrainingRun, alic
 
 
 def test_answers_come_into_the_film_strip_while_it_is_open(
-    tab: Page,  # noqa: F811
+    tab: Page,
     run: TrainingRun,
     tokenizer: Tokenizer,
 ) -> None:
@@ -324,7 +277,7 @@ def test_answers_come_into_the_film_strip_while_it_is_open(
 
 
 def test_the_film_strip_is_scrubbed_and_stays_where_it_is(
-    tab: Page,  # noqa: F811
+    tab: Page,
     run: TrainingRun,
     tokenizer: Tokenizer,
 ) -> None:
@@ -361,7 +314,7 @@ def test_the_film_strip_is_scrubbed_and_stays_where_it_is(
     expect(tab.locator('.film-cell[data-key="1-32"] del')).to_be_visible()
 
 
-def test_a_restarted_server_costs_no_event(tab: Page, server: Server, run: TrainingRun) -> None:  # noqa: F811
+def test_a_restarted_server_costs_no_event(tab: Page, server: Server, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
     server.kill()

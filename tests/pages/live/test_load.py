@@ -11,31 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 from django.db import connections
 from playwright.sync_api import Page, expect
 
 from runs.models import TrainingRun, User
 from tests.pages import seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    add_steps,
-    alice,
-    browser,
-    expect_values,
-    open_run,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import add_steps, expect_values, open_run
 from tests.up.instances import wait_for
 
 logger = logging.getLogger(__name__)
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 NUM_VALUES = 10_000
 TRACED = ["-*", "toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline"]
 
@@ -83,7 +69,7 @@ class Work:
     frame_ms: float
 
 
-def measure(tab: Page, trainers: Trainers, prepare: Callable[[], Any]) -> Work:  # noqa: F811
+def measure(tab: Page, trainers: Trainers, prepare: Callable[[], Any]) -> Work:
     prepare()
     expect(tab.locator("[data-live-state]")).to_have_attribute("data-state", "live")
     trainers.wait(NUM_VALUES // 10)
@@ -114,7 +100,7 @@ def work_of(trace: Sequence[dict[str, Any]]) -> Work:
     return Work(task_ms=longest / 1000, frame_ms=max(frames) / 1000)
 
 
-def test_eight_fast_runs_do_not_stall_the_pages(tab: Page, alice: User) -> None:  # noqa: F811
+def test_eight_fast_runs_do_not_stall_the_pages(tab: Page, alice: User) -> None:
     runs = [seed.make_run(alice, name=f"fast {n}") for n in range(8)]
     with Trainers(runs) as trainers:
         began = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,14 @@ from runs import events
 from runs.models import RunEvent, ServerClock, TrainingRun, User, Worker
 from runs.services import holdups
 from tests.pages import seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    alice,
-    browser,
-    open_run,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE, shoot
+from tests.pages.live.run_page import open_run
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
-SHOTS = os.environ.get("MINTWEB_SCREENSHOTS")
+pytestmark = LIVE
 
 
 @pytest.fixture
-def run(alice: User, tmp_path: Path) -> TrainingRun:  # noqa: F811
+def run(alice: User, tmp_path: Path) -> TrainingRun:
     worker = seed.make_worker()
     seed.make_base_model(tmp_path, worker=worker)
     run = seed.make_run(alice, name="disturbed", worker=worker)
@@ -52,18 +39,7 @@ def change(run: TrainingRun) -> None:
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
-def shoot(tab: Page, name: str) -> None:  # noqa: F811
-    """Take pictures for somebody to look at: both themes, desktop and phone."""
-    if not SHOTS:
-        return
-    for scheme in ("light", "dark"):
-        for width in (1280, 390):
-            tab.emulate_media(color_scheme=scheme)
-            tab.set_viewport_size({"width": width, "height": 900})
-            tab.screenshot(path=Path(SHOTS) / f"{name}-{scheme}-{width}.png")
-
-
-def test_marks_and_badge_tell_what_happened(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_marks_and_badge_tell_what_happened(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
     note(run, "recovered", 100, from_seq=188, num_replayed=12, took_s=6.42)
@@ -109,7 +85,7 @@ def test_marks_and_badge_tell_what_happened(tab: Page, run: TrainingRun) -> None
     shoot(tab, "marks")
 
 
-def test_a_run_whose_worker_is_late_says_why_it_waits(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_run_whose_worker_is_late_says_why_it_waits(tab: Page, run: TrainingRun) -> None:
     seed.add_operations(run)
     open_run(tab, run)
     status = tab.locator(".headline-status .status")
@@ -120,7 +96,7 @@ def test_a_run_whose_worker_is_late_says_why_it_waits(tab: Page, run: TrainingRu
     shoot(tab, "waiting")
 
 
-def test_a_run_that_a_full_disk_holds_up_says_so_for_as_long(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_run_that_a_full_disk_holds_up_says_so_for_as_long(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     holdups.enter(run.pk, holdups.NO_ROOM_FOR_REQUEST)
     status = tab.locator(".headline-status .status")
@@ -131,7 +107,7 @@ def test_a_run_that_a_full_disk_holds_up_says_so_for_as_long(tab: Page, run: Tra
     expect(tab.locator(".reason")).to_have_count(0)
 
 
-def test_a_run_without_its_client_is_parked(tab: Page, run: TrainingRun) -> None:  # noqa: F811
+def test_a_run_without_its_client_is_parked(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None)
     change(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -12,24 +11,13 @@ from playwright.sync_api import Page, expect
 
 from runs.models import TrainingRun, User, Worker
 from tests.pages import seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    alice,
-    browser,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE, shoot
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
-SHOTS = os.environ.get("MINTWEB_SCREENSHOTS")
+pytestmark = LIVE
 
 
 @pytest.fixture
-def worker(alice: User, tmp_path: Path) -> Worker:  # noqa: F811
+def worker(alice: User, tmp_path: Path) -> Worker:
     """Let alice be an operator; return a worker with a run, and have ended ones below it."""
     User.objects.filter(pk=alice.pk).update(is_staff=True)
     Worker.objects.all().delete()
@@ -42,19 +30,7 @@ def worker(alice: User, tmp_path: Path) -> Worker:  # noqa: F811
     return worker
 
 
-def shoot(tab: Page, name: str) -> None:  # noqa: F811
-    """Take pictures for somebody to look at: both themes, desktop and phone."""
-    if not SHOTS:
-        return
-    for scheme in ("light", "dark"):
-        for width in (1280, 390):
-            tab.emulate_media(color_scheme=scheme)
-            tab.set_viewport_size({"width": width, "height": 900})
-            tab.screenshot(path=Path(SHOTS) / f"{name}-{scheme}-{width}.png")
-    tab.set_viewport_size({"width": 1280, "height": 900})
-
-
-def test_a_worker_is_drained_by_keyboard_and_resumed(tab: Page, worker: Worker) -> None:  # noqa: F811
+def test_a_worker_is_drained_by_keyboard_and_resumed(tab: Page, worker: Worker) -> None:
     tab.clock.install()
     tab.clock.pause_at(datetime.now() + timedelta(minutes=1))  # noqa: DTZ005 - as the page has it
     tab.goto("/workers/")
@@ -91,7 +67,7 @@ def test_a_worker_is_drained_by_keyboard_and_resumed(tab: Page, worker: Worker) 
 
 
 def test_a_question_stays_open_while_the_page_goes_on_and_is_refused_in_words(
-    tab: Page,  # noqa: F811
+    tab: Page,
     worker: Worker,
 ) -> None:
     tab.clock.install()

@@ -10,7 +10,7 @@ import pytest
 
 from runs.models import User
 from runs.services.lockout import MAX_TRIES
-from tests.pages.test_live_chart import Server, alice  # noqa: F401 - a fixture
+from tests.pages.live.server import Server
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.e2e]
 PASSWORD = "a good long password"
@@ -38,7 +38,7 @@ def sign_in(server: Server, password: str) -> int:
 
 def test_two_processes_share_the_count_and_need_no_redis_for_it(
     servers: list[Server],
-    alice: User,  # noqa: F811
+    alice: User,
 ) -> None:
     first, second = servers
     assert sign_in(first, PASSWORD) == 302

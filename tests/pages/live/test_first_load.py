@@ -7,29 +7,17 @@ from playwright.sync_api import Page, Route, expect
 
 from runs.models import User
 from tests.pages import recipe_seed, seed
-from tests.pages.test_live_chart import (  # noqa: F401 - fixtures
-    CHROMIUM,
-    Server,
-    add_steps,
-    alice,
-    browser,
-    expect_values,
-    open_run,
-    server,
-    tab,
-)
+from tests.pages.live.browser import LIVE
+from tests.pages.live.run_page import add_steps, expect_live, expect_values, open_run
+from tests.pages.live.server import Server
 
-pytestmark = [
-    pytest.mark.django_db(transaction=True),
-    pytest.mark.e2e,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+pytestmark = LIVE
 
 
 class Away:
     """Requests to these addresses find no server until it is back."""
 
-    def __init__(self, tab: Page, server: Server, address: str) -> None:  # noqa: F811
+    def __init__(self, tab: Page, server: Server, address: str) -> None:
         self.is_back = False
         server.was_away = True
         tab.route(address, self._answer)
@@ -41,15 +29,11 @@ class Away:
             route.abort("connectionrefused")
 
 
-def expect_live(tab: Page) -> None:  # noqa: F811
-    expect(tab.get_by_role("status").filter(has_text="Live")).to_be_visible()
-
-
 @pytest.mark.parametrize("num_steps", [20, 13_000])
 def test_a_past_that_fails_to_load_is_asked_for_again(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    server: Server,
+    alice: User,
     num_steps: int,
 ) -> None:
     run = seed.make_run(alice, name="opened in a restart")
@@ -67,9 +51,9 @@ def test_a_past_that_fails_to_load_is_asked_for_again(
 
 
 def test_a_fork_whose_ancestors_fail_to_load_is_live_and_shows_them_later(
-    tab: Page,  # noqa: F811
-    server: Server,  # noqa: F811
-    alice: User,  # noqa: F811
+    tab: Page,
+    server: Server,
+    alice: User,
 ) -> None:
     parent = seed.make_run(alice, name="parent")
     seed.add_values(parent, seed.curve(50))
