@@ -312,7 +312,7 @@ if len(DEVICES) % TENSOR_PARALLEL:
     )
 # How many workers of this machine share its memory; `mintweb/programs.py` tells them.
 NUM_LOCAL_WORKERS = env_int("MINTWEB_NUM_LOCAL_WORKERS", 1, minimum=1, maximum=1024)
-# 0: one thread for small models, whose matrix products are too short to share, all cores for others.
+# 0: one thread for small models, whose matrix products are too short to share, its share of the cores for others.
 THREADS = env_int("MINTWEB_THREADS", 0, minimum=0, maximum=1024)
 DTYPE = env_str("MINTWEB_DTYPE", "auto", pattern=r"auto|float32|bfloat16")
 # Device memory for adapters and sampler weights, and host memory for adapters that have no room there; 0: measured.

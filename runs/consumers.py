@@ -28,6 +28,7 @@ from runs import events
 from runs.exceptions import MintError
 from runs.models import User
 from runs.services import access, metrics, run_rows
+from runs.services.run_rows import MAX_WATCHED_ROWS
 from runs.threads import with_connection
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ NOT_SIGNED_IN: Final = 4401
 NOT_FOUND: Final = 4404
 BAD_MESSAGE: Final = 4400
 TRY_AGAIN: Final = 4503
-MAX_WATCHED_ROWS: Final = 200
 MAX_NEW_ROWS: Final = 20
 _MAX_MESSAGE_CHARS: Final = 20_000
 _RESUBSCRIBE_S: Final = 5.0
@@ -57,23 +57,30 @@ class LiveConsumer(AsyncWebsocketConsumer):
     user: User
 
     async def connect(self) -> None:
-        """Accept the owner; everybody else is refused before the handshake ends."""
+        """Take the owner in; everybody else is told why not by the code of the close.
+
+        A socket that is closed before it is accepted gets no code: the browser hears of a failed handshake alone.
+        """
         self._tasks: list[asyncio.Task[None]] = []
         self._hinted: set[str] = set()
         self._news = asyncio.Event()
         self._checked_at = time.monotonic()
         user: Any = self.scope["user"]
         if not user.is_authenticated or not user.is_active:
-            await self.close(NOT_SIGNED_IN)
+            await self._turn_away(NOT_SIGNED_IN)
             return
         self.user = user
         try:
             group = await in_thread(self._open)
         except (MintError, DataError):  # an id with NUL is no row's
-            await self.close(NOT_FOUND)
+            await self._turn_away(NOT_FOUND)
             return
         await self.accept()
         self._start(self._listen(group))
+
+    async def _turn_away(self, code: int) -> None:
+        await self.accept()
+        await self.close(code)
 
     async def disconnect(self, code: int) -> None:
         """End the loops."""
@@ -82,6 +89,8 @@ class LiveConsumer(AsyncWebsocketConsumer):
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Take what the page holds, and send it everything after that."""
+        if not self._tasks:  # turned away; the page's first message has crossed with the close
+            return
         try:
             message = json.loads((text_data or "")[:_MAX_MESSAGE_CHARS])
             self._take(message if isinstance(message, dict) else {})
@@ -209,7 +218,10 @@ class RunConsumer(LiveConsumer):
 
 
 class RunListConsumer(LiveConsumer):
-    """The list of runs: `{"rows": [ids], "is_first_page": bool}` from the page, then rows that changed."""
+    """The list of runs: `{"rows": [ids], "is_first_page": bool}` from the page, then rows that changed.
+
+    A run that was deleted comes as `{"run": id, "is_gone": true}`.
+    """
 
     interval_s = 0.5
 
@@ -237,11 +249,15 @@ class RunListConsumer(LiveConsumer):
 
     async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
         wanted = None if is_self_check or self._owes_answer else hinted
-        rendered = await in_thread(lambda: self._render(wanted))
+        rendered, gone = await in_thread(lambda: self._render(wanted))
         changed = {run_id: html for run_id, html in rendered.items() if self._sent.get(run_id) != html}
         new = [run_id for run_id in changed if run_id not in self._watched]
-        self._watch([*reversed(new), *self._watched][:MAX_WATCHED_ROWS], changed)
-        rows = [{"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()]
+        left = [run_id for run_id in self._watched if run_id not in gone]
+        self._watch([*reversed(new), *left][:MAX_WATCHED_ROWS], changed)
+        rows: list[dict[str, Any]] = [
+            {"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()
+        ]
+        rows += [{"run": run_id, "is_gone": True} for run_id in gone]
         if rows or is_self_check or self._owes_answer:
             self._owes_answer = False
             await self.send(json.dumps({"rows": rows}, separators=(",", ":")))
@@ -254,13 +270,12 @@ class RunListConsumer(LiveConsumer):
         self._watched = rows
         self._sent = {run_id: sent[run_id] for run_id in rows if run_id in sent}
 
-    def _render(self, hinted: Iterable[str] | None) -> dict[str, str]:
-        """Return the rows as markup: the hinted ones, or all that the page shows."""
+    def _render(self, hinted: Iterable[str] | None) -> tuple[dict[str, str], set[str]]:
+        """Return the rows as markup, the hinted ones or all that the page shows; and which of them are gone."""
         runs = run_rows.by_activity(self.user)
-        shown = runs.filter(
-            public_id__in=self._watched if hinted is None else set(hinted) & set(self._watched)
-        )
-        found = list(shown[:MAX_WATCHED_ROWS])
+        shown = set(self._watched) if hinted is None else set(hinted) & set(self._watched)
+        found = list(runs.filter(public_id__in=shown)[:MAX_WATCHED_ROWS])
+        gone = shown - {run.public_id for run in found}
         if self._takes_new:
             if self._newest_pk is None:
                 self._newest_pk = max((run.pk for run in found), default=0)
@@ -269,10 +284,8 @@ class RunListConsumer(LiveConsumer):
             new = list(later.order_by("pk")[:MAX_NEW_ROWS])
             self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])
             found += new
-        return {
-            row.run_id: render_to_string("runs/_run_row.html", {"row": row})
-            for row in run_rows.rows_of(found)
-        }
+        rows = run_rows.rows_of(found)
+        return {row.run_id: render_to_string("runs/_run_row.html", {"row": row}) for row in rows}, gone
 
 
 async def in_thread(call: Callable[[], Result]) -> Result:

@@ -81,6 +81,8 @@ class PlaygroundConsumer(LiveConsumer):
 
     interval_s = 0.05
     look_s: ClassVar[float] = 0.5
+    # A page that hears nothing for long takes the socket for dead, and asks everything anew on another.
+    longest_silence_s: ClassVar[float] = 4.0
 
     def _open(self) -> str:
         self._session: Session | None = None
@@ -89,6 +91,7 @@ class PlaygroundConsumer(LiveConsumer):
         self._early: dict[int, list[tuple[int, list[int]]]] = {}
         self._num_submitting = 0
         self._looks_now = False
+        self._said_at = 0.0
         self._groups: list[str] = []
         self._channel = ""
         return ""
@@ -106,6 +109,8 @@ class PlaygroundConsumer(LiveConsumer):
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Take a question, a stop or a greeting."""
+        if not self._tasks:  # turned away
+            return
         try:
             message = json.loads((text_data or "")[:_MAX_MESSAGE_CHARS])
         except (ValueError, RecursionError):
@@ -210,20 +215,22 @@ class PlaygroundConsumer(LiveConsumer):
         for talk in self._talks.values():
             if talk.has_news:
                 await self._say(talk.news())
-        if not self._talks:
-            if is_self_check:
-                await self._say({"ready": True})
-            return
-        if is_self_check or self._looks_now:
-            open_pks = list(self._talks)
-            for answer in await in_thread(lambda: playground.answers_of(open_pks)):
-                await self._say(_last_words(self._talks.pop(answer.operation_pk), answer))
-            await self._explain_waiting()
-            # A sample says that it is done a moment before its row does.
-            since = time.monotonic() - _COMMIT_S
-            self._looks_now = any(talk.ended_at > since for talk in self._talks.values())
-            if self._looks_now:
-                self._news.set()
+        if self._talks and (is_self_check or self._looks_now):
+            await self._look()
+        if is_self_check and time.monotonic() - self._said_at > self.longest_silence_s:
+            await self._say({"ready": True})
+
+    async def _look(self) -> None:
+        """Tell which answers are there, and why the others are not."""
+        open_pks = list(self._talks)
+        for answer in await in_thread(lambda: playground.answers_of(open_pks)):
+            await self._say(_last_words(self._talks.pop(answer.operation_pk), answer))
+        await self._explain_waiting()
+        # A sample says that it is done a moment before its row does.
+        since = time.monotonic() - _COMMIT_S
+        self._looks_now = any(talk.ended_at > since for talk in self._talks.values())
+        if self._looks_now:
+            self._news.set()
 
     async def _explain_waiting(self) -> None:
         now = time.monotonic()
@@ -237,6 +244,7 @@ class PlaygroundConsumer(LiveConsumer):
                 await self._say(talk.message(waiting=words))
 
     async def _say(self, message: dict[str, Any]) -> None:
+        self._said_at = time.monotonic()
         await self.send(json.dumps(message, separators=(",", ":")))
 
     # -- tokens while they are drawn -----------------------------------------------------------------------

@@ -299,6 +299,8 @@ def _metadata(text: str) -> dict[str, str]:
             raise RequestInvalid(
                 f"the value of {name[:40]!r} is not UTF-8 text in base64", place="upload-metadata"
             ) from None
+    if "\0" in pairs.get("dataset", ""):  # no text of PostgreSQL's holds one; from the others it is taken out
+        raise RequestInvalid("the value of 'dataset' must not hold NUL", place="upload-metadata")
     return pairs
 
 

@@ -8,11 +8,11 @@ from runs import ids
 from runs.api.decorators import ApiRequest, Reply, json_reply
 from runs.api.sequences import consuming_seq
 from runs.api.training import future_reply, submit
-from runs.exceptions import RequestInvalid
+from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
-from runs.services import access, training_runs
+from runs.services import access, operations, training_runs
 from runs.services.operations import Submission
 from runs.services.training_runs import Start
 
@@ -73,9 +73,20 @@ def _load_into(user: User, body: requests.LoadWeights) -> Reply:
     assert body.model_id is not None
     assert body.seq_id is not None
     run = access.get_run(user, body.model_id)
-    content = {"directory": _source(user, body).directory, "path": body.path, "optimizer": body.optimizer}
-    payload = json.dumps(content, separators=(",", ":")).encode()
-    return submit(run, Submission(kind=Kind.LOAD_WEIGHTS, seq=body.seq_id, payload=payload))
+    try:
+        directory = _source(user, body).directory
+    except NotFound:
+        if not operations.is_known(run, body.seq_id):
+            raise
+        directory = ""  # it was there when this request came first; the log has its folder
+    content = {"directory": directory, "path": body.path, "optimizer": body.optimizer}
+    submission = Submission(
+        kind=Kind.LOAD_WEIGHTS,
+        seq=body.seq_id,
+        payload=json.dumps(content, separators=(",", ":")).encode(),
+        digest_of=requests.request_digest(body).encode(),  # the folder is another once the name is saved anew
+    )
+    return submit(run, submission)
 
 
 def _create_from(user: User, body: requests.LoadWeights) -> Reply:

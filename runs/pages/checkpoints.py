@@ -14,7 +14,7 @@ from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.http import require_GET, require_POST
 
 from runs import ids
-from runs.exceptions import RequestInvalid
+from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
 from runs.pages.policies import signed_in
 from runs.services import access, archives, checkpoint_facts, disk, run_rows, sampling, tallies
@@ -91,11 +91,15 @@ def delete(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRespo
 @require_POST
 def delete_many(request: HttpRequest) -> HttpResponseBase:
     """Delete the chosen checkpoints with their files."""
-    user = _user(request)
-    chosen = [
-        access.get_checkpoint(user, ids.parse_path(path)) for path in request.POST.getlist("path")[:MAX_ROWS]
-    ]
+    chosen, num_gone = [], 0
+    for path in request.POST.getlist("path")[:MAX_ROWS]:
+        try:
+            chosen.append(access.get_checkpoint(_user(request), ids.parse_path(path)))
+        except NotFound:  # deleted since the page was made, by its run for one
+            num_gone += 1
     _delete(request, chosen)
+    if num_gone:
+        messages.info(request, f"{num_gone} {'was' if num_gone == 1 else 'were'} not there any more.")
     return _back(request)
 
 

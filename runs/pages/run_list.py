@@ -19,6 +19,7 @@ from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
 from runs.pages.policies import signed_in
 from runs.services import access, base_models, keys, run_rows, training_runs, workers
+from runs.services.run_rows import MAX_WATCHED_ROWS
 from runs.services.training_runs import DisplayState
 
 PAGE_SIZE: Final = 50
@@ -71,9 +72,13 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
 @signed_in
 @require_POST
 def delete_many(request: HttpRequest) -> HttpResponseBase:
-    """Delete the chosen runs with all that they left; one that cannot be deleted now is kept and named."""
+    """Delete the chosen runs with all that they left; one that cannot be deleted now is kept and named.
+
+    The list may show some that were deleted elsewhere meanwhile; they keep no others.
+    """
     user: User = request.user  # type: ignore[assignment]
-    chosen = [access.get_run(user, run_id) for run_id in request.POST.getlist("run")[:PAGE_SIZE]]
+    wanted = set(request.POST.getlist("run")[:MAX_WATCHED_ROWS])
+    chosen = list(access.runs_of(user).filter(public_id__in=wanted))
     kept: list[str] = []
     for run in chosen:
         try:
@@ -83,6 +88,8 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
     num_deleted = len(chosen) - len(kept)
     if num_deleted:
         messages.success(request, f"{num_deleted} run{'s were' if num_deleted != 1 else ' was'} deleted.")
+    if num_gone := len(wanted) - len(chosen):
+        messages.info(request, f"{num_gone} {'was' if num_gone == 1 else 'were'} not there any more.")
     for reason in kept:
         messages.warning(request, f"{reason}.")
     return redirect("run-list")

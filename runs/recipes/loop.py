@@ -190,7 +190,9 @@ class RecipeLoop:
         if not finite:
             return False
         best_step = min(finite, key=finite.__getitem__)
-        if sum(step > best_step for step in losses) < patience:
+        # Who extends a run that was ended like this wants to see what comes after.
+        since = max(best_step, recipe_steps.extended_at(recipe))
+        if sum(step > since for step in losses) < patience:
             return False
         recipe_steps.finish_early(recipe, best_step=best_step, patience=patience)
         return True

@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+from django.db import transaction
 from django.http import HttpRequest
 from ninja import Query, Router, Status
 from pydantic import BaseModel, Field, model_validator
 
 from runs import ids
-from runs.exceptions import NotFound, ResultExpired
+from runs.exceptions import NotFound, RequestInvalid, ResultExpired
 from runs.models import Operation
 from runs.recipes.rendering import decoder_of, renderer_of
 from runs.rest.bodies import JsonBody
@@ -92,23 +93,26 @@ def ask_sample(request: HttpRequest, body: Annotated[Ask, JsonBody(...)]) -> Sta
     target = Target(base_model=body.base_model, checkpoint=body.checkpoint, run=body.run)
     weights = playground.weights_of(user, target)
     prompt = _prompt(body, weights.base_model)
-    session = sessions.create_session(user, tags=["rest"], display_name="REST")
-    held = playground.open_sampling(session, weights, seq_id=0)
-    sample = schemas.Sample.model_validate(
-        {
-            "sampling_session_id": held.public_id,
-            "seq_id": 0,
-            "num_samples": body.num_samples,
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": prompt}]},
-            "sampling_params": _params(body, weights.base_model),
-        }
-    )
-    info = base_models.get(weights.base_model)
-    if info.is_loaded:
-        schemas.check_prompt(sample, vocab_size=info.vocab_size, max_context=info.max_context)
-    payload = requests.canonical_json(sample)
-    pk = operations.submit_sample(held, Submission(kind=Operation.Kind.SAMPLE, seq=0, payload=payload))
-    sessions.finish(session, "asked")  # nothing more comes in it
+    if not prompt:
+        raise RequestInvalid("has no tokens", place="prompt")
+    with transaction.atomic():  # a refusal leaves no session behind
+        session = sessions.create_session(user, tags=["rest"], display_name="REST")
+        held = playground.open_sampling(session, weights, seq_id=0)
+        sample = schemas.Sample.model_validate(
+            {
+                "sampling_session_id": held.public_id,
+                "seq_id": 0,
+                "num_samples": body.num_samples,
+                "prompt": {"chunks": [{"type": "encoded_text", "tokens": prompt}]},
+                "sampling_params": _params(body, weights.base_model),
+            }
+        )
+        info = base_models.get(weights.base_model)
+        if info.is_loaded:
+            schemas.check_prompt(sample, vocab_size=info.vocab_size, max_context=info.max_context)
+        payload = requests.canonical_json(sample)
+        pk = operations.submit_sample(held, Submission(kind=Operation.Kind.SAMPLE, seq=0, payload=payload))
+        sessions.finish(session, "asked")  # nothing more comes in it
     return Status(202, _read(request, f"op-{pk}"))
 
 
@@ -118,7 +122,10 @@ def get_sample(
     sample_id: str,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the answer.")] = 0.0,
 ) -> SampleOut:
-    """Return the answer, or `queued` when there is none within the time; an answer is kept for a day."""
+    """Return the answer, or `queued` when there is none within the time.
+
+    The answer of a run or checkpoint of yours is kept until the run is deleted, any other for a day.
+    """
     found = _operation(request, sample_id)
     if wait and found.state == Operation.State.QUEUED:
         wait_for(found.pk, wait)

@@ -36,8 +36,9 @@ WITH kept AS (
     THEN r.applied_seq ELSE COALESCE(kept.seq, -1) END AS floor
   FROM runs_trainingrun r LEFT JOIN kept ON kept.run_id = r.id AND kept.place = %s
 )
-SELECT id, floor FROM floors WHERE floor > LEAST(payloads_gone_seq, results_gone_seq) ORDER BY id LIMIT %s
+SELECT id, floor FROM floors WHERE floor > LEAST(payloads_gone_seq, results_gone_seq) ORDER BY random() LIMIT %s
 """
+# By chance: many runs whose results are too young to go must not keep others from their turn.
 
 
 def forget() -> None:
@@ -89,7 +90,7 @@ def _forget_results(run_pk: int, floor: int, before: datetime) -> bool:
         run = _locked(run_pk)
         if run is None:
             return False
-        up_to_seq = min(floor, _read_by_recipe(run_pk, floor))
+        up_to_seq = min(floor, _read_by_recipe(run, floor))
         rows = _applied(run_pk, after_seq=run.results_gone_seq, up_to_seq=up_to_seq)
         batch = list(rows.values_list("pk", "seq", "finished_at")[:_BATCH])
         # They were finished in the order of their seq; one that was refused when it came has no such time.
@@ -113,10 +114,10 @@ def _applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> QuerySet[Operati
     )
 
 
-def _read_by_recipe(run_pk: int, floor: int) -> int:
-    """Return up to where the loop that trains the run has read the results, if there is one."""
-    recipe = Recipe.objects.filter(run_id=run_pk).first()
+def _read_by_recipe(run: TrainingRun, floor: int) -> int:
+    """Return up to where the loop that trains an open run has read the results, if there is one."""
+    recipe = Recipe.objects.filter(run=run).first() if run.state == TrainingRun.State.OPEN else None
     if recipe is None:
         return floor
-    unread = Evaluation.objects.filter(run_id=run_pk, loss=None).aggregate(first=Min("first_seq"))["first"]
+    unread = Evaluation.objects.filter(run=run, loss=None).aggregate(first=Min("first_seq"))["first"]
     return recipe.watched_seq if unread is None else min(recipe.watched_seq, unread - 1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from django.db.models import QuerySet
 
 from runs.models import Metric, TrainingRun
 
@@ -52,12 +53,12 @@ class Bucket:
 
 def points_after(run: TrainingRun, seq: int, *, limit: int = MAX_POINTS) -> list[Point]:
     """Return the run's values after a cursor, in order; whole operations only."""
-    rows = _rows(run, seq, limit + 1)
+    rows = _values(Metric.objects.filter(run=run, seq__gt=seq), limit + 1)
     if len(rows) > limit:
         cut = rows[limit][0]
         whole = [row for row in rows if row[0] < cut]
         # One operation alone may have more values than the limit; half of it would lose the other half.
-        rows = whole or [row for row in _rows(run, seq, None) if row[0] == cut]
+        rows = whole or _values(Metric.objects.filter(run=run, seq=cut))
     return [
         Point(seq=seq, step=step, name=name, value=value, recorded_at=recorded_at)
         for seq, step, name, value, recorded_at in rows
@@ -75,8 +76,11 @@ def last_seq(run: TrainingRun) -> int:
     return -1 if newest is None else newest
 
 
-def _rows(run: TrainingRun, seq: int, limit: int | None) -> list[tuple[int, int, str, float, datetime]]:
-    rows = Metric.objects.filter(run=run, seq__gt=seq).order_by("seq", "name")
+_Row: TypeAlias = tuple[int, int, str, float, datetime]
+
+
+def _values(metrics: QuerySet[Metric], limit: int | None = None) -> list[_Row]:
+    rows = metrics.order_by("seq", "name")
     return list(rows.values_list("seq", "step", "name", "value", "recorded_at")[:limit])
 
 

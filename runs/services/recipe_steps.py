@@ -16,7 +16,7 @@ from django.db.models import Q
 from django.db.models.functions import Now
 
 from runs import ids
-from runs.models import Checkpoint, Evaluation, FixedSample, Operation, Recipe, SamplingSession
+from runs.models import Checkpoint, Evaluation, FixedSample, Operation, Recipe, RunEvent, SamplingSession
 from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
 from runs.schemas.recipes import SftConfig
@@ -120,6 +120,12 @@ def finish_early(recipe: Recipe, *, best_step: int, patience: int) -> None:
             recipe_rows.note(row, "early_stopped", best_step=best_step, patience=patience)
             row.num_steps = row.next_step
             _finish(row)
+
+
+def extended_at(recipe: Recipe) -> int:
+    """Return the step from which the run was last extended, 0 when it never was."""
+    steps = RunEvent.objects.filter(run_id=recipe.run_id, kind="extended").order_by("-seq", "-pk")
+    return steps.values_list("step", flat=True).first() or 0
 
 
 def watch(recipe: Recipe) -> None:

@@ -195,11 +195,11 @@ def retry(recipe: Recipe) -> None:
         checkpoint = retry_point(row)
         if row.run.state != TrainingRun.State.OPEN or (checkpoint is None and row.next_step > row.first_step):
             raise RequestInvalid("no checkpoint to go on from; start the same run again instead")
+        row.watched_seq = row.next_seq - 1  # before the load, which the recipe must see fail
         if checkpoint is not None:
             _submit_load(row, checkpoint)
             row.next_step = checkpoint.step
             Evaluation.objects.filter(run_id=row.run_id, step__gt=checkpoint.step).delete()
-        row.watched_seq = row.next_seq - 1
         row.error = ""
         _queue(row)
         recipe_rows.note(row, "retried", from_step=row.next_step)

@@ -16,6 +16,8 @@ from runs.services.recipe_facts import Progress
 from runs.services.sparklines import Sparkline
 from runs.services.training_runs import DisplayState
 
+MAX_WATCHED_ROWS: Final = 200
+"""The most rows that an open list of runs shows and hears of."""
 WIDTH: Final = 120
 HEIGHT: Final = 28
 _PADDING: Final = 2.0

@@ -20,7 +20,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from runs.exceptions import DiskFull, NotFound, OffsetConflict, PayloadTooLarge, RequestInvalid, UploadBusy
-from runs.models import Upload, User
+from runs.models import Dataset, Upload, User
 from runs.services import access, datasets
 from runs.services.upload_files import Checksum, LockedPart, PartWriter
 
@@ -158,11 +158,15 @@ def clean_up() -> None:
 def _register(upload: Upload) -> None:
     """Make a version of the complete file; whoever calls this holds its lock."""
     path = _path(upload.public_id)
+    try:
+        dataset = upload.dataset
+    except Dataset.DoesNotExist:
+        raise NotFound("the dataset was deleted meanwhile") from None
     found = datasets.register(
         upload.owner,
         path=path,
         filename=upload.filename,
-        dataset=upload.dataset,
+        dataset=dataset,
         name=upload.metadata.get("name", ""),
         description=upload.metadata.get("description", ""),
     )

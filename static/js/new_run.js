@@ -160,6 +160,16 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// Back from the run that was started: the page is as it was left, and starts the next one.
+addEventListener("pageshow", (event) => {
+  if (event.persisted) mayStart();
+});
+
+function mayStart() {
+  isStarting = false;
+  startButton.removeAttribute("aria-disabled");
+}
+
 async function start() {
   if (isStarting) return;
   isStarting = true;
@@ -176,8 +186,7 @@ async function start() {
   } catch (error) {
     showRefusal([{ place: "", message: error.message }]);
   }
-  isStarting = false;
-  startButton.removeAttribute("aria-disabled");
+  mayStart();
 }
 
 function showRefusal(problems) {

@@ -18,9 +18,13 @@ function rowOf(html) {
 }
 
 function apply({ rows: changed }) {
-  for (const { run, html, is_new: isNew } of changed) {
-    const fresh = document.adoptNode(rowOf(html));
+  for (const { run, html, is_new: isNew, is_gone: isGone } of changed) {
     const current = body.querySelector(`[data-run="${CSS.escape(run)}"]`);
+    if (isGone) {
+      current?.remove();
+      continue;
+    }
+    const fresh = document.adoptNode(rowOf(html));
     if (current) {
       fresh.classList.toggle("is-selected", selected === run);
       const focused = document.activeElement;

@@ -12,6 +12,8 @@ export class Series {
 
   clear() {
     this.history = null;
+    // The last step of the past that came in buckets, whatever part of it is held now.
+    this.pastEnd = -Infinity;
     this.leftBehind = [];
     this.numValues = 0;
     this.facts = noFacts();
@@ -35,11 +37,11 @@ export class Series {
   }
 
   #lastStep() {
-    return this.step.at(-1) ?? this.history?.last_step.at(-1) ?? -Infinity;
+    return this.step.at(-1) ?? this.pastEnd;
   }
 
   #goBack(step) {
-    if (step <= (this.history?.last_step.at(-1) ?? -Infinity)) this.isOutdated = true;
+    if (step <= this.pastEnd) this.isOutdated = true;
     const cut = lowerBound(this.step, step);
     if (cut < this.step.length) this.leftBehind.push({ step: this.step.splice(cut), time: this.time.splice(cut), value: this.value.splice(cut) });
     this.setWeight(this.weight);
@@ -69,6 +71,7 @@ export class Series {
     if (!this.history) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0) + history.num_abandoned;
     const isFirst = !this.history;
     this.history = history;
+    this.pastEnd = Math.max(this.pastEnd, history.last_step.at(-1) ?? -Infinity);
     this.setWeight(this.weight);
     if (isFirst) this.#seeAgain();
   }

@@ -6,6 +6,7 @@ import { LiveSocket } from "./socket.js";
 const SAVE_LOOK_MS = 1500;
 const SAVE_LOOKS = 60;
 const NEAR_END_PX = 60;
+const UNLISTED = ", no longer listed";
 const ENDS = { stop: "ended by itself", length: "reached the longest answer" };
 
 class Talk {
@@ -51,6 +52,15 @@ class Talk {
       event.preventDefault();
       this.#send();
     });
+    // The browser says what is wrong at the field itself, which may be folded away.
+    this.#form.addEventListener(
+      "invalid",
+      (event) => {
+        const folded = event.target.closest("details");
+        if (folded) folded.open = true;
+      },
+      true,
+    );
     message.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -376,7 +386,9 @@ class Talk {
   }
 }
 
+// What was chosen stays chosen when it leaves the list: a conversation never goes on with other weights unasked.
 function fill(select, groups, value) {
+  const chosen = select.selectedOptions[0];
   const made = groups.map(({ label, choices }) => {
     const group = document.createElement("optgroup");
     group.label = label;
@@ -384,6 +396,10 @@ function fill(select, groups, value) {
     return group;
   });
   select.replaceChildren(...made);
+  if (chosen && ![...select.options].some((option) => option.value === value)) {
+    const label = chosen.text.endsWith(UNLISTED) ? chosen.text : chosen.text + UNLISTED;
+    select.prepend(new Option(label, value));
+  }
   if ([...select.options].some((option) => option.value === value)) select.value = value;
 }
 

@@ -72,6 +72,7 @@ async def test_what_is_promised_to_others_is_not_free(tus: Tus, settings: Settin
         ({"upload_length": "9", "upload_metadata": "filename ***"}, 422),
         ({"upload_length": "9", "upload_metadata": "filename /w=="}, 422),
         ({"upload_length": "9", "upload_metadata": "dataset ZHMtMA=="}, 404),
+        ({"upload_length": "9", "upload_metadata": "dataset AA=="}, 422),
         ({"upload_length": "9", "tus_resumable": "0.2.0"}, 412),
     ],
 )
@@ -143,6 +144,22 @@ async def test_a_file_whose_dataset_goes_is_not_kept(tus: Tus, data: bytes) -> N
     await Dataset.objects.filter(public_id=dataset).adelete()
     error_of(await tus.patch(second, 10, more[10:]), 404)
     assert await DatasetVersion.objects.filter(digest=hashlib.sha256(more).hexdigest()).acount() == 0
+
+
+async def test_a_dataset_that_goes_while_its_last_bytes_come_is_missed(tus: Tus, data: bytes) -> None:
+    path = await tus.begin(len(data))
+    await tus.patch(path, 0, data)
+    dataset = (await tus.send("GET", path)).json()["version"]["dataset"]
+    more = rows_of("goes meanwhile")
+
+    async def deleting() -> AsyncIterator[bytes]:
+        yield more[:-10]
+        await Dataset.objects.filter(public_id=dataset).adelete()
+        yield more[-10:]
+
+    second = await tus.begin(len(more), dataset=dataset)
+    error = error_of(await tus.patch(second, 0, deleting()), 404)
+    assert "deleted meanwhile" in error["detail"]
 
 
 async def test_a_complete_file_whose_end_was_lost_is_finished_later(tus: Tus, data: bytes) -> None:

@@ -136,6 +136,19 @@ async def test_load_weights_names_the_files_and_not_the_secret(
     assert await alice.submit("load_weights", body) == pk
 
 
+async def test_a_load_sent_again_is_the_same_though_its_checkpoint_was_saved_anew_or_is_gone(
+    alice: Actor, run: TrainingRun, checkpoint: Checkpoint
+) -> None:
+    body = bodies.load_weights(run, 5, path_of(checkpoint))
+    pk = await alice.submit("load_weights", body)
+    await Checkpoint.objects.filter(pk=checkpoint.pk).aupdate(directory="checkpoints/newer")
+    assert await alice.submit("load_weights", body) == pk
+    await Checkpoint.objects.filter(pk=checkpoint.pk).adelete()
+    assert await alice.submit("load_weights", body) == pk
+    assert (await payload_of(pk))["directory"] == checkpoint.directory
+    error_of(await alice.post("load_weights", bodies.load_weights(run, 6, path_of(checkpoint))), 404)
+
+
 async def test_sampler_weights_have_no_optimizer_to_load(alice: Actor, run: TrainingRun) -> None:
     sampler = await in_thread(lambda: rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER))
     reply = await alice.post("load_weights", bodies.load_weights(run, 5, path_of(sampler)))

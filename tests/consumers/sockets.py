@@ -66,7 +66,8 @@ class Socket:
         return message
 
     async def closing_code(self) -> int:
-        """Return with which code the server ends the socket."""
+        """Return with which code the server ends the socket, which it had accepted."""
+        assert self.is_open
         while True:
             reply = await self._end.receive_output(timeout=PATIENCE_S)
             if reply["type"] == "websocket.close":

@@ -298,6 +298,19 @@ async def test_waiting_is_explained(
     assert message["waiting"] == "waiting: 1 sample is before this one"
 
 
+async def test_a_page_whose_answer_waits_hears_that_the_socket_lives(
+    connect: Open, renderer: Renderer, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it takes it for dead and asks anew, behind everybody."""
+    monkeypatch.setattr(PlaygroundConsumer, "look_s", 0.1)
+    monkeypatch.setattr(PlaygroundConsumer, "longest_silence_s", 0.3)
+    socket = await connect(PATH)
+    await socket.say_json(question())
+    await asked()
+    for _ in range(3):
+        assert (await hear(socket, "ready"))["ready"] is True
+
+
 async def test_too_many_at_once_are_refused(connect: Open, renderer: Renderer, worker: Worker) -> None:
     socket = await connect(PATH)
     for number in range(5):
@@ -325,7 +338,9 @@ async def test_a_deleted_run_ends_its_answers(connect: Open, run: TrainingRun, r
 
 
 async def test_strangers_are_refused(connect: Open, cookie: str) -> None:
-    assert not (await connect(PATH, with_cookie="")).is_open
+    stranger = await connect(PATH, with_cookie="")
+    await stranger.say_json(question())
+    assert await stranger.closing_code() == 4401
     assert not (await connect(PATH, origin="https://evil.example")).is_open
     socket = await connect(PATH)
     await socket.say("nonsense")

@@ -126,17 +126,25 @@ async def test_a_bad_message_ends_the_socket(connect: Open, run: TrainingRun, me
     assert await socket.closing_code() == consumers.BAD_MESSAGE
 
 
+async def closing_code(socket: Socket) -> int:
+    """Greet as a page does, and return with which code the server ends the socket without a word."""
+    await socket.say_json({"after": -1})
+    return await socket.closing_code()
+
+
 async def test_others_are_refused(connect: Open, run: TrainingRun) -> None:
-    assert not (await connect(path(run), with_cookie="")).is_open
+    """With a code, which a browser hears of an accepted socket alone."""
+    assert await closing_code(await connect(path(run), with_cookie="")) == consumers.NOT_SIGNED_IN
     assert not (await connect(path(run), origin="https://evil.example")).is_open
-    assert not (await connect("/ws/runs/00000000-0000-4000-8000-000000000000:train:0/")).is_open
-    assert not (await connect("/ws/runs/\0/")).is_open
+    missing = "/ws/runs/00000000-0000-4000-8000-000000000000:train:0/"
+    assert await closing_code(await connect(missing)) == consumers.NOT_FOUND
+    assert await closing_code(await connect("/ws/runs/\0/")) == consumers.NOT_FOUND
 
     def give_away() -> None:
         TrainingRun.objects.filter(pk=run.pk).update(owner=seed.make_user("bob"))
 
     await sync_to_async(give_away)()
-    assert not (await connect(path(run))).is_open
+    assert await closing_code(await connect(path(run))) == consumers.NOT_FOUND
 
 
 async def test_a_run_given_away_ends_the_socket(

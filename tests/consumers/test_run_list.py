@@ -10,6 +10,7 @@ from django.db import transaction
 
 from runs import consumers, events
 from runs.models import TrainingRun, User
+from runs.services import training_runs
 from tests.consumers.conftest import Open
 from tests.consumers.sockets import Socket
 from tests.pages import seed
@@ -101,7 +102,9 @@ async def test_other_peoples_rows_are_never_sent(connect: Open, run: TrainingRun
     theirs = await sync_to_async(seed.make_run)(bob, name="bob's")
     socket = await connect(PATH)
     await socket.say_json({"rows": [theirs.public_id, run.public_id], "is_first_page": True})
-    assert [row["run"] for row in await hear_rows(socket)] == [run.public_id]
+    mine, foreign = await hear_rows(socket)
+    assert mine["run"] == run.public_id
+    assert foreign == {"run": theirs.public_id, "is_gone": True}  # as if it had never been
 
 
 @pytest.mark.parametrize("message", ['{"rows": 1}', '{"rows": [1]}', "{}", "x"])
@@ -109,3 +112,14 @@ async def test_a_bad_message_ends_the_socket(connect: Open, message: str) -> Non
     socket = await connect(PATH)
     await socket.say(message)
     assert await socket.closing_code() == consumers.BAD_MESSAGE
+
+
+async def test_a_deleted_run_leaves_the_list(connect: Open, run: TrainingRun) -> None:
+    socket = await connect(PATH)
+    other = await sync_to_async(seed.make_run)(await User.objects.aget(username="alice"))
+    await socket.say_json({"rows": [run.public_id, other.public_id], "is_first_page": True})
+    assert len(await hear_rows(socket)) == 2
+    await sync_to_async(training_runs.delete)(other)
+    assert await hear_rows(socket) == [{"run": other.public_id, "is_gone": True}]
+    for _ in range(2):
+        assert (await socket.hear())["rows"] == []

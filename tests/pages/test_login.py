@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from django.test import Client
@@ -102,6 +103,29 @@ def test_signing_in_changes_the_session_key(client: Client, alice: User) -> None
     before = session.session_key
     sign_in(client, "alice", PASSWORD)
     assert client.session.session_key != before
+
+
+@pytest.mark.parametrize(
+    ("referer", "then"),
+    [
+        ("http://testserver/runs/?q=a", "/runs/?q=a"),
+        ("https://evil.example/runs/", "/runs/"),
+        ("", "/runs/"),
+    ],
+)
+def test_a_form_that_is_sent_too_late_leads_back_to_its_page(
+    client: Client, alice: User, referer: str, then: str
+) -> None:
+    reply = client.post("/runs/try", headers={"referer": referer} if referer else {})
+    assert (reply.status_code, reply["location"]) == (302, f"/login/?{urlencode({'next': then}, safe='/')}")
+    reply = client.post(reply["location"], {"username": "alice", "password": PASSWORD, "next": then})
+    assert reply["location"] == then
+
+
+def test_the_address_of_a_form_says_what_it_is(page: Client) -> None:
+    reply = page.get("/runs/try")
+    assert (reply.status_code, reply["allow"]) == (405, "POST")
+    assert "only takes what a form sends" in reply.content.decode()
 
 
 def test_signing_out_needs_a_post(page: Client) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
+from django.core.files.storage import default_storage
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
@@ -160,6 +162,36 @@ def test_a_finished_run_is_extended_in_place(begin: Begin) -> None:
 
     assert [step for step, _ in series(recipe, "loss")] == list(range(1, 9))
     assert Checkpoint.objects.get(run=recipe.run, name="final").step == 8
+
+
+def test_a_run_that_stopped_early_trains_on_when_it_is_extended(begin: Begin) -> None:
+    recipe = ended(
+        begin(num_steps=40, eval_every=2, early_stopping=2, learning_rate=0.9, schedule="constant")
+    )
+    stopped_at = recipe.run.step
+    assert event(recipe, "early_stopped").step == stopped_at
+
+    recipes.extend(recipe, 10)
+    recipe = ended(recipe)
+
+    assert recipe.state == State.FINISHED
+    assert recipe.run.step >= stopped_at + 4  # two evaluations of the steps that were asked for
+
+
+def test_a_retry_whose_checkpoint_cannot_be_loaded_fails_again(begin: Begin, worker: Staff) -> None:
+    recipe = started(begin(num_steps=400, save_every=2), step=6)
+    worker.stop()
+    recipe_steps.fail(recipe, "for the test")
+    point = recipes.retry_point(Recipe.objects.get(pk=recipe.pk))
+    assert point is not None
+    recipes.retry(Recipe.objects.get(pk=recipe.pk))
+    shutil.rmtree(default_storage.path(point.directory))
+    worker.start()
+
+    recipe = ended(recipe)
+
+    assert recipe.state == State.FAILED
+    assert "load_weights" in recipe.error
 
 
 def test_a_checkpoint_is_saved_on_demand(begin: Begin) -> None:

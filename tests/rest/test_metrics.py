@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from runs.models import Metric, TrainingRun
 from tests.pages import seed
@@ -60,6 +62,20 @@ def test_a_series_has_a_range_and_several_names(alice: Rest, odd: TrainingRun) -
     assert len(alice.get(address(odd, "/series"))["series"]) == 6
     assert alice.get(address(odd, "/series?name=nothing"))["series"][0]["buckets"] == []
     assert alice.refused("GET", address(odd, "/series?buckets=2001"))["place"] == "buckets"
+
+
+def test_a_page_smaller_than_a_step_holds_the_whole_step_and_reads_no_more(
+    alice: Rest, odd: TrainingRun
+) -> None:
+    first = Metric.objects.filter(run=odd).order_by("seq")[0].seq
+    of_step = set(Metric.objects.filter(run=odd, seq=first).values_list("name", flat=True))
+    with CaptureQueriesContext(connection) as asked:
+        page = alice.get(address(odd, "/values?limit=1"))
+    assert {item["name"] for item in page["items"]} == of_step
+    assert len(of_step) > 1
+    assert page["has_more"]
+    values = [one["sql"] for one in asked if 'FROM "runs_metric"' in one["sql"]]
+    assert all("LIMIT" in sql or f'"seq" = {first}' in sql for sql in values), values
 
 
 def test_raw_values_come_after_a_cursor(alice: Rest, odd: TrainingRun) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from runs.models import Operation, Session, TrainingRun
 from runs.schemas import tinker_pb2 as pb
-from runs.services import commits, expired_operations, expired_samples
+from runs.services import commits, expired_operations, expired_samples, operations
 from runs.services.commits import Result
 from tests.pages import seed
 from tests.rest.client import Rest
@@ -108,6 +108,7 @@ def test_nobody_samples_from_somebody_elses_weights(alice: Rest, bob: Rest, run:
             "prompt",
         ),
         ({"prompt": "a", "base_model": "gpt-5"}, "base_model", BASE_MODEL),
+        ({"prompt": "", "base_model": BASE_MODEL, "raw": True}, "prompt", "no tokens"),
         ({"prompt": "a", "base_model": BASE_MODEL, "max_tokens": 0}, "max_tokens", "greater than"),
         ({"prompt": "a", "base_model": BASE_MODEL, "temperature": "hot"}, "temperature", "number"),
         ({"prompt": "a", "checkpoint": "one"}, "checkpoint", "tinker://"),
@@ -122,6 +123,15 @@ def test_a_request_that_cannot_be_is_named(alice: Rest, body: Any, place: str, m
     error = alice.refused("POST", "samples", body)
     assert error["place"] == place
     assert message in error["message"]
+    assert not Session.objects.exists()
+
+
+def test_a_refusal_leaves_no_session(alice: Rest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "MAX_QUEUED_SAMPLES", 1)
+    body = {"prompt": "a", "base_model": BASE_MODEL}
+    alice.post("samples", body, status=202)
+    assert alice.refused("POST", "samples", body, status=429)["code"] == "rate_limited"
+    assert Session.objects.count() == 1
 
 
 def test_a_failed_sample_says_why(alice: Rest) -> None:

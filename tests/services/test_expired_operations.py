@@ -128,6 +128,31 @@ def test_results_stay_until_the_loop_has_read_them(applied: TrainingRun, worker:
     assert with_result(applied) == [6, 7, 8]
 
 
+def test_of_an_ended_run_nobody_reads_results_any_more(applied: TrainingRun, worker: HandWorker) -> None:
+    """A discarded run ends without its loop's last look; it must not stay on the list for ever."""
+    worker.finish(Operation.objects.get(run=applied, seq=NUM_OPERATIONS + 1).pk)
+    age_results(applied, NUM_OPERATIONS + 1)
+    recipe = rows.make_recipe(applied, state="discarded")
+    Recipe.objects.filter(pk=recipe.pk).update(watched_seq=5)
+    TrainingRun.objects.filter(pk=applied.pk).update(state=TrainingRun.State.CLOSED)
+    expired_operations.forget()
+    assert with_result(applied) == []
+
+
+def test_runs_whose_results_are_young_do_not_keep_others_from_their_turn(
+    applied: TrainingRun, worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expired_operations, "_RUNS_AT_ONCE", 1)
+    runs = [applied, *(rows.make_run(applied.owner) for _ in range(2))]
+    for run in runs:
+        TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.CLOSED)
+        for operation in Operation.objects.filter(run=run, state="queued").order_by("seq"):
+            worker.finish(operation.pk)
+    for _ in range(100):
+        expired_operations.forget()
+    assert [with_payload(run) for run in runs] == [[], [], []]
+
+
 def test_an_ended_run_is_never_replayed_once_nothing_waits(applied: TrainingRun, worker: HandWorker) -> None:
     snapshot(applied, worker, 8)
     TrainingRun.objects.filter(pk=applied.pk).update(state=TrainingRun.State.CLOSED)

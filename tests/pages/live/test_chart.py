@@ -7,6 +7,7 @@ import shutil
 from datetime import timedelta
 
 import pytest
+from django.contrib.sessions.models import Session
 from django.utils import timezone
 from playwright.sync_api import Browser, Page, expect
 
@@ -204,3 +205,46 @@ def test_a_login_link_signs_in_and_a_theme_stays(browser: Browser, server: Serve
     tab.get_by_role("button", name="Sign out").click()
     tab.wait_for_url("**/login/")
     context.close()
+
+
+def test_a_page_that_comes_back_says_that_it_is_signed_out_or_its_run_gone(
+    tab: Page, server: Server, alice: User
+) -> None:
+    run, status = seed.make_run(alice), tab.locator("[data-live-state]")
+    tab.goto("/runs/")
+    expect(status).to_have_text("Live")
+    server.kill()
+    sessions = Session.objects.all()
+    kept = list(sessions)
+    sessions.delete()
+    server.start()
+    expect(status).to_have_text("Signed out")
+    Session.objects.bulk_create(kept)
+    open_run(tab, run)
+    expect(status).to_have_text("Live")
+    server.kill()
+    run.delete()
+    server.start()
+    expect(status).to_have_text("No longer there")
+
+
+def test_a_zoomed_long_run_that_goes_back_is_read_anew(tab: Page, alice: User) -> None:
+    """What is held of the past is the range alone, but the past ends where it did."""
+    tab.goto("/runs/")
+    path = tab.locator('script[src*="run_list"]').get_attribute("src") or ""
+    is_outdated = tab.evaluate(
+        """async (path) => {
+          const { Series } = await import(path);
+          const part = (first, last) => ({
+            step: [first], last_step: [last], time_s: [0], mean: [1], low: [1], high: [1], num_nonfinite: [0], num_values: [last - first + 1],
+            num_abandoned: 0, abandoned: [], smoothing: { numerator: 0, denominator: 0, step: 0 },
+          });
+          const series = new Series("loss");
+          series.setHistory(part(1, 9000));
+          series.setHistory(part(1, 100));
+          series.push(8000, 0, 1);
+          return series.isOutdated;
+        }""",
+        re.sub(r"run_list[^/]*\.js", "series.js", path),
+    )
+    assert is_outdated is True

@@ -16,6 +16,7 @@ from tests.pages.live.browser import LIVE
 from tests.pages.live.new_run_page import card, choose, error_at, field
 from tests.pages.live.server import Server
 from tests.pages.new_run_form import NEW, make_dataset, make_sizes, ref
+from tests.up.instances import wait_for
 
 pytestmark = LIVE
 
@@ -134,6 +135,17 @@ def test_two_presses_start_one_run(tab: Page, dataset: DatasetVersion) -> None:
     tab.evaluate("for (let n = 0; n < 3; n += 1) document.querySelector('[data-start]').click()")
     tab.wait_for_url("**/runs/**:train:*/")
     assert Recipe.objects.count() == 1
+
+
+def test_who_comes_back_to_the_form_starts_another_run(tab: Page, dataset: DatasetVersion) -> None:
+    tab.goto(NEW)
+    choose(tab, dataset)
+    expect(card(tab, "Steps")).to_contain_text("143")
+    tab.route("**/runs/*:train:*/", lambda route: route.fulfill(status=204))  # the form stays where it is
+    for number in (1, 2):
+        tab.locator("[data-start]").click()
+        wait_for(lambda number=number: Recipe.objects.count() == number, 60)  # type: ignore[misc]
+        tab.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
 
 
 def test_what_was_typed_is_back_after_a_reload_until_it_is_discarded(

@@ -6,8 +6,9 @@ from django.db import transaction
 from playwright.sync_api import Page, expect
 
 from runs import events
-from runs.consumers import MAX_WATCHED_ROWS
 from runs.models import TrainingRun, User
+from runs.services import training_runs
+from runs.services.run_rows import MAX_WATCHED_ROWS
 from tests.pages import seed
 from tests.pages.live.browser import LIVE, shoot
 from tests.pages.live.server import Server
@@ -55,3 +56,14 @@ def test_a_list_that_is_full_stays_live_and_says_where_the_older_ones_are(
         TrainingRun.objects.filter(pk=newest.pk).update(name="renamed since")
         events.run_changed(newest.pk, alice.pk, newest.public_id)
     expect(tab.locator(f'[data-run="{newest.public_id}"]')).to_contain_text("renamed since")
+
+
+def test_a_run_that_is_deleted_elsewhere_leaves_the_list(tab: Page, alice: User) -> None:
+    stays, goes = seed.make_run(alice, name="stays"), seed.make_run(alice, name="goes")
+    tab.goto("/runs/")
+    rows = tab.locator("[data-run]")
+    expect(rows).to_have_count(2)
+    expect(tab.locator("[data-live-state]")).to_have_text("Live")
+    training_runs.delete(goes)
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text(stays.name)

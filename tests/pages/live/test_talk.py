@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from gpuworker.worker import GpuWorker
-from runs.models import Operation, Recipe, TrainingRun, User
+from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.recipes import rendering
 from runs.schemas.requests import from_canonical
 from runs.schemas.sampling import StoredSample
@@ -90,6 +90,33 @@ def test_stopping_keeps_what_is_there(
         box(tab).get_by_role("button", name="Stop").click()
         expect(box(tab).locator('.talk-answer[data-state="stopped"]')).to_have_count(2)
     assert len(box(tab).locator(".talk-text").first.inner_text()) > 0
+
+
+def test_a_conversation_keeps_its_weights_when_they_leave_the_list(
+    tab: Page, trained: TrainingRun, worker: GpuWorker
+) -> None:
+    open_run(tab, trained)
+    chosen = box(tab).locator(".talk-weights").last
+    chosen.select_option(label="step-000001 (step 1)")
+    Checkpoint.objects.filter(run=trained).delete()
+    tab.locator('[data-part="checkpoints"]').dispatch_event("partchange")
+    expect(chosen.locator("option:checked")).to_have_text("step-000001 (step 1), no longer listed")
+    say(tab, "Who are you?")
+    expect(box(tab).locator('.talk-answer[data-state="failed"]')).to_have_count(1)
+
+
+def test_a_setting_that_cannot_be_is_shown_where_it_is_folded_away(tab: Page, alice: User) -> None:
+    tab.goto("/playground/")
+    settings = box(tab).locator("details.talk-settings")
+    settings.locator("summary").click()
+    box(tab).get_by_label("Longest answer, tokens").fill("99999")
+    settings.locator("summary").click()
+    say(tab, "Hello")
+    expect(box(tab).get_by_label("Longest answer, tokens")).to_be_focused()
+    box(tab).get_by_label("Longest answer, tokens").fill("8")
+    box(tab).get_by_label("Temperature").fill("0.72")
+    say(tab, "Hello")
+    expect(box(tab).locator(".talk-answer")).to_have_count(1)
 
 
 def test_hostile_text_stays_text(
