@@ -20,6 +20,7 @@ from django.urls import URLPattern, URLResolver, get_resolver
 from mintweb import asgi
 from runs import urls
 from runs.api.decorators import Endpoint
+from runs.consumers import NOT_SIGNED_IN
 from runs.models import User
 from runs.services import keys, workers
 
@@ -172,14 +173,17 @@ async def test_a_cookie_opens_no_endpoint() -> None:
         assert (await browser.get("/api/v1/training_runs")).status_code == 401
 
 
-async def test_no_socket_opens_for_a_stranger() -> None:
+async def test_no_socket_has_a_word_for_a_stranger() -> None:
+    """It is taken in and closed at once: only then the page hears the code that says why."""
     router: Any = URLRouter(cast(Any, urls.socket_routes))
     for address, _ in SOCKETS:
 
         async def as_stranger(scope: Any, receive: Any, send: Any) -> None:
             await router({**scope, "user": AnonymousUser()}, receive, send)
 
-        assert not await is_opened(as_stranger, filled(address)), address
+        said = await heard(as_stranger, filled(address))
+        assert [one["type"] for one in said] == ["websocket.accept", "websocket.close"], address
+        assert said[1]["code"] == NOT_SIGNED_IN, address
 
 
 @pytest.mark.parametrize("origin", [None, b"null", b"http://evil.example", b"http://localhost.evil.example"])
@@ -191,6 +195,12 @@ async def test_no_socket_opens_from_another_site(origin: bytes | None) -> None:
 
 async def is_opened(app: Any, address: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> bool:
     """Ask for a socket and say whether it was accepted."""
+    said = await heard(app, address, headers)
+    return bool(said[0]["type"] == "websocket.accept")
+
+
+async def heard(app: Any, address: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> list[dict[str, Any]]:
+    """Ask for a socket, greet as a page does, and return all that the server sends."""
     scope = {
         "type": "websocket",
         "path": f"/{address}",
@@ -200,7 +210,13 @@ async def is_opened(app: Any, address: str, headers: Sequence[tuple[bytes, bytes
     }
     communicator: Any = ApplicationCommunicator(app, scope)  # type: ignore[no-untyped-call]
     await communicator.send_input({"type": "websocket.connect"})
-    answer = await communicator.receive_output(timeout=5)
+    said = [await communicator.receive_output(timeout=5)]
+    if said[0]["type"] == "websocket.accept":
+        await communicator.send_input({"type": "websocket.receive", "text": '{"rows": [], "after": -1}'})
+        while said[-1]["type"] != "websocket.close":
+            said.append(await communicator.receive_output(timeout=5))
     await communicator.send_input({"type": "websocket.disconnect", "code": 1001})
     await communicator.wait()
-    return bool(answer["type"] == "websocket.accept")
+    while not communicator.output_queue.empty():
+        said.append(communicator.output_queue.get_nowait())
+    return said

@@ -179,7 +179,7 @@ def test_a_run_that_stopped_early_trains_on_when_it_is_extended(begin: Begin) ->
 
 
 def test_a_retry_whose_checkpoint_cannot_be_loaded_fails_again(begin: Begin, worker: Staff) -> None:
-    recipe = started(begin(num_steps=400, save_every=2), step=6)
+    recipe = started(begin(num_steps=60, save_every=2), step=6)
     worker.stop()
     recipe_steps.fail(recipe, "for the test")
     point = recipes.retry_point(Recipe.objects.get(pk=recipe.pk))
