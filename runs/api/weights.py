@@ -71,22 +71,26 @@ def weights_info(request: ApiRequest) -> Reply:
 
 def _load_into(user: User, body: requests.LoadWeights) -> Reply:
     assert body.model_id is not None
-    assert body.seq_id is not None
     run = access.get_run(user, body.model_id)
     try:
-        directory = _source(user, body).directory
+        submission = _load(body, directory=_source(user, body).directory)
     except NotFound:
-        if not operations.is_known(run, body.seq_id):
+        submission = _load(body, directory="")  # the log has the folder, if this came when it was there
+        if not operations.holds(run, submission):
             raise
-        directory = ""  # it was there when this request came first; the log has its folder
+    return submit(run, submission)
+
+
+def _load(body: requests.LoadWeights, *, directory: str) -> Submission:
+    """Return the operation; the folder, which is another once the name is saved anew, does not tell requests apart."""
+    assert body.seq_id is not None
     content = {"directory": directory, "path": body.path, "optimizer": body.optimizer}
-    submission = Submission(
+    return Submission(
         kind=Kind.LOAD_WEIGHTS,
         seq=body.seq_id,
         payload=json.dumps(content, separators=(",", ":")).encode(),
-        digest_of=requests.request_digest(body).encode(),  # the folder is another once the name is saved anew
+        digest_of=requests.request_digest(body).encode(),
     )
-    return submit(run, submission)
 
 
 def _create_from(user: User, body: requests.LoadWeights) -> Reply:

@@ -75,12 +75,12 @@ def submit(run: TrainingRun, submission: Submission) -> int:
     """
     if _is_far_ahead(run, submission.seq):
         raise RateLimited(f"{MAX_QUEUED_PER_RUN} operations of this run are waiting already")
-    if run.state != TrainingRun.State.OPEN and not is_known(run, submission.seq):
+    if run.state != TrainingRun.State.OPEN and not _is_known(run, submission.seq):
         reason = f" ({run.error})" if run.error else ""
         raise RequestInvalid(
             f"this run is {run.state}{reason}; it takes no more operations", place="model_id"
         )
-    if _is_too_late(run, submission) and not is_known(run, submission.seq):
+    if _is_too_late(run, submission) and not _is_known(run, submission.seq):
         raise SessionFinished
     try:
         pk = _insert(run.owner_id, run, None, submission)
@@ -182,8 +182,12 @@ def _is_too_late(run: TrainingRun, submission: Submission) -> bool:
     return timezone.now() - finished_at > timedelta(seconds=LATE_S)
 
 
-def is_known(run: TrainingRun, seq: int) -> bool:
-    """Say whether the run has an operation of this number."""
+def holds(run: TrainingRun, submission: Submission) -> bool:
+    """Say whether this very request is in the run's log already."""
+    return Operation.objects.filter(run=run, seq=submission.seq, payload_digest=submission.digest).exists()
+
+
+def _is_known(run: TrainingRun, seq: int) -> bool:
     return Operation.objects.filter(run=run, seq=seq).exists()
 
 
