@@ -2,11 +2,11 @@
 // Text from a model is only ever put into text nodes.
 import { getJson, postForm } from "./api.js";
 import { LiveSocket } from "./socket.js";
+import { offerWeights } from "./talk_weights.js";
 
 const SAVE_LOOK_MS = 1500;
 const SAVE_LOOKS = 60;
 const NEAR_END_PX = 60;
-const UNLISTED = ", no longer listed";
 const ENDS = { stop: "ended by itself", length: "reached the longest answer" };
 
 class Talk {
@@ -97,7 +97,7 @@ class Talk {
     if (this.#columns.length >= this.#maxColumns) return;
     const element = this.#clone("column");
     const column = { number: (this.#number += 1), element, select: element.querySelector("select") };
-    fill(column.select, this.#groups, value);
+    offerWeights(column.select, this.#groups, value);
     element.querySelector(".talk-remove").addEventListener("click", () => this.#removeColumn(column));
     this.#columns.push(column);
     this.#part("columns").append(element);
@@ -126,7 +126,7 @@ class Talk {
       return; // The choices stay as they are.
     }
     for (const { select } of this.#columns) {
-      if (document.activeElement !== select) fill(select, this.#groups, select.value);
+      if (document.activeElement !== select) offerWeights(select, this.#groups, select.value);
     }
   }
 
@@ -384,23 +384,6 @@ class Talk {
       [...turn.answers.values()].map(({ element, text }) => `[${element.querySelector(".talk-by").textContent}]\n${text}`);
     return this.#turns.map((turn) => [`[you]\n${turn.said}`, ...answersOf(turn)].join("\n\n")).join("\n\n");
   }
-}
-
-// What was chosen stays chosen when it leaves the list: a conversation never goes on with other weights unasked.
-function fill(select, groups, value) {
-  const chosen = select.selectedOptions[0];
-  const made = groups.map(({ label, choices }) => {
-    const group = document.createElement("optgroup");
-    group.label = label;
-    group.append(...choices.map((choice) => new Option(choice.label, choice.value)));
-    return group;
-  });
-  select.replaceChildren(...made);
-  if (chosen && ![...select.options].some((option) => option.value === value)) {
-    const label = chosen.text.endsWith(UNLISTED) ? chosen.text : chosen.text + UNLISTED;
-    select.prepend(new Option(label, value));
-  }
-  if ([...select.options].some((option) => option.value === value)) select.value = value;
 }
 
 function factsOf({ num_tokens: numTokens, seconds, stop_reason: reason }) {
