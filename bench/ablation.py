@@ -269,7 +269,6 @@ PARTS: Final = (
         name="rotary embedding in three kernels",
         work=_one_run,
         without=_transformers_rotation,
-        kinds=("cuda bfloat16",),
     ),
     Part(
         name="grouped products of adapters",

@@ -7,7 +7,10 @@ Axes: T rows of the packed batch, N rows of one sequence, H query heads, G key/v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from inspect import signature
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -47,12 +50,17 @@ class PackedAttention:
         """
         if query.is_cuda and query.dtype != torch.float32 and scoring.softcap is None:
             return self._attend_varlen(query, key, value, scoring)
-        heads = (query, key, value)
-        if self.max_length <= _SHORT_ROWS:
-            heads = (query.float(), key.float(), value.float())  # all at once: a call for each costs more
-        sequences = zip(*(torch.split(part, self.lengths, dim=2) for part in heads), strict=True)
-        outputs = [_attend_one(q, k, v, scoring).transpose(1, 2) for q, k, v in sequences]
-        return torch.cat(outputs, dim=1).to(query.dtype)
+        kinds = groupby(self.lengths, key=partial(_goes_by_blocks, query, scoring))
+        stretches = [(is_blocked, list(lengths)) for is_blocked, lengths in kinds]
+        rows = [sum(lengths) for _, lengths in stretches]
+        outputs = []
+        parts = (torch.split(heads, rows, dim=2) for heads in (query, key, value))
+        for (is_blocked, lengths), q, k, v in zip(stretches, *parts, strict=True):
+            if is_blocked:
+                outputs.append(attend_by_blocks(q, k, v, lengths, scaling=scoring.scaling))
+            else:
+                outputs.append(_attend_one_by_one(q, k, v, lengths, scoring))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: importing it loads its kernels
@@ -75,13 +83,23 @@ class PackedAttention:
         return cast(Tensor, output).unsqueeze(0)
 
 
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-    """Return causal attention of one sequence, on a CPU by blocks where nothing stands against it."""
-    num_rows = query.shape[2]
+def _goes_by_blocks(query: Tensor, scoring: Scoring, num_rows: int) -> bool:
+    """Return whether blocks compute a sequence: on a CPU a long one that sees all its keys, which decides by itself."""
     is_plain = scoring.softcap is None and (scoring.window is None or num_rows <= scoring.window)
-    if num_rows > _SHORT_ROWS and is_plain and not query.is_cuda:
-        return attend_by_blocks(query, key, value, scaling=scoring.scaling)
-    return attend_causal(query.float(), key.float(), value.float(), scoring).to(query.dtype)
+    return num_rows > _SHORT_ROWS and is_plain and not query.is_cuda
+
+
+def _attend_one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring
+) -> Tensor:
+    """Return causal attention of adjacent sequences, through float32: all at once, a call for each costs more.
+
+    Shapes:
+        query: (1, H, T, E); key, value: (1, G, T, E); returns (1, T, H, E).
+    """
+    heads = (torch.split(part.float(), list(lengths), dim=2) for part in (query, key, value))
+    outputs = [attend_causal(q, k, v, scoring).transpose(1, 2) for q, k, v in zip(*heads, strict=True)]
+    return torch.cat(outputs, dim=1).to(query.dtype)
 
 
 def attend_causal(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:

@@ -71,10 +71,9 @@ class BaseModel:
         self.modules = _route_projections(model, self.route)
         attention.install(model, self.route)
         norms.fuse(model)
+        rotary.fuse(model)
         if self.device.type == "cpu":
             activations.steady(model)
-        else:
-            rotary.fuse(model)
         self._decoder: nn.Module = getattr(model, str(model.base_model_prefix))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_weight = FrozenWeight(head.weight)

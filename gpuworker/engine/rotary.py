@@ -1,4 +1,4 @@
-"""Rotary embedding in three kernels each way, for a CUDA device; transformers takes five and eleven, with copies.
+"""Rotary embedding in three kernels each way; transformers takes five and eleven, with copies.
 
 It is a function of the model's source, not a module, so each attention layer gets a `forward` in which its name
 means the one here.

@@ -18,6 +18,12 @@ def heads(num_heads: int, num_rows: int, seed: int, *, dtype: torch.dtype = torc
     return values.to(dtype).requires_grad_()
 
 
+def by_blocks(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...] | list[int] = ()) -> Tensor:
+    """Return the attention of one sequence, or of several, with heads first as in torch's own: (1, H, T, E)."""
+    lengths = lengths or [query.shape[2]]
+    return attend_by_blocks(query, key, value, lengths, scaling=SCALING).transpose(1, 2)
+
+
 def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(9)
     grad = torch.randn(output.shape, generator=generator).to(output.dtype)
@@ -38,7 +44,7 @@ def test_it_gives_what_torchs_attention_in_float32_gives(
     expected = scaled_dot_product_attention(
         wide[0], wide[1], wide[2], is_causal=True, scale=SCALING, enable_gqa=True
     )
-    actual = attend_by_blocks(query, key, value, scaling=SCALING)
+    actual = by_blocks(query, key, value)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
     for one, other in zip(gradients(actual, (query, key, value)), gradients(expected, wide), strict=True):
@@ -47,17 +53,27 @@ def test_it_gives_what_torchs_attention_in_float32_gives(
 
 def test_a_row_sees_nothing_behind_it() -> None:
     query, key, value = heads(2, 300, 1), heads(2, 300, 2), heads(2, 300, 3)
-    whole = attend_by_blocks(query, key, value, scaling=SCALING)
+    whole = by_blocks(query, key, value)
     changed_key, changed_value = key.detach().clone(), value.detach().clone()
     changed_key[:, :, 280:], changed_value[:, :, 280:] = 50.0, -50.0
-    changed = attend_by_blocks(query, changed_key, changed_value, scaling=SCALING)
+    changed = by_blocks(query, changed_key, changed_value)
     assert torch.equal(changed[:, :, :280], whole[:, :, :280])
     assert not torch.equal(changed[:, :, 280:], whole[:, :, 280:])
 
 
-def test_where_a_sequence_lies_changes_no_bit() -> None:
-    query, key, value = heads(4, 290, 1), heads(2, 290, 2), heads(2, 290, 3)
-    alone = attend_by_blocks(query, key, value, scaling=SCALING)
-    wide = [torch.cat([one.new_ones(1, one.shape[1], 7, SIZE), one], dim=2) for one in (query, key, value)]
-    inner = [one[:, :, 7:] for one in wide]
-    assert torch.equal(attend_by_blocks(inner[0], inner[1], inner[2], scaling=SCALING), alone)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_a_sequence_lies_and_beside_which_changes_no_bit(dtype: torch.dtype) -> None:
+    query, key, value = (heads(count, 290, seed, dtype=dtype) for seed, count in ((1, 4), (2, 2), (3, 2)))
+    alone = by_blocks(query, key, value)
+    around = [
+        [one.new_ones(1, one.shape[1], 77, SIZE), one, one.new_ones(1, one.shape[1], 530, SIZE)]
+        for one in (query, key, value)
+    ]
+    wide = [torch.cat(parts, dim=2) for parts in around]
+    whole = by_blocks(wide[0], wide[1], wide[2], lengths=[77, 290, 530])
+    own = whole[:, :, 77:367]
+    assert torch.equal(own, alone)
+    for one, other in zip(
+        gradients(own, (query, key, value)), gradients(alone, (query, key, value)), strict=True
+    ):
+        assert torch.equal(one, other)

@@ -42,6 +42,24 @@ def test_outputs_and_gradients_are_those_of_transformers(dtype: torch.dtype) -> 
         assert ours.stride() == theirs.stride()
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("size", [20, 64])
+def test_a_row_turns_alike_beside_any_others(
+    size: int, num_threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(num_threads)
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(1, 2011, heads, size, generator=generator).transpose(1, 2) for heads in (5, 1))
+    angles = torch.randn(1, 2011, size // 2, generator=generator).repeat(1, 1, 2)
+    whole = rotary.rotate(query, key, angles.cos(), angles.sin())
+    for rows in (slice(0, 16), slice(701, 1340)):
+        alone = (part.contiguous() for part in (query[:, :, rows], key[:, :, rows], angles[:, rows]))
+        own_query, own_key, own_angles = alone
+        turned = rotary.rotate(own_query, own_key, own_angles.cos(), own_angles.sin())
+        for one, other in zip(turned, whole, strict=True):
+            assert torch.equal(one, other[:, :, rows])
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_model_computes_the_same_with_it(
     architecture: str, model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
