@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
+from typing import Final
 
 from runs import ids
 from runs.api.decorators import ApiRequest, Reply, json_reply
 from runs.api.sequences import consuming_seq
 from runs.api.training import future_reply, submit
-from runs.exceptions import NotFound, RequestInvalid
+from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
-from runs.services import access, operations, training_runs
+from runs.services import access, loads, operations, training_runs
 from runs.services.operations import Submission
 from runs.services.training_runs import Start
 
 Kind = Operation.Kind
+_FIRST_SEQ: Final = 1
+"""Of what follows a run's creation."""
 
 
 def save_weights(request: ApiRequest) -> Reply:
@@ -71,55 +74,69 @@ def weights_info(request: ApiRequest) -> Reply:
 
 def _load_into(user: User, body: requests.LoadWeights) -> Reply:
     assert body.model_id is not None
-    run = access.get_run(user, body.model_id)
-    try:
-        submission = _load(body, directory=_source(user, body).directory)
-    except NotFound:
-        submission = _load(body, directory="")  # the log has the folder, if this came when it was there
-        if not operations.holds(run, submission):
-            raise
-    return submit(run, submission)
-
-
-def _load(body: requests.LoadWeights, *, directory: str) -> Submission:
-    """Return the operation; the folder, which is another once the name is saved anew, does not tell requests apart."""
     assert body.seq_id is not None
-    content = {"directory": directory, "path": body.path, "optimizer": body.optimizer}
-    return Submission(
-        kind=Kind.LOAD_WEIGHTS,
+    run = access.get_run(user, body.model_id)
+    asked = partial(
+        loads.submission,
+        Kind.LOAD_WEIGHTS,
         seq=body.seq_id,
-        payload=json.dumps(content, separators=(",", ":")).encode(),
-        digest_of=requests.request_digest(body).encode(),
+        path=body.path,
+        with_optimizer=body.optimizer,
     )
+    # One that comes again is known: what has the name by now may be other weights, or nothing.
+    if operations.holds(run, asked()):
+        return submit(run, asked())
+    checkpoint = _source(user, body)
+    reply = submit(run, asked(directory=checkpoint.directory))
+    if body.seq_id == _FIRST_SEQ:
+        training_runs.note_parent(run, Start(checkpoint=checkpoint, with_optimizer=body.optimizer))
+    return reply
 
 
 def _create_from(user: User, body: requests.LoadWeights) -> Reply:
     assert body.session_id is not None
     assert body.model_seq_id is not None
     session = access.get_open_session(user, body.session_id)
-    checkpoint = _source(user, body)
-    if body.base_model is not None and body.base_model != checkpoint.run.base_model:
-        raise RequestInvalid(
-            f"the checkpoint was trained on {checkpoint.run.base_model!r}", place="base_model"
-        )
-    run, operation_pk = training_runs.create_run(
-        session,
-        model_seq_id=body.model_seq_id,
-        base_model=checkpoint.run.base_model,
-        lora=training_runs.lora_of(checkpoint),
-        user_metadata=body.user_metadata,
-        start=Start(checkpoint=checkpoint, path=body.path, with_optimizer=body.optimizer),
+    made = training_runs.made_before(
+        session, model_seq_id=body.model_seq_id, path=body.path, with_optimizer=body.optimizer
     )
+    if made is None:
+        checkpoint = _source(user, body)
+        if body.base_model is not None and body.base_model != checkpoint.run.base_model:
+            raise RequestInvalid(
+                f"the checkpoint was trained on {checkpoint.run.base_model!r}", place="base_model"
+            )
+        made = training_runs.create_run(
+            session,
+            model_seq_id=body.model_seq_id,
+            base_model=checkpoint.run.base_model,
+            lora=training_runs.lora_of(checkpoint),
+            user_metadata=body.user_metadata,
+            start=Start(checkpoint=checkpoint, with_optimizer=body.optimizer),
+        )
+    run, operation_pk = made
     return future_reply(operation_pk, run)
 
 
 def _source(user: User, body: requests.LoadWeights) -> Checkpoint:
     """Return the checkpoint to load: the user's, a published one, or one that `weights_access_token` opens."""
-    checkpoint = access.get_readable_checkpoint_for(
-        user, ids.parse_path(body.path), token=body.weights_access_token
-    )
+    path = ids.parse_path(body.path)
+    _refuse_unsaved(user, body, path)
+    checkpoint = access.get_readable_checkpoint_for(user, path, token=body.weights_access_token)
     if body.optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
         raise RequestInvalid(
             "sampler weights hold no optimizer state; load them with optimizer=false", place="path"
         )
     return checkpoint
+
+
+def _refuse_unsaved(user: User, body: requests.LoadWeights, path: ids.CheckpointPath) -> None:
+    """Refuse to load what the user's own run is about to save: the files are not there, or those of before."""
+    run = access.runs_of(user).filter(public_id=path.run_id).first()
+    if run is None:
+        return
+    before_seq = body.seq_id if path.run_id == body.model_id else None
+    if loads.is_being_saved(run.pk, kind=path.kind, name=path.name, before_seq=before_seq):
+        raise RequestInvalid(
+            f"{path.name!r} is still to be saved; load it when its save has been answered", place="path"
+        )

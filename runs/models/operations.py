@@ -18,7 +18,7 @@ from runs.models.workers import Worker
 class Operation(models.Model):
     """One operation on a run (ordered by seq) or of a sampling session (in any order).
 
-    The payload goes once no replay can need it, the result some time after that; a done one without a result
+    `loads_from` is the folder of weights that it reads, empty for most (see `services/loads.py`). The payload goes once no replay can need it, the result some time after that; a done one without a result
     was forgotten. `attempts` counts the workers that took it, `lone_attempts` those that tried it with nothing beside it.
     """
 
@@ -57,6 +57,7 @@ class Operation(models.Model):
     payload_file = models.CharField(max_length=200, blank=True)
     payload_digest = models.CharField(max_length=64)
     num_tokens = models.PositiveIntegerField(default=0)
+    loads_from = models.CharField(max_length=200, blank=True, db_default="")
 
     result = models.BinaryField(null=True)
     result_is_proto = models.BooleanField(default=False)
@@ -103,6 +104,12 @@ class Operation(models.Model):
                     | models.Q(result__isnull=False)
                 ),
                 name="sample_kept",
+            ),
+            models.Index(
+                fields=["loads_from"],
+                opclasses=["varchar_pattern_ops"],
+                condition=~models.Q(loads_from=""),
+                name="operation_loads_from",
             ),
             models.Index(
                 fields=["payload_file"], condition=~models.Q(payload_file=""), name="operation_payload_file"

@@ -152,20 +152,12 @@ def _rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
 
 
 def _delete(request: HttpRequest, chosen: Sequence[Checkpoint]) -> None:
-    """Delete checkpoints and say so; one that a fork still needs is kept and named."""
-    kept = []
-    for checkpoint in chosen:
-        try:
-            service.delete(checkpoint)
-        except RequestInvalid as error:
-            kept.append(f"{error.message[0].upper()}{error.message[1:]}.")
-    num_deleted = len(chosen) - len(kept)
-    if num_deleted == 1:
+    """Delete checkpoints and say so."""
+    service.delete(*chosen)
+    if len(chosen) == 1:
         messages.success(request, "1 checkpoint was deleted.")
-    elif num_deleted:
-        messages.success(request, f"{num_deleted} checkpoints were deleted.")
-    for reason in kept:
-        messages.warning(request, reason)
+    elif chosen:
+        messages.success(request, f"{len(chosen)} checkpoints were deleted.")
 
 
 def _back(request: HttpRequest) -> HttpResponseBase:

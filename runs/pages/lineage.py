@@ -11,7 +11,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 
 from runs import ids
-from runs.models import Checkpoint, Recipe, TrainingRun, User
+from runs.models import Checkpoint, TrainingRun, User
 from runs.pages.policies import signed_in
 from runs.services import access, histories, metrics, run_rows
 
@@ -52,7 +52,7 @@ def lineage_of(run: TrainingRun) -> Lineage:
         parent=_parent_of(run) if run.parent_path else None,
         forks=[_relative(fork, fork) for fork in forks[:MAX_FORKS]],
         has_more=len(forks) > MAX_FORKS,
-        continues=run.parent is not None and _continues(run),
+        continues=run.parent is not None and run.continues_parent,
     )
 
 
@@ -69,7 +69,7 @@ def ancestry(request: HttpRequest, run_id: str) -> HttpResponseBase:
 def _line_of(run: TrainingRun, user: User) -> Iterator[TrainingRun]:
     """Yield the run and its ancestors as long as each goes on where one of the user's own stood."""
     for _ in range(MAX_ANCESTORS):
-        if run.parent is None or run.parent.owner_id != user.pk or not _continues(run):
+        if run.parent is None or run.parent.owner_id != user.pk or not run.continues_parent:
             return
         yield run
         run = run.parent
@@ -102,17 +102,11 @@ def _seq_of(fork: TrainingRun, parent: TrainingRun) -> int:
     return metrics.last_seq(parent) if seq is None else seq
 
 
-def _continues(run: TrainingRun) -> bool:
-    """Say whether the run's steps go on from its parent's: it took over the optimizer's state."""
-    recipe: Recipe | None = getattr(run, "recipe", None)
-    return recipe is not None and bool(run.parent_step) and recipe.first_step == run.parent_step
-
-
 def _parent_of(run: TrainingRun) -> Relative:
     parent = run.parent
     if parent is None or parent.owner_id != run.owner_id:
         return Relative(
-            run_id="", title=run.parent_path, step=run.parent_step or 0, has_optimizer=_continues(run)
+            run_id="", title=run.parent_path, step=run.parent_step or 0, has_optimizer=run.continues_parent
         )
     return _relative(parent, run)
 
@@ -122,5 +116,5 @@ def _relative(shown: TrainingRun, fork: TrainingRun) -> Relative:
         run_id=shown.public_id,
         title=run_rows.title_of(shown),
         step=fork.parent_step or 0,
-        has_optimizer=_continues(fork),
+        has_optimizer=fork.continues_parent,
     )

@@ -80,7 +80,7 @@ def list_checkpoints(
 
 @router.post("/checkpoints/delete", response=Deleted, summary="Delete many checkpoints")
 def delete_checkpoints(request: HttpRequest, body: Annotated[DeleteCheckpoints, JsonBody(...)]) -> Deleted:
-    """Delete checkpoints with their files; when one of them does not exist, or a fork needs it, none is."""
+    """Delete checkpoints with their files; when one of them does not exist, none is."""
     paths = [ids.parse_path(path, place="paths") for path in dict.fromkeys(body.paths)]
     chosen = [access.get_checkpoint(caller(request), path) for path in paths]
     checkpoints.delete(*chosen)

@@ -280,8 +280,7 @@ def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint
     """Enter a checkpoint of an operation, and open the sampling session that it was made for, if any."""
     if new.overwrite:
         namesakes = Checkpoint.objects.filter(run_id=run.run_pk, kind=new.kind, name=new.name)
-        for old in namesakes.select_related("run"):
-            checkpoints.discard(old)
+        checkpoints.delete(*namesakes)
     checkpoint = Checkpoint.objects.create(
         owner_id=run.owner_id,
         run_id=run.run_pk,

@@ -34,8 +34,8 @@ LATE_S: Final = 60
 _INSERT = """
 INSERT INTO runs_operation
   (owner_id, run_id, sampling_session_id, seq, kind, state, payload, payload_file, payload_digest, num_tokens,
-   result_is_proto, error, error_category, fence, attempts, lone_attempts)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, 0, 0, 0)
+   result_is_proto, error, error_category, loads_from, fence, attempts, lone_attempts)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, %s, 0, 0, 0)
 ON CONFLICT DO NOTHING RETURNING id
 """
 # The row and the doorbell in one round trip; the bell rings when it commits.
@@ -47,7 +47,8 @@ class Submission:
     """One operation on its way into the log.
 
     `digest_of` is what makes a retry the same request; it differs from the payload only where a
-    client is known to change a field when it sends a request again.
+    client is known to change a field when it sends a request again. `loads_from` is the folder of weights
+    that it reads.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Submission:
     payload: bytes
     num_tokens: int = 0
     digest_of: bytes | None = None
+    loads_from: str = ""
 
     @property
     def digest(self) -> str:
@@ -142,6 +144,7 @@ def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
         0,
         str(error),
         "user",
+        "",
     ]
     with connection.cursor() as cursor:
         cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
@@ -197,6 +200,7 @@ def _insert(
     inline, file = _store(submission)
     values: list[Any] = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
     values += [Operation.State.QUEUED, inline, file, submission.digest, submission.num_tokens, "", ""]
+    values.append(submission.loads_from)
     with connection.cursor() as cursor:
         cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
         row = cursor.fetchone()

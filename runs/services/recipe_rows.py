@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -13,7 +12,7 @@ from django.db import transaction
 from runs import events
 from runs.models import Checkpoint, Operation, Recipe
 from runs.schemas import requests
-from runs.services import commits, operations
+from runs.services import commits, loads, operations, sampling
 from runs.services.operations import Submission
 
 State = Recipe.State
@@ -47,10 +46,21 @@ def locked(recipe: Recipe) -> Iterator[Recipe]:
 
 def submit(row: Recipe, kind: str, payload: bytes, *, num_tokens: int = 0) -> int:
     """Enter the locked recipe's next operation into the log and return its seq."""
-    seq = row.next_seq
-    operations.submit(row.run, Submission(kind=kind, seq=seq, payload=payload, num_tokens=num_tokens))
-    row.next_seq = seq + 1
-    return seq
+    return _enter(row, Submission(kind=kind, seq=row.next_seq, payload=payload, num_tokens=num_tokens))
+
+
+def submit_load(row: Recipe, checkpoint: Checkpoint) -> int:
+    """Submit a load of weights and optimizer state of one of the run's checkpoints."""
+    return _enter(
+        row,
+        loads.submission(
+            Operation.Kind.LOAD_WEIGHTS,
+            seq=row.next_seq,
+            path=sampling.path_of(checkpoint),
+            with_optimizer=True,
+            directory=checkpoint.directory,
+        ),
+    )
 
 
 def submit_save(row: Recipe, *, name: str, overwrite: bool = True) -> int:
@@ -63,14 +73,11 @@ def submit_save(row: Recipe, *, name: str, overwrite: bool = True) -> int:
 
 def has_saved(row: Recipe, *, name: str) -> bool:
     """Say whether the locked recipe's run has a training checkpoint of that name, or will have once it is saved."""
-    waiting = Operation.objects.filter(
-        run_id=row.run_id, kind=Operation.Kind.SAVE_WEIGHTS, state=Operation.State.QUEUED
-    )
+    kind = Checkpoint.Kind.TRAINING
     # The waiting ones first: what is done in between has its checkpoint.
-    payloads = [operations.payload_of(*one) for one in waiting.values_list("payload", "payload_file")]
     return (
-        any(json.loads(payload)["path"] == name for payload in payloads)
-        or Checkpoint.objects.filter(run_id=row.run_id, kind=Checkpoint.Kind.TRAINING, name=name).exists()
+        loads.is_being_saved(row.run_id, kind=kind, name=name)
+        or Checkpoint.objects.filter(run_id=row.run_id, kind=kind, name=name).exists()
     )
 
 
@@ -82,3 +89,9 @@ def note(row: Recipe, kind: str, **detail: Any) -> None:
 def note_at(row: Recipe, step: int, kind: str, **detail: Any) -> None:
     """Enter an event of the run at a step."""
     commits.add_event(row.run_id, seq=row.next_seq - 1, step=step, kind=kind, detail=detail)
+
+
+def _enter(row: Recipe, submission: Submission) -> int:
+    operations.submit(row.run, submission)
+    row.next_seq = submission.seq + 1
+    return submission.seq

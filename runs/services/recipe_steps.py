@@ -163,12 +163,11 @@ def end(recipe: Recipe, state: State) -> None:
 
 def delete_weights(recipe: Recipe) -> None:
     """Delete every checkpoint of the recipe's run."""
-    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id).select_related("run"):
-        checkpoints.discard(checkpoint)
+    checkpoints.delete(*Checkpoint.objects.filter(run_id=recipe.run_id))
 
 
 def prune(recipe: Recipe, *, keep: int) -> None:
-    """Delete automatic checkpoints beyond the newest ones and the best, as soon as no fork needs them.
+    """Delete automatic checkpoints beyond the newest ones and the best.
 
     Args:
         keep: how many stay, with the best.
@@ -176,9 +175,9 @@ def prune(recipe: Recipe, *, keep: int) -> None:
     rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=recipe_rows.AUTOMATIC).order_by(
         "-step"
     )
-    others = [row for row in rows.select_related("run") if row.step != recipe.best_step]
+    others = [row for row in rows if row.step != recipe.best_step]
     num_newest = keep - 1 if len(others) < len(rows) else keep
-    checkpoints.discard_unneeded(others[num_newest:])
+    checkpoints.delete(*others[num_newest:])
 
 
 # -- evaluations -----------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def drop_sampled_weights(recipe: Recipe) -> None:
         drawn = FixedSample.objects.filter(run_id=recipe.run_id, save_seq=checkpoint.seq)
         is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
         if drawn.exists() and not drawn.filter(is_open).exists():
-            checkpoints.discard(checkpoint)
+            checkpoints.delete(checkpoint)
 
 
 def has_open_samples(recipe: Recipe) -> bool:

@@ -6,7 +6,6 @@ state is made under a lock on that row and leaves an event on the run's chart.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,11 +13,11 @@ from typing import Any, Final
 from django.db import transaction
 from django.db.models.functions import Now
 
-from runs import events, ids
+from runs import events
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Evaluation, Operation, Recipe, TrainingRun, User
 from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
-from runs.services import access, recipe_checks, recipe_rows, sampling, sessions, training_runs
+from runs.services import access, recipe_checks, recipe_rows, sessions, training_runs
 from runs.services.recipe_rows import State
 from runs.services.training_runs import Lora, Start
 
@@ -197,7 +196,7 @@ def retry(recipe: Recipe) -> None:
             raise RequestInvalid("no checkpoint to go on from; start the same run again instead")
         row.watched_seq = row.next_seq - 1  # before the load, which the recipe must see fail
         if checkpoint is not None:
-            _submit_load(row, checkpoint)
+            recipe_rows.submit_load(row, checkpoint)
             row.next_step = checkpoint.step
             Evaluation.objects.filter(run_id=row.run_id, step__gt=checkpoint.step).delete()
         row.error = ""
@@ -253,7 +252,6 @@ def _make_run(
     with_optimizer: bool,
 ) -> TrainingRun:
     session = sessions.create_session(user, tags=[source], display_name=name[:200])
-    path = sampling.path_of(checkpoint) if checkpoint is not None else ""
     lora = config.lora
     run, _ = training_runs.create_run(
         session,
@@ -266,15 +264,10 @@ def _make_run(
             train_mlp=lora.train_mlp,
             train_unembed=lora.train_unembed,
         ),
-        start=None
-        if checkpoint is None
-        else Start(checkpoint=checkpoint, path=path, with_optimizer=with_optimizer),
+        start=None if checkpoint is None else Start(checkpoint=checkpoint, with_optimizer=with_optimizer),
         source=source,
         name=name[:200],
     )
-    if checkpoint is not None:
-        run.parent, run.parent_step, run.parent_path = checkpoint.run, checkpoint.step, path
-        run.save(update_fields=["parent", "parent_step", "parent_path"])
     return run
 
 
@@ -312,15 +305,6 @@ def _queue(row: Recipe) -> None:
     row.state = State.QUEUED if row.preparation else State.PREPARING
     row.queued_at = Now()
     row.ended_at = None
-
-
-def _submit_load(row: Recipe, checkpoint: Checkpoint) -> None:
-    body = {
-        "directory": checkpoint.directory,
-        "path": str(ids.CheckpointPath(row.run.public_id, checkpoint.kind, checkpoint.name)),
-        "optimizer": True,
-    }
-    recipe_rows.submit(row, Operation.Kind.LOAD_WEIGHTS, json.dumps(body, separators=(",", ":")).encode())
 
 
 def _short(value: Any) -> str:

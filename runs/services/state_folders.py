@@ -3,7 +3,7 @@
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
 higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
 holds gets a higher one here, if its last owner left something. So do folders go whose rows were deleted: at once,
-as a rule, but by this when somebody died in between or a fork had still to read the weights.
+as a rule, but by this when somebody died in between or a run had still to read the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
 from runs.models import Checkpoint, Snapshot, TrainingRun
-from runs.services import blobs, checkpoints
+from runs.services import blobs, loads
 
 _ROWS: Final[dict[str, type[Checkpoint] | type[Snapshot]]] = {
     "checkpoints": Checkpoint,
@@ -51,19 +51,23 @@ def _folders_of_runs(kind: str, turn: int) -> list[Path]:
 def _delete_orphans(kind: str, folder: Path) -> int:
     run_pk = int(folder.name)
     fence = TrainingRun.objects.filter(pk=run_pk).values_list("fence", flat=True).first()
-    if fence is None:
+    needed = set(loads.to_come(f"{kind}/{run_pk}").values_list("loads_from", flat=True))
+    if fence is None and not needed:
         blobs.delete_folder(f"{kind}/{run_pk}")
         return 1
-    if kind == "checkpoints" and checkpoints.forks_to_load(run_pk).exists():
-        return 0
-    found = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()}
+    found = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()} - needed
+    if fence is None:
+        return _delete(found)
     if any(_fence_of(name) == fence for name in found - _named(kind, run_pk)):
         fence += _raise_fence(run_pk, fence)
     # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
-    orphans = [name for name in found - _named(kind, run_pk) if _fence_of(name) < fence]
-    for name in orphans:
-        blobs.delete_folder(name)
-    return len(orphans)
+    return _delete({name for name in found - _named(kind, run_pk) if _fence_of(name) < fence})
+
+
+def _delete(folders: set[str]) -> int:
+    for folder in folders:
+        blobs.delete_folder(folder)
+    return len(folders)
 
 
 def _named(kind: str, run_pk: int) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ from runs.models import (
 )
 from runs.services import (
     base_models,
-    blobs,
-    checkpoints,
     holdups,
+    loads,
     operations,
     payload_files,
+    sampling,
     sessions,
     workers,
 )
@@ -72,7 +71,6 @@ class Start:
     """A checkpoint to start from."""
 
     checkpoint: Checkpoint
-    path: str
     with_optimizer: bool
 
 
@@ -152,12 +150,28 @@ def create_run(
                 "train_attn": lora.train_attn,
                 "train_mlp": lora.train_mlp,
                 "train_unembed": lora.train_unembed,
+                **({} if start is None else _parentage(start)),
             },
         )
         if not created:
             _check_same(run, base_model, lora)
-        submission = Submission(kind=Operation.Kind.CREATE_MODEL, seq=0, payload=_create_payload(start))
-        return run, operations.submit(run, submission)
+        return run, operations.submit(run, _creation(start))
+
+
+def made_before(
+    session: Session, *, model_seq_id: int, path: str, with_optimizer: bool
+) -> tuple[TrainingRun, int] | None:
+    """Return what `create_run` has returned to this very request; its checkpoint may be gone by now."""
+    run = TrainingRun.objects.filter(session=session, model_seq_id=model_seq_id).first()
+    creation = loads.submission(Operation.Kind.CREATE_MODEL, seq=0, path=path, with_optimizer=with_optimizer)
+    if run is None or not operations.holds(run, creation):
+        return None
+    return run, operations.submit(run, creation)
+
+
+def note_parent(run: TrainingRun, start: Start) -> None:
+    """Enter where a run started from that was made bare and loaded a checkpoint before anything else."""
+    TrainingRun.objects.filter(pk=run.pk).update(**_parentage(start))
 
 
 def lora_of(checkpoint: Checkpoint) -> Lora:
@@ -297,10 +311,10 @@ def rename(run: TrainingRun, name: str) -> None:
 def delete(run: TrainingRun) -> None:
     """Delete a run with all that it left: checkpoints, metrics, events, samples, operations, and their files.
 
-    Forks keep the path they started from. A worker that still holds the run cannot commit to it any more.
+    Forks keep the path they started from, and the files that they have still to load. A worker that still holds the run cannot commit to it any more.
 
     Raises:
-        RequestInvalid: the run trains or waits to, or a fork has not read its weights yet.
+        RequestInvalid: the run trains or waits to.
     """
     with transaction.atomic():
         # First the recipe's row, as whoever steers it does; then the run's, which operations and commits need.
@@ -314,6 +328,8 @@ def delete(run: TrainingRun) -> None:
         folders = [f"checkpoints/{row.pk}", f"snapshots/{row.pk}"]
         for kept in (Checkpoint.objects.filter(run=row), Snapshot.objects.filter(run=row)):
             folders += kept.values_list("directory", flat=True)
+        read = row.operations.exclude(loads_from="").values_list("loads_from", flat=True)
+        folders += [folder for folder in read if not loads.is_named(folder)]
         payloads = _delete_operations(row)
         row.delete()
         if row.source != TrainingRun.Source.SDK:
@@ -332,11 +348,6 @@ def obstacle_to_deletion(run: TrainingRun, recipe: Recipe | None) -> str:
     if num_waiting:
         what = "operation" if num_waiting == 1 else "operations"
         return f"a run with {num_waiting} unfinished {what}; stop its client and wait for them"
-    # A fork needs the files until its own first state is kept.
-    fork = checkpoints.forks_to_load(run.pk).first()
-    if fork is not None:
-        who, advice = checkpoints.words_for(fork, owner_id=run.owner_id)
-        return f"a run while {who} has not loaded the weights; {advice}"
     return ""
 
 
@@ -361,16 +372,32 @@ def _delete_operations(run: TrainingRun) -> list[str]:
 
 
 def _delete_files(folders: list[str], payloads: list[str]) -> None:
-    for folder in folders:
-        blobs.delete_folder(folder)
+    loads.delete_files(*folders)
     payload_files.delete_unused(payloads)
 
 
-def _create_payload(start: Start | None) -> bytes:
+def _creation(start: Start | None) -> Submission:
+    kind = Operation.Kind.CREATE_MODEL
     if start is None:
-        return b"{}"
-    load = {"directory": start.checkpoint.directory, "path": start.path, "optimizer": start.with_optimizer}
-    return json.dumps({"load": load}, separators=(",", ":")).encode()
+        return Submission(kind=kind, seq=0, payload=b"{}")
+    return loads.submission(
+        kind,
+        seq=0,
+        path=sampling.path_of(start.checkpoint),
+        with_optimizer=start.with_optimizer,
+        directory=start.checkpoint.directory,
+    )
+
+
+def _parentage(start: Start) -> dict[str, Any]:
+    """Return the columns of a run that tell what it is a fork of."""
+    checkpoint = start.checkpoint
+    return {
+        "parent": checkpoint.run,
+        "parent_step": checkpoint.step,
+        "parent_path": sampling.path_of(checkpoint),
+        "continues_parent": start.with_optimizer and checkpoint.step > 0,
+    }
 
 
 def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:

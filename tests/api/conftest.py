@@ -37,7 +37,7 @@ def database(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Itera
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
             )
         connection.close()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runs.api.decorators import in_thread
-from runs.models import Checkpoint, SamplingSession, Session, TrainingRun
+from runs.models import Checkpoint, Operation, SamplingSession, Session, TrainingRun
 from runs.services import checkpoints, keys
 from runs.services.commits import NewCheckpoint, Result
 from tests.api import bodies
@@ -149,6 +149,35 @@ async def test_a_load_sent_again_is_the_same_though_its_checkpoint_was_saved_ane
     error_of(await alice.post("load_weights", bodies.load_weights(run, 6, path_of(checkpoint))), 404)
 
 
+async def test_what_is_still_to_be_saved_cannot_be_loaded(alice: Actor, run: TrainingRun, bob: Actor) -> None:
+    own = await in_thread(lambda: rows.make_run(bob.user))
+    new = f"tinker://{run.public_id}/weights/final"
+    pk = await alice.submit("save_weights", bodies.save_weights(run, 1))
+    error = error_of(await alice.post("load_weights", bodies.load_weights(run, 2, new)), 422)
+    assert (error["place"], "still to be saved" in error["detail"]) == ("path", True)
+    error_of(await bob.post("load_weights", bodies.load_weights(own, 1, new)), 404)  # not his to know
+    saved = await in_thread(lambda: rows.make_checkpoint(run, "final"))
+    await Operation.objects.filter(pk=pk).aupdate(state="done")
+    assert saved.seq == 3
+    body = bodies.load_weights(run, 5, path_of(saved))
+    await alice.submit("save_weights", bodies.save_weights(run, 6, overwrite=True))
+    loaded = await alice.submit("load_weights", body)  # on its way while the save behind it came
+    assert await alice.submit("load_weights", body) == loaded
+    error_of(await alice.post("load_weights", bodies.load_weights(run, 7, new)), 422)
+
+
+async def test_a_run_whose_first_request_is_a_load_is_a_fork(alice: Actor, checkpoint: Checkpoint) -> None:
+    bare, later = [await in_thread(lambda: rows.make_run(alice.user)) for _ in range(2)]
+    await alice.submit("load_weights", bodies.load_weights(bare, 1, path_of(checkpoint)))
+    await alice.submit("load_weights", bodies.load_weights(later, 2, path_of(checkpoint)))
+    found = TrainingRun.objects.values_list("parent", "parent_step", "parent_path")
+    parentage = {one.pk: await found.aget(pk=one.pk) for one in (bare, later)}
+    assert parentage == {
+        bare.pk: (checkpoint.run_id, checkpoint.step, path_of(checkpoint)),
+        later.pk: (None, None, ""),
+    }
+
+
 async def test_sampler_weights_have_no_optimizer_to_load(alice: Actor, run: TrainingRun) -> None:
     sampler = await in_thread(lambda: rows.make_checkpoint(run, kind=Checkpoint.Kind.SAMPLER))
     reply = await alice.post("load_weights", bodies.load_weights(run, 5, path_of(sampler)))
@@ -196,7 +225,16 @@ async def test_a_run_is_made_from_a_checkpoint(
     row = await operation(operation_pk(reply))
     assert (row.seq, row.kind) == (0, "create_model")
     assert (await payload_of(row.pk))["load"]["directory"] == checkpoint.directory
+    assert (run.parent_id, run.parent_step, run.parent_path) == (
+        checkpoint.run_id,
+        checkpoint.step,
+        path_of(checkpoint),
+    )
+    await Checkpoint.objects.filter(pk=checkpoint.pk).aupdate(directory="checkpoints/newer")
     assert operation_pk(await alice.post("load_weights", body)) == row.pk
+    await Checkpoint.objects.filter(pk=checkpoint.pk).adelete()
+    assert operation_pk(await alice.post("load_weights", body)) == row.pk
+    error_of(await alice.post("load_weights", body | {"optimizer": False}), 404)
     assert (await alice.post("get_info", {"model_id": run_id})).json()["lora_rank"] == run.lora_rank
     await alice.submit("optim_step", bodies.optim_step(run, 1))
 

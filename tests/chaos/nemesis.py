@@ -153,7 +153,7 @@ class Nemesis:
     def _postgres_disconnect(self, fault: Fault) -> Strike:
         self._stage.rows(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE usename = current_user AND pid <> pg_backend_pid()"
+            " WHERE usename = current_user AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
         )
         return Strike(fault=fault, at=time.time())
 

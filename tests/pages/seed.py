@@ -133,6 +133,30 @@ def make_run(user: User, *, name: str = "", session: Session | None = None, **va
     )
 
 
+def make_fork(
+    user: User, checkpoint: Checkpoint, *, name: str = "fork", with_optimizer: bool = True
+) -> TrainingRun:
+    """Make a run that was started from a checkpoint and has no state of its own kept yet."""
+    parent = checkpoint.run
+    run = make_run(
+        user,
+        name=name,
+        parent=parent,
+        parent_step=checkpoint.step,
+        parent_path=str(ids.CheckpointPath(parent.public_id, checkpoint.kind, checkpoint.name)),
+        continues_parent=with_optimizer,
+    )
+    Operation.objects.create(
+        owner=user,
+        run=run,
+        seq=0,
+        kind=Operation.Kind.CREATE_MODEL,
+        state=Operation.State.DONE,
+        loads_from=checkpoint.directory,
+    )
+    return run
+
+
 def add_values(
     run: TrainingRun,
     rows: Iterable[tuple[int, int, Mapping[str, float]]],

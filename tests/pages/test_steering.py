@@ -282,12 +282,11 @@ def test_the_chart_gets_the_events_in_order_and_the_best_step(page: Client, reci
     assert "10 older" in text
 
 
-def fork_of(parent: TrainingRun, step: int, *, with_optimizer: bool = True, **values: Any) -> TrainingRun:
+def fork_of(
+    parent: TrainingRun, step: int, *, name: str = "", with_optimizer: bool = True, owner: User | None = None
+) -> TrainingRun:
     checkpoint = seed.add_checkpoint(parent, f"step-{step:06d}-{TrainingRun.objects.count()}", step=step)
-    path = f"tinker://{parent.public_id}/weights/{checkpoint.name}"
-    run = seed.make_run(
-        values.pop("owner", parent.owner), parent=parent, parent_step=step, parent_path=path, **values
-    )
+    run = seed.make_fork(owner or parent.owner, checkpoint, name=name, with_optimizer=with_optimizer)
     first = step if with_optimizer else 0
     recipe_seed.make_recipe(run, first_step=first, next_step=first)
     return run

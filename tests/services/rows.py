@@ -24,7 +24,7 @@ from runs.services import base_models, commits, operations, sampling, sessions, 
 from runs.services.base_models import BaseModelInfo
 from runs.services.commits import NewCheckpoint, Result
 from runs.services.operations import Submission
-from runs.services.training_runs import Lora
+from runs.services.training_runs import Lora, Start
 from tests.services.hand_worker import HandWorker
 
 BASE_MODEL = "mintweb/tiny"
@@ -68,6 +68,19 @@ def make_run(owner: User, *, rank: int = 8) -> TrainingRun:
     """Make a run in a session of its own, with its create_model operation waiting as seq 0."""
     session = sessions.create_session(owner)
     run, _ = training_runs.create_run(session, model_seq_id=0, base_model=BASE_MODEL, lora=Lora(rank=rank))
+    return run
+
+
+def make_fork(checkpoint: Checkpoint, owner: User, *, name: str = "child") -> TrainingRun:
+    """Make a run that starts from the checkpoint, which it has still to load."""
+    run, _ = training_runs.create_run(
+        sessions.create_session(owner),
+        model_seq_id=0,
+        base_model=BASE_MODEL,
+        lora=training_runs.lora_of(checkpoint),
+        start=Start(checkpoint=checkpoint, with_optimizer=True),
+        name=name,
+    )
     return run
 
 

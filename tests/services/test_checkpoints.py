@@ -12,9 +12,19 @@ from django.db.models.functions import Now
 from pytest_django import DjangoCaptureOnCommitCallbacks
 
 from runs import ids
-from runs.exceptions import NotFound, RequestInvalid
-from runs.models import Checkpoint, TrainingRun, User
-from runs.services import access, blobs, checkpoints, commits, recipe_steps, state_folders
+from runs.exceptions import NotFound
+from runs.models import Checkpoint, Operation, TrainingRun, User
+from runs.services import (
+    access,
+    blobs,
+    checkpoints,
+    commits,
+    loads,
+    operations,
+    recipe_steps,
+    state_folders,
+    training_runs,
+)
 from runs.services.commits import NewCheckpoint
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
@@ -26,21 +36,6 @@ def path_of(checkpoint: Checkpoint) -> ids.CheckpointPath:
 
 def folder_of(checkpoint: Checkpoint) -> Path:
     return Path(default_storage.path(checkpoint.directory))
-
-
-def fork_of(checkpoint: Checkpoint, owner: User) -> TrainingRun:
-    """Make a run that starts from the checkpoint and has not loaded it."""
-    fork = rows.make_run(owner)
-    TrainingRun.objects.filter(pk=fork.pk).update(
-        parent=checkpoint.run, parent_path=str(path_of(checkpoint)), name="child"
-    )
-    return fork
-
-
-def load(fork: TrainingRun, worker: HandWorker) -> None:
-    """Keep a first state of the fork's own."""
-    fence = worker.hold(fork).fence
-    commits.register_snapshot(fork.pk, fence=fence, seq=0, directory="snapshots/x", size_bytes=1)
 
 
 def test_deleting_removes_row_and_files(
@@ -56,24 +51,14 @@ def test_deleting_removes_row_and_files(
     assert list(Checkpoint.objects.filter(run=run)) == [two]
 
 
-def test_all_are_deleted_or_none(
-    run: TrainingRun, alice: User, django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks
+def test_many_are_deleted_at_once(
+    run: TrainingRun, django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks
 ) -> None:
-    one, two = rows.make_checkpoint(run, "one"), rows.make_checkpoint(run, "two")
-    fork = fork_of(two, alice)
-    with (
-        django_capture_on_commit_callbacks(execute=True),
-        pytest.raises(RequestInvalid, match="cannot delete two while the fork child has not loaded it"),
-    ):
-        checkpoints.delete(one, two)
-    assert set(Checkpoint.objects.filter(run=run)) == {one, two}
-    assert folder_of(one).exists()
-    TrainingRun.objects.filter(pk=fork.pk).update(state="failed")
+    one, two, three = (rows.make_checkpoint(run, name) for name in ("one", "two", "three"))
     with django_capture_on_commit_callbacks(execute=True):
-        checkpoints.delete(one, two)
-    assert not Checkpoint.objects.filter(run=run).exists()
-    assert not folder_of(one).exists()
-    assert not folder_of(two).exists()
+        checkpoints.delete(one, three)
+    assert list(Checkpoint.objects.filter(run=run)) == [two]
+    assert [folder_of(each).exists() for each in (one, two, three)] == [False, True, False]
 
 
 def test_what_is_deleted_in_vain_keeps_its_files(
@@ -101,55 +86,8 @@ def test_the_expired_are_deleted_with_their_files(
     assert set(Checkpoint.objects.filter(run=run)) == {future, lasting}
 
 
-def test_what_a_fork_has_not_loaded_yet_stays(
-    run: TrainingRun,
-    alice: User,
-    worker: HandWorker,
-    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
-) -> None:
-    checkpoint, other = rows.make_checkpoint(run, "one"), rows.make_checkpoint(run, "two")
-    fork = fork_of(checkpoint, alice)
-    Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=Now() - timedelta(seconds=1))
-    checkpoints.delete(other)
-    assert checkpoints.delete_expired() == 0
-    with pytest.raises(RequestInvalid, match="cannot delete one while the fork child has not loaded it"):
-        checkpoints.delete(checkpoint)
-    assert folder_of(checkpoint).exists()
-    load(fork, worker)
-    with django_capture_on_commit_callbacks(execute=True):
-        checkpoints.delete(checkpoint)
-    assert not folder_of(checkpoint).exists()
-
-
-def test_another_persons_fork_is_not_named(run: TrainingRun, bob: User) -> None:
-    checkpoint = rows.make_checkpoint(run, "one", is_public=True)
-    fork = fork_of(checkpoint, bob)
-    with pytest.raises(RequestInvalid, match="cannot delete one while somebody else's fork") as refused:
-        checkpoints.delete(checkpoint)
-    assert "child" not in refused.value.message
-    assert fork.public_id not in refused.value.message
-
-
-def test_pruning_leaves_what_a_fork_has_not_loaded_yet(
-    run: TrainingRun,
-    alice: User,
-    worker: HandWorker,
-    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
-) -> None:
-    made = [rows.make_checkpoint(run, f"step-{step:06d}") for step in (1, 2, 3)]
-    recipe, fork = rows.make_recipe(run, state="running"), fork_of(made[0], alice)
-    with django_capture_on_commit_callbacks(execute=True):
-        recipe_steps.prune(recipe, keep=1)
-    assert [folder_of(one).exists() for one in made] == [True, False, True]
-    assert set(Checkpoint.objects.filter(run=run)) == {made[0], made[2]}
-    load(fork, worker)
-    with django_capture_on_commit_callbacks(execute=True):
-        recipe_steps.prune(recipe, keep=1)
-    assert [folder_of(one).exists() for one in made] == [False, False, True]
-
-
-@pytest.mark.parametrize("how", ["overwritten", "discarded"])
-def test_the_files_of_weights_without_a_row_stay_until_their_fork_has_loaded_them(
+@pytest.mark.parametrize("how", ["deleted", "expired", "overwritten", "discarded", "pruned", "run deleted"])
+def test_files_stay_until_a_fork_has_loaded_them(
     run: TrainingRun,
     alice: User,
     worker: HandWorker,
@@ -158,18 +96,103 @@ def test_the_files_of_weights_without_a_row_stay_until_their_fork_has_loaded_the
     how: str,
 ) -> None:
     monkeypatch.setattr(state_folders, "NUM_TURNS", 1)
-    checkpoint = rows.make_checkpoint(run, "final", folder="5-1-aaaaaaaa")
-    fork = fork_of(checkpoint, alice)
+    checkpoint = rows.make_checkpoint(run, "step-000001", folder="5-1-aaaaaaaa")
+    other = rows.make_checkpoint(run, "step-000002", folder="6-1-bbbbbbbb")
+    fork = rows.make_fork(checkpoint, alice)
     with django_capture_on_commit_callbacks(execute=True):
-        if how == "overwritten":
-            overwrite(checkpoint, worker)
-        else:
-            recipe_steps.delete_weights(rows.make_recipe(run, state="discarding"))
+        take_away(checkpoint, how, worker)
+    state_folders.delete_orphans()
+    loads.let_go()
     assert not Checkpoint.objects.filter(run=run, directory=checkpoint.directory).exists()
-    state_folders.delete_orphans()
     assert len(list(folder_of(checkpoint).iterdir())) == len(rows.FILES)
-    load(fork, worker)
-    state_folders.delete_orphans()
+    assert folder_of(other).exists() == Checkpoint.objects.filter(pk=other.pk).exists()
+    keep_state(fork, worker)
+    loads.let_go()
+    assert not folder_of(checkpoint).exists()
+    assert not Operation.objects.exclude(loads_from="").exists()
+
+
+def take_away(checkpoint: Checkpoint, how: str, worker: HandWorker) -> None:
+    """Let a checkpoint end in one of the ways there are."""
+    run = checkpoint.run
+    if how == "deleted":
+        checkpoints.delete(checkpoint)
+    elif how == "expired":
+        Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=Now() - timedelta(seconds=1))
+        assert checkpoints.delete_expired() == 1
+    elif how == "overwritten":
+        overwrite(checkpoint, worker)
+    elif how == "discarded":
+        recipe_steps.delete_weights(rows.make_recipe(run, state="discarding"))
+    elif how == "pruned":
+        Checkpoint.objects.filter(pk=checkpoint.pk).update(step=0)
+        Checkpoint.objects.filter(run=run).exclude(pk=checkpoint.pk).update(step=1)
+        recipe_steps.prune(rows.make_recipe(run, state="running"), keep=1)
+    else:
+        Operation.objects.filter(run=run).update(state=Operation.State.DONE)
+        training_runs.delete(run)
+
+
+def keep_state(run: TrainingRun, worker: HandWorker) -> None:
+    """Keep a first state of the run's own."""
+    fence = worker.hold(run).fence
+    commits.register_snapshot(run.pk, fence=fence, seq=0, directory="snapshots/x", size_bytes=1)
+
+
+@pytest.mark.parametrize("end", ["failed", "closed", "refused", "deleted"])
+def test_files_do_not_wait_for_a_fork_that_will_not_load_them(
+    run: TrainingRun,
+    alice: User,
+    end: str,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    checkpoint = rows.make_checkpoint(run, "one")
+    fork = rows.make_fork(checkpoint, alice)
+    with django_capture_on_commit_callbacks(execute=True):
+        checkpoints.delete(checkpoint)
+    assert folder_of(checkpoint).exists()
+    if end == "refused":
+        Operation.objects.filter(run=fork).update(state=Operation.State.FAILED)
+    elif end == "deleted":
+        Operation.objects.filter(run=fork).update(state=Operation.State.DONE)
+        with django_capture_on_commit_callbacks(execute=True):
+            training_runs.delete(fork)
+    else:
+        TrainingRun.objects.filter(pk=fork.pk).update(state=end)
+    loads.let_go()
+    assert not folder_of(checkpoint).exists()
+
+
+def test_a_loaded_checkpoint_keeps_its_files(run: TrainingRun, alice: User, worker: HandWorker) -> None:
+    checkpoint = rows.make_checkpoint(run, "one")
+    keep_state(rows.make_fork(checkpoint, alice), worker)
+    loads.let_go()
+    assert folder_of(checkpoint).exists()
+
+
+def test_a_load_into_a_run_needs_its_files_until_a_later_state_is_kept(
+    run: TrainingRun,
+    worker: HandWorker,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    checkpoint = rows.make_checkpoint(run, "one")
+    seq = operations.next_seq(run)
+    load = loads.submission(
+        Operation.Kind.LOAD_WEIGHTS,
+        seq=seq,
+        path=str(path_of(checkpoint)),
+        with_optimizer=True,
+        directory=checkpoint.directory,
+    )
+    operations.submit(run, load)
+    fence = worker.hold(run).fence
+    with django_capture_on_commit_callbacks(execute=True):
+        checkpoints.delete(checkpoint)
+    for kept_seq in (seq - 1, seq):
+        loads.let_go()
+        assert folder_of(checkpoint).exists()
+        commits.register_snapshot(run.pk, fence=fence, seq=kept_seq, directory="snapshots/x", size_bytes=1)
+    loads.let_go()
     assert not folder_of(checkpoint).exists()
 
 

@@ -42,7 +42,7 @@ def test_every_way_of_making_and_losing_rows_is_counted(alice: User, bob: User, 
     Checkpoint.objects.filter(pk=first.pk).update(is_ephemeral=True, size_bytes=70)
     assert tallies.total_of(alice, Kind.CHECKPOINTS) == Total(1, 100)
     assert tallies.total_of(alice, Kind.EPHEMERAL) == Total(1, 70)
-    checkpoints.discard(second)
+    checkpoints.delete(second)
     assert tallies.total_of(alice, Kind.CHECKPOINTS) == Total(0, 0)
     fill(run, 5)
     assert tallies.total_of(alice, Kind.CHECKPOINTS) == Total(5, 15)

@@ -74,7 +74,7 @@ def test_another_run_under_the_same_number_is_refused(session: Session) -> None:
         create(session, lora=Lora(rank=4))
     run = TrainingRun.objects.get(session=session)
     assert run.lora_rank == 8
-    start = Start(checkpoint=rows.make_checkpoint(run), path="tinker://a/weights/b", with_optimizer=True)
+    start = Start(checkpoint=rows.make_checkpoint(run), with_optimizer=True)
     with pytest.raises(SequenceConflict):
         create(session, start=start)
 

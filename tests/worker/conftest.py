@@ -25,7 +25,7 @@ from runs.models import Operation, SamplingSession, TrainingRun, User, Worker
 from runs.schemas import forward_backward, requests, results
 from runs.schemas.data import DatumArrays
 from runs.schemas.forward_backward import ForwardBackwardPayload
-from runs.services import accounts, base_models, operations, sampling, sessions, training_runs
+from runs.services import accounts, base_models, blobs, loads, operations, sampling, sessions, training_runs
 from runs.services.operations import Submission
 from runs.services.training_runs import Lora
 
@@ -204,8 +204,14 @@ class Client:
 
     def load(self, directory: str, path: str, *, optimizer: bool) -> int:
         """Submit load_weights."""
-        body = json.dumps({"directory": directory, "path": path, "optimizer": optimizer}).encode()
-        return self._submit(Operation.Kind.LOAD_WEIGHTS, self.next_seq(), body)
+        load = loads.submission(
+            Operation.Kind.LOAD_WEIGHTS,
+            seq=self.next_seq(),
+            path=path,
+            with_optimizer=optimizer,
+            directory=directory,
+        )
+        return operations.submit(self.run, load)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> int:
         """Submit values measured elsewhere as metrics of a step."""
@@ -227,6 +233,9 @@ def new_client(alice: User, base_model: str) -> Callable[..., Client]:
         run, _ = training_runs.create_run(
             session, model_seq_id=model_seq_id, base_model=base_model, lora=Lora(rank=rank, seed=seed)
         )
+        blobs.delete_folder(
+            f"checkpoints/{run.pk}"
+        )  # of a run of that number in another database of these tests
         return Client(run)
 
     return make

@@ -258,6 +258,26 @@ def test_a_loaded_state_is_kept_even_when_its_checkpoint_goes(
     assert losses_of(finished(other.forward_backward(TOKENS))) == expected
 
 
+def test_a_load_reads_what_was_there_when_it_was_asked_for(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker = start_worker()
+    client, other = new_client(), new_client(seed=99)
+    client.forward_backward(TOKENS)
+    client.optim_step()
+    path = json.loads(bytes(finished(client.save("latest")).result or b""))["path"]
+    checkpoint = Checkpoint.objects.get(run=client.run, name="latest")
+    expected = losses_of(finished(client.forward_backward(TOKENS)))
+    worker.stop()
+    load = other.load(checkpoint.directory, path, optimizer=True)
+    checkpoints.delete(checkpoint)  # as a save of the same name does, or the end of its time
+
+    start_worker()
+
+    assert finished(load).state == Operation.State.DONE
+    assert losses_of(finished(other.forward_backward(TOKENS))) == expected
+
+
 def test_samples_of_deleted_weights_fail_in_words(start_worker: Start, new_client: NewClient) -> None:
     start_worker()
     client = new_client()

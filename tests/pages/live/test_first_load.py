@@ -58,8 +58,7 @@ def test_a_fork_whose_ancestors_fail_to_load_is_live_and_shows_them_later(
     parent = seed.make_run(alice, name="parent")
     seed.add_values(parent, seed.curve(50))
     checkpoint = seed.add_checkpoint(parent, "step-000040", step=40)
-    path = f"tinker://{parent.public_id}/weights/{checkpoint.name}"
-    fork = seed.make_run(alice, name="fork", parent=parent, parent_step=40, parent_path=path)
+    fork = seed.make_fork(alice, checkpoint)
     recipe_seed.make_recipe(fork, first_step=40, next_step=60)
     away = Away(tab, server, "**/ancestry.json")
     open_run(tab, fork)

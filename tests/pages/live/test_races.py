@@ -110,8 +110,7 @@ def test_a_fork_that_is_opened_before_its_first_value_shows_its_parent(
     alice: User,
 ) -> None:
     checkpoint = seed.add_checkpoint(run, "step-000040", step=40)
-    path = f"tinker://{run.public_id}/weights/{checkpoint.name}"
-    fork = seed.make_run(alice, name="fork", parent=run, parent_step=40, parent_path=path)
+    fork = seed.make_fork(alice, checkpoint)
     recipe_seed.make_recipe(fork, first_step=40, next_step=60)
     open_run(tab, fork)
     expect_live(tab)

@@ -239,8 +239,7 @@ def test_a_long_run_that_goes_back_is_read_again(tab: Page, alice: User, tokeniz
 
 def test_a_fork_goes_on_from_its_parents_curve(tab: Page, run: TrainingRun, alice: User) -> None:
     checkpoint = seed.add_checkpoint(run, "step-000040", step=40)
-    path = f"tinker://{run.public_id}/weights/{checkpoint.name}"
-    fork = seed.make_run(alice, name="fork", parent=run, parent_step=40, parent_path=path)
+    fork = seed.make_fork(alice, checkpoint)
     recipe_seed.make_recipe(fork, first_step=40, next_step=60)
     steps(fork, range(41, 61), first_seq=1, loss=1.0)
     open_run(tab, fork)
