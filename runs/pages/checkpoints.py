@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -16,6 +16,7 @@ from django.views.decorators.http import require_GET, require_POST
 from runs import ids
 from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
+from runs.pages import deletions
 from runs.pages.policies import signed_in
 from runs.services import access, archives, checkpoint_facts, disk, run_rows, sampling, tallies
 from runs.services import checkpoints as service
@@ -83,7 +84,8 @@ def download(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRes
 def delete(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpResponseBase:
     """Delete a checkpoint with its files."""
     checkpoint = access.get_checkpoint(_user(request), ids.parse_checkpoint_id(run_id, kind, name))
-    _delete(request, [checkpoint])
+    service.delete(checkpoint)
+    deletions.tell(request, "checkpoint", num_deleted=1)
     return _back(request)
 
 
@@ -97,9 +99,8 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
             chosen.append(access.get_checkpoint(_user(request), ids.parse_path(path)))
         except NotFound:  # deleted since the page was made, by its run for one
             num_gone += 1
-    _delete(request, chosen)
-    if num_gone:
-        messages.info(request, f"{num_gone} {'was' if num_gone == 1 else 'were'} not there any more.")
+    service.delete(*chosen)
+    deletions.tell(request, "checkpoint", num_deleted=len(chosen), num_gone=num_gone)
     return _back(request)
 
 
@@ -149,15 +150,6 @@ def _rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
     listed = list(checkpoints)
     facts = checkpoint_facts.facts_of(listed)
     return [row_of(checkpoint, facts.get(checkpoint.pk, checkpoint_facts.UNKNOWN)) for checkpoint in listed]
-
-
-def _delete(request: HttpRequest, chosen: Sequence[Checkpoint]) -> None:
-    """Delete checkpoints and say so."""
-    service.delete(*chosen)
-    if len(chosen) == 1:
-        messages.success(request, "1 checkpoint was deleted.")
-    elif chosen:
-        messages.success(request, f"{len(chosen)} checkpoints were deleted.")
 
 
 def _back(request: HttpRequest) -> HttpResponseBase:

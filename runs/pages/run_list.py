@@ -17,6 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
+from runs.pages import deletions
 from runs.pages.policies import signed_in
 from runs.services import access, base_models, keys, run_rows, training_runs, workers
 from runs.services.run_rows import MAX_WATCHED_ROWS
@@ -85,11 +86,7 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
             training_runs.delete(run)
         except RequestInvalid as error:
             kept.append(f"{run_rows.title_of(run)} was kept: {error.message}")
-    num_deleted = len(chosen) - len(kept)
-    if num_deleted:
-        messages.success(request, f"{num_deleted} run{'s were' if num_deleted != 1 else ' was'} deleted.")
-    if num_gone := len(wanted) - len(chosen):
-        messages.info(request, f"{num_gone} {'was' if num_gone == 1 else 'were'} not there any more.")
+    deletions.tell(request, "run", num_deleted=len(chosen) - len(kept), num_gone=len(wanted) - len(chosen))
     for reason in kept:
         messages.warning(request, f"{reason}.")
     return redirect("run-list")

@@ -1,5 +1,5 @@
 // The weights that a column of a talk may ask.
-const UNLISTED = ", no longer listed";
+const UNLISTED = "No longer listed: ";
 
 // What was chosen stays chosen when it leaves the list: a conversation never goes on with other weights unasked.
 export function offerWeights(select, groups, value) {
@@ -12,7 +12,7 @@ export function offerWeights(select, groups, value) {
   });
   select.replaceChildren(...made);
   if (chosen && ![...select.options].some((option) => option.value === value)) {
-    const label = chosen.text.endsWith(UNLISTED) ? chosen.text : chosen.text + UNLISTED;
+    const label = chosen.text.startsWith(UNLISTED) ? chosen.text : UNLISTED + chosen.text;
     select.prepend(new Option(label, value));
   }
   if ([...select.options].some((option) => option.value === value)) select.value = value;

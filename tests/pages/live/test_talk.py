@@ -100,7 +100,7 @@ def test_a_conversation_keeps_its_weights_when_they_leave_the_list(
     chosen.select_option(label="step-000001 (step 1)")
     Checkpoint.objects.filter(run=trained).delete()
     tab.locator('[data-part="checkpoints"]').dispatch_event("partchange")
-    expect(chosen.locator("option:checked")).to_have_text("step-000001 (step 1), no longer listed")
+    expect(chosen.locator("option:checked")).to_have_text("No longer listed: step-000001 (step 1)")
     say(tab, "Who are you?")
     expect(box(tab).locator('.talk-answer[data-state="failed"]')).to_have_count(1)
 
