@@ -62,7 +62,7 @@ class _BlockAttention(torch.autograd.Function):
         queries, outputs = _grouped(query, num_groups), _grouped(output.transpose(1, 2), num_groups)
         sequences, start = [], 0
         for num_rows in lengths:
-            keys, values = (heads[0, :, start : start + num_rows].contiguous() for heads in (key, value))
+            keys, values = (_copy(heads[0, :, start : start + num_rows]) for heads in (key, value))
             sequence = _Sequence(start, keys, values, [])
             for begin, end in _bounds(num_rows, query.dtype):
                 rows = slice(start + begin, start + end)
@@ -85,7 +85,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_queries = _grouped(grad_query, ctx.num_groups)
         grad_key, grad_value = grad_output.new_empty(2, 1, num_rows, ctx.num_groups, size).transpose(2, 3)
         for start, keys, values, blocks in ctx.sequences:
-            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+            grad_keys, grad_values = keys.new_zeros(2, *keys.shape, dtype=torch.float32)
             for block in blocks:
                 rows, seen = slice(start + block.start, start + block.stop), slice(block.stop)
                 grad_rows = _as_rows(grad_outputs[:, :, rows])
@@ -134,7 +134,11 @@ def _grouped(heads: Tensor, num_groups: int) -> Tensor:
 
 def _as_rows(heads: Tensor) -> Tensor:
     """Return (G, H/G, B, E) as (G, H/G x B, E)."""
-    return heads.flatten(1, 2)
+    return _copy(heads).flatten(1, 2)
+
+
+def _copy(heads: Tensor) -> Tensor:
+    return heads.clone(memory_format=torch.contiguous_format)
 
 
 def _write_rows(heads: Tensor, rows: Tensor) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Final
+from typing import Any, Final
+
+from django.db import transaction
 
 from runs import ids
 from runs.api.decorators import ApiRequest, Reply, json_reply
 from runs.api.sequences import consuming_seq
 from runs.api.training import future_reply, submit
-from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, Operation, User
+from runs.exceptions import NotFound, RequestInvalid
+from runs.models import Checkpoint, Operation, TrainingRun, User
 from runs.schemas import requests
 from runs.schemas.parsing import validate
 from runs.services import access, loads, operations, training_runs
@@ -87,10 +90,12 @@ def _load_into(user: User, body: requests.LoadWeights) -> Reply:
     if operations.holds(run, asked()):
         return submit(run, asked())
     checkpoint = _source(user, body)
-    reply = submit(run, asked(directory=checkpoint.directory))
-    if body.seq_id == _FIRST_SEQ:
-        training_runs.note_parent(run, Start(checkpoint=checkpoint, with_optimizer=body.optimizer))
-    return reply
+    _check_fits(run, checkpoint)
+    with transaction.atomic():
+        if body.seq_id == _FIRST_SEQ:
+            training_runs.note_parent(run, Start(checkpoint=checkpoint, with_optimizer=body.optimizer))
+        access.lock(checkpoint)  # or its files could go before the log says that they are needed
+        return submit(run, asked(directory=checkpoint.directory))
 
 
 def _create_from(user: User, body: requests.LoadWeights) -> Reply:
@@ -121,8 +126,14 @@ def _create_from(user: User, body: requests.LoadWeights) -> Reply:
 def _source(user: User, body: requests.LoadWeights) -> Checkpoint:
     """Return the checkpoint to load: the user's, a published one, or one that `weights_access_token` opens."""
     path = ids.parse_path(body.path)
-    _refuse_unsaved(user, body, path)
-    checkpoint = access.get_readable_checkpoint_for(user, path, token=body.weights_access_token)
+    try:
+        checkpoint = access.get_readable_checkpoint_for(user, path, token=body.weights_access_token)
+    except NotFound:
+        if any(_saves_to_come(user, path)):
+            raise _unsaved(path) from None
+        raise
+    if path.run_id == body.model_id:
+        _refuse_outdated(user, body, path)
     if body.optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
         raise RequestInvalid(
             "sampler weights hold no optimizer state; load them with optimizer=false", place="path"
@@ -130,13 +141,45 @@ def _source(user: User, body: requests.LoadWeights) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_unsaved(user: User, body: requests.LoadWeights, path: ids.CheckpointPath) -> None:
-    """Refuse to load what the user's own run is about to save: the files are not there, or those of before."""
-    run = access.runs_of(user).filter(public_id=path.run_id).first()
-    if run is None:
-        return
-    before_seq = body.seq_id if path.run_id == body.model_id else None
-    if loads.is_being_saved(run.pk, kind=path.kind, name=path.name, before_seq=before_seq):
+def _refuse_outdated(user: User, body: requests.LoadWeights, path: ids.CheckpointPath) -> None:
+    """Refuse to load what the run itself was told before to overwrite: the files are still those of before."""
+    assert body.seq_id is not None
+    for seq, request in _saves_to_come(user, path):
+        if seq < body.seq_id and request.get("overwrite"):
+            raise _unsaved(path)
+
+
+def _saves_to_come(user: User, path: ids.CheckpointPath) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield seq and request of the waiting saves to a path of the user's own."""
+    for run in access.runs_of(user).filter(public_id=path.run_id):
+        yield from loads.waiting_saves(run.pk, kind=path.kind, name=path.name)
+
+
+def _unsaved(path: ids.CheckpointPath) -> RequestInvalid:
+    return RequestInvalid(
+        f"{path.name!r} is still to be saved; load it when its save has been answered", place="path"
+    )
+
+
+def _check_fits(run: TrainingRun, checkpoint: Checkpoint) -> None:
+    """Refuse weights of another shape than the run's.
+
+    Raises:
+        RequestInvalid: base model, rank or the trained parts differ.
+    """
+    theirs = checkpoint.run
+    if theirs.base_model != run.base_model:
         raise RequestInvalid(
-            f"{path.name!r} is still to be saved; load it when its save has been answered", place="path"
+            f"the checkpoint was trained on {theirs.base_model!r}, this run trains {run.base_model!r}",
+            place="path",
         )
+    if theirs.lora_rank != run.lora_rank:
+        raise RequestInvalid(
+            f"the checkpoint has rank {theirs.lora_rank}, this run has {run.lora_rank}", place="path"
+        )
+    for part in ("train_attn", "train_mlp", "train_unembed"):
+        if getattr(theirs, part) != getattr(run, part):
+            raise RequestInvalid(
+                f"the checkpoint was trained with {part}={getattr(theirs, part)}, this run is not",
+                place="path",
+            )

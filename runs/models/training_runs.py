@@ -14,7 +14,7 @@ class TrainingRun(models.Model):
 
     `fence` and `applied_seq` carry the safety of the whole product: every commit is one
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
-    A fork names the run, step and checkpoint it started from; it `continues_parent` if it took over the optimizer's state. `num_to_replay` is above 0 while a worker
+    A fork names the run, its step and seq, and the checkpoint it started from; it `continues_parent` if it took over the optimizer's state. `num_to_replay` is above 0 while a worker
     that took the run over brings it back; `lost_at` is its former worker's last sign of life, from when that
     worker was lost until the run is back; `free_since` is when a worker last let it go. `held_up` says what
     keeps it from going on for now, and `held_up_at` when somebody last met that. Payloads and results of
@@ -69,6 +69,7 @@ class TrainingRun(models.Model):
 
     parent = models.ForeignKey("self", null=True, on_delete=models.SET_NULL, related_name="forks")
     parent_step = models.PositiveBigIntegerField(null=True)
+    parent_seq = models.BigIntegerField(null=True)
     parent_path = models.CharField(max_length=400, blank=True)
     continues_parent = models.BooleanField(default=False, db_default=False)
 

@@ -10,8 +10,7 @@ from django.http import HttpRequest, HttpResponseBase, JsonResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 
-from runs import ids
-from runs.models import Checkpoint, TrainingRun, User
+from runs.models import TrainingRun, User
 from runs.pages.policies import signed_in
 from runs.services import access, histories, metrics, run_rows
 
@@ -44,9 +43,9 @@ class Lineage:
 def lineage_of(run: TrainingRun) -> Lineage:
     """Return the run's parent and forks; the run comes from `run_rows.with_facts`."""
     forks = list(
-        TrainingRun.objects.filter(parent=run, owner_id=run.owner_id)
-        .select_related("recipe")
-        .order_by("parent_step", "pk")[: MAX_FORKS + 1]
+        TrainingRun.objects.filter(parent=run, owner_id=run.owner_id).order_by("parent_step", "pk")[
+            : MAX_FORKS + 1
+        ]
     )
     return Lineage(
         parent=_parent_of(run) if run.parent_path else None,
@@ -79,7 +78,7 @@ def _curves(fork: TrainingRun, user: User) -> dict[str, Any]:
     parent = fork.parent
     assert parent is not None
     step = fork.parent_step or 0
-    up_to_seq = _seq_of(fork, parent)
+    up_to_seq = metrics.last_seq(parent) if fork.parent_seq is None else fork.parent_seq
     series = [
         histories.history(
             parent, name, num_buckets=NUM_BUCKETS, weight=0.0, up_to_seq=up_to_seq, to_step=step
@@ -92,14 +91,6 @@ def _curves(fork: TrainingRun, user: User) -> dict[str, Any]:
         "step": step,
         "series": [asdict(one) for one in series if one.step],
     }
-
-
-def _seq_of(fork: TrainingRun, parent: TrainingRun) -> int:
-    """Return where the parent stood at the checkpoint, for one that went back later; its end if that is gone."""
-    path = ids.parse_path(fork.parent_path)
-    found = Checkpoint.objects.filter(run=parent, kind=path.kind, name=path.name, step=fork.parent_step or 0)
-    seq = found.values_list("seq", flat=True).first()
-    return metrics.last_seq(parent) if seq is None else seq
 
 
 def _parent_of(run: TrainingRun) -> Relative:

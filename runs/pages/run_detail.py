@@ -71,7 +71,6 @@ def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
             "isLarge": is_large,
             "upToSeq": metrics.last_seq(run) if is_large else -1,
             "names": metrics.names(run) if is_large else [],
-            "hasAncestry": panels["lineage"].continues,
         },
     }
     if recipe is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 
 from django.core.files.base import File
 from django.core.files.storage import default_storage
@@ -34,7 +33,8 @@ def delete(*chosen: Checkpoint) -> None:
     """
     with transaction.atomic(savepoint=False):
         Checkpoint.objects.filter(pk__in=[one.pk for one in chosen]).delete()
-        transaction.on_commit(partial(loads.delete_files, *(one.directory for one in chosen)), robust=True)
+        for one in chosen:
+            transaction.on_commit(_deletion_of(one.directory), robust=True)
 
 
 def delete_expired() -> int:
@@ -51,3 +51,12 @@ def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tu
         if with_optimizer or name in ("adapter_model.safetensors", "adapter_config.json"):
             with default_storage.open(f"{checkpoint.directory}/{name}") as file:
                 yield name, file
+
+
+def _deletion_of(folder: str) -> Callable[[], None]:
+    """Return what deletes it; Django tells of a callback that failed by a name, which `partial` makes none of."""
+
+    def delete_files() -> None:
+        loads.delete_files(folder)
+
+    return delete_files

@@ -1,17 +1,18 @@
 """Operations that read the files of a checkpoint: the creation of a run from one, and a load into a run.
 
-Such an operation names the folder. The files stay, whatever becomes of the checkpoint's row and name, until the run has
-a state of its own that was kept after the load: until then a worker has to read them, or may have to again after a crash.
+Such an operation names the folder. The files stay, whatever becomes of the checkpoint's row and name, as long as a worker
+has still to read them, or may have to again after a crash.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import orjson
-from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models import F, Q, QuerySet
 
-from runs.models import Checkpoint, Operation, Snapshot, TrainingRun
+from runs.models import Checkpoint, Operation
 from runs.services import blobs, operations
 from runs.services.operations import Submission
 
@@ -38,37 +39,36 @@ def to_come(folder: str) -> QuerySet[Operation]:
     return named.filter(Q(loads_from=folder) | Q(loads_from__startswith=f"{folder}/")).exclude(_is_over())
 
 
-def delete_files(*folders: str) -> None:
-    """Delete folders whose rows are gone, but those that have still to be read: `let_go` deletes them in time."""
-    for folder in folders:
-        if not to_come(folder).exists():
-            blobs.delete_folder(folder)
+def delete_files(folder: str) -> None:
+    """Delete a folder that no checkpoint has any more, unless it has still to be read: then `let_go` does so in time."""
+    if not to_come(folder).exists() and not _is_named(folder):
+        blobs.delete_folder(folder)
 
 
 def let_go() -> None:
     """Forget which folders were read by loads that are over, and delete those that no checkpoint has any more."""
     loads = Operation.objects.exclude(loads_from="").filter(_is_over())
     over = dict(loads.values_list("pk", "loads_from")[:_BATCH])
-    delete_files(*(folder for folder in set(over.values()) if not is_named(folder)))
+    for folder in set(over.values()):
+        delete_files(folder)
     Operation.objects.filter(pk__in=over).update(loads_from="")
 
 
-def is_named(folder: str) -> bool:
-    """Say whether a checkpoint has its files there."""
-    run_pk = folder.split("/")[1]  # see `gpuworker.snapshots.new_directory`
-    return Checkpoint.objects.filter(run_id=int(run_pk), directory=folder).exists()
-
-
-def is_being_saved(run_pk: int, *, kind: str, name: str, before_seq: int | None = None) -> bool:
-    """Say whether a waiting operation of a run, before this seq if that is given, saves weights under this name."""
+def waiting_saves(run_pk: int, *, kind: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield seq and request of the operations of a run that are going to save weights under a name."""
     save = Kind.SAVE_WEIGHTS if kind == Checkpoint.Kind.TRAINING else Kind.SAVE_WEIGHTS_FOR_SAMPLER
     waiting = Operation.objects.filter(run_id=run_pk, kind=save, state=Operation.State.QUEUED)
-    if before_seq is not None:
-        waiting = waiting.filter(seq__lt=before_seq)
-    payloads = [operations.payload_of(*one) for one in waiting.values_list("payload", "payload_file")]
-    return any(orjson.loads(payload).get("path") == name for payload in payloads)
+    for seq, payload, payload_file in waiting.values_list("seq", "payload", "payload_file"):
+        request = orjson.loads(operations.payload_of(payload, payload_file))
+        if request.get("path") == name:
+            yield seq, request
 
 
 def _is_over() -> Q:
-    kept = Snapshot.objects.filter(run=OuterRef("run"), seq__gte=OuterRef("seq"))
-    return Q(Exists(kept)) | Q(state=Operation.State.FAILED) | ~Q(run__state=TrainingRun.State.OPEN)
+    """The payload of a load goes when no replay can need it, and so may the files (see `expired_operations`)."""
+    return Q(state=Operation.State.FAILED) | Q(run__payloads_gone_seq__gte=F("seq"))
+
+
+def _is_named(folder: str) -> bool:
+    run_pk = folder.split("/")[1]  # see `gpuworker.snapshots.new_directory`
+    return Checkpoint.objects.filter(run_id=int(run_pk), directory=folder).exists()

@@ -12,7 +12,7 @@ from django.db import transaction
 from runs import events
 from runs.models import Checkpoint, Operation, Recipe
 from runs.schemas import requests
-from runs.services import commits, loads, operations, sampling
+from runs.services import access, commits, loads, operations, sampling
 from runs.services.operations import Submission
 
 State = Recipe.State
@@ -50,7 +50,12 @@ def submit(row: Recipe, kind: str, payload: bytes, *, num_tokens: int = 0) -> in
 
 
 def submit_load(row: Recipe, checkpoint: Checkpoint) -> int:
-    """Submit a load of weights and optimizer state of one of the run's checkpoints."""
+    """Submit a load of weights and optimizer state of one of the run's checkpoints.
+
+    Raises:
+        NotFound: it was deleted meanwhile.
+    """
+    access.lock(checkpoint)
     return _enter(
         row,
         loads.submission(
@@ -76,7 +81,7 @@ def has_saved(row: Recipe, *, name: str) -> bool:
     kind = Checkpoint.Kind.TRAINING
     # The waiting ones first: what is done in between has its checkpoint.
     return (
-        loads.is_being_saved(row.run_id, kind=kind, name=name)
+        any(loads.waiting_saves(row.run_id, kind=kind, name=name))
         or Checkpoint.objects.filter(run_id=row.run_id, kind=kind, name=name).exists()
     )
 

@@ -8,6 +8,7 @@ as a rule, but by this when somebody died in between or a run had still to read 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -50,24 +51,21 @@ def _folders_of_runs(kind: str, turn: int) -> list[Path]:
 
 def _delete_orphans(kind: str, folder: Path) -> int:
     run_pk = int(folder.name)
+    orphans = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()}
     fence = TrainingRun.objects.filter(pk=run_pk).values_list("fence", flat=True).first()
-    needed = set(loads.to_come(f"{kind}/{run_pk}").values_list("loads_from", flat=True))
-    if fence is None and not needed:
-        blobs.delete_folder(f"{kind}/{run_pk}")
-        return 1
-    found = {f"{kind}/{run_pk}/{path.name}" for path in folder.iterdir()} - needed
+    if fence is not None:
+        if any(_fence_of(name) == fence for name in orphans - _named(kind, run_pk)):
+            fence += _raise_fence(run_pk, fence)
+        # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
+        orphans = {name for name in orphans - _named(kind, run_pk) if _fence_of(name) < fence}
+    # Last the loads: whoever asked for one of a row that is gone by now has entered it.
+    orphans -= set(loads.to_come(f"{kind}/{run_pk}").values_list("loads_from", flat=True))
+    for name in orphans:
+        blobs.delete_folder(name)
     if fence is None:
-        return _delete(found)
-    if any(_fence_of(name) == fence for name in found - _named(kind, run_pk)):
-        fence += _raise_fence(run_pk, fence)
-    # First the fence, then the rows: what was entered under an older fence is there to be seen by now.
-    return _delete({name for name in found - _named(kind, run_pk) if _fence_of(name) < fence})
-
-
-def _delete(folders: set[str]) -> int:
-    for folder in folders:
-        blobs.delete_folder(folder)
-    return len(folders)
+        with contextlib.suppress(OSError):  # something is left in it
+            folder.rmdir()
+    return len(orphans)
 
 
 def _named(kind: str, run_pk: int) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from django.db import connection, transaction
-from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, When
+from django.db.models import Case, Exists, F, Manager, OuterRef, Q, QuerySet, Subquery, When
 from django.db.models.functions import Coalesce, Now
 
 from runs import events, ids
@@ -28,7 +28,9 @@ from runs.models import (
     TrainingRun,
 )
 from runs.services import (
+    access,
     base_models,
+    blobs,
     holdups,
     loads,
     operations,
@@ -124,6 +126,7 @@ def create_run(
 
     Raises:
         RequestInvalid: the base model or rank cannot be served, or the number holds another run.
+        NotFound: the checkpoint to start from was deleted meanwhile.
     """
     info = base_models.get(base_model)
     if model_seq_id > _MAX_MODEL_SEQ_ID:
@@ -155,6 +158,8 @@ def create_run(
         )
         if not created:
             _check_same(run, base_model, lora)
+        if start is not None:
+            access.lock(start.checkpoint)  # or its files could go before the log says that they are needed
         return run, operations.submit(run, _creation(start))
 
 
@@ -325,16 +330,14 @@ def delete(run: TrainingRun) -> None:
         obstacle = obstacle_to_deletion(row, recipe)
         if obstacle:
             raise RequestInvalid(f"cannot delete {obstacle}", place="state")
-        folders = [f"checkpoints/{row.pk}", f"snapshots/{row.pk}"]
-        for kept in (Checkpoint.objects.filter(run=row), Snapshot.objects.filter(run=row)):
-            folders += kept.values_list("directory", flat=True)
-        read = row.operations.exclude(loads_from="").values_list("loads_from", flat=True)
-        folders += [folder for folder in read if not loads.is_named(folder)]
+        snapshots = [f"snapshots/{row.pk}", *_folders(row.snapshots)]
+        weights = [f"checkpoints/{row.pk}", *_folders(row.checkpoints)]
+        weights += row.operations.exclude(loads_from="").values_list("loads_from", flat=True)
         payloads = _delete_operations(row)
         row.delete()
         if row.source != TrainingRun.Source.SDK:
             Session.objects.filter(pk=row.session_id).delete()
-        transaction.on_commit(partial(_delete_files, folders, payloads))
+        transaction.on_commit(partial(_delete_files, snapshots, weights, payloads))
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
@@ -371,8 +374,15 @@ def _delete_operations(run: TrainingRun) -> list[str]:
     return payloads
 
 
-def _delete_files(folders: list[str], payloads: list[str]) -> None:
-    loads.delete_files(*folders)
+def _folders(states: Manager[Checkpoint] | Manager[Snapshot]) -> Iterable[str]:
+    return states.values_list("directory", flat=True)
+
+
+def _delete_files(snapshots: list[str], weights: list[str], payloads: list[str]) -> None:
+    for folder in snapshots:
+        blobs.delete_folder(folder)
+    for folder in weights:
+        loads.delete_files(folder)
     payload_files.delete_unused(payloads)
 
 
@@ -396,6 +406,7 @@ def _parentage(start: Start) -> dict[str, Any]:
         "parent": checkpoint.run,
         "parent_step": checkpoint.step,
         "parent_path": sampling.path_of(checkpoint),
+        "parent_seq": checkpoint.seq,
         "continues_parent": start.with_optimizer and checkpoint.step > 0,
     }
 

@@ -25,6 +25,7 @@ const VALIDATION = "validation_loss";
 const AXES = ["step", "tokens", "time"];
 // The lines of ancestors, by the name of their chart.
 const ancestry = new Map();
+let hasAncestors = false;
 const tokenAxis = new TokenAxis();
 let cursor = settings.isLarge ? settings.upToSeq : -1;
 let zoom = null;
@@ -111,6 +112,13 @@ async function loadAncestry() {
     }
   }
   scheduleDraw();
+}
+
+// A client makes a run and has it load a checkpoint: it becomes a fork while its page is open.
+function lookForAncestors({ dataset }) {
+  if (hasAncestors || !("continues" in dataset)) return;
+  hasAncestors = true;
+  loads.add(loadAncestry);
 }
 
 const loads = new Loads(showProblem);
@@ -387,12 +395,13 @@ document.addEventListener("visibilitychange", () => {
 
 document.addEventListener("partchange", ({ target }) => {
   if (target.dataset.part === "events") charts.get("loss")?.setMarks(readMarks());
+  if (target.dataset.part === "lineage") lookForAncestors(target);
 });
 connectSteering(document.querySelector("[data-part='steering']"), refreshNow);
 
 readAddress();
 await loads.add(loadPast);
-if (settings.hasAncestry) loads.add(loadAncestry);
+lookForAncestors(document.querySelector("[data-part='lineage']"));
 new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {
   hello: () => ({ after: cursor }),
   onMessage,

@@ -164,18 +164,60 @@ async def test_what_is_still_to_be_saved_cannot_be_loaded(alice: Actor, run: Tra
     loaded = await alice.submit("load_weights", body)  # on its way while the save behind it came
     assert await alice.submit("load_weights", body) == loaded
     error_of(await alice.post("load_weights", bodies.load_weights(run, 7, new)), 422)
+    other = await in_thread(lambda: rows.make_run(alice.user))
+    await alice.submit("load_weights", bodies.load_weights(other, 1, new))  # which knows no order of the two
 
 
 async def test_a_run_whose_first_request_is_a_load_is_a_fork(alice: Actor, checkpoint: Checkpoint) -> None:
     bare, later = [await in_thread(lambda: rows.make_run(alice.user)) for _ in range(2)]
     await alice.submit("load_weights", bodies.load_weights(bare, 1, path_of(checkpoint)))
     await alice.submit("load_weights", bodies.load_weights(later, 2, path_of(checkpoint)))
-    found = TrainingRun.objects.values_list("parent", "parent_step", "parent_path")
+    found = TrainingRun.objects.values_list("parent", "parent_step", "parent_path", "parent_seq")
     parentage = {one.pk: await found.aget(pk=one.pk) for one in (bare, later)}
     assert parentage == {
-        bare.pk: (checkpoint.run_id, checkpoint.step, path_of(checkpoint)),
-        later.pk: (None, None, ""),
+        bare.pk: (checkpoint.run_id, checkpoint.step, path_of(checkpoint), checkpoint.seq),
+        later.pk: (None, None, "", None),
     }
+
+
+@pytest.mark.parametrize(
+    ("step", "optimizer", "continues"), [(3, True, True), (3, False, False), (0, True, False)]
+)
+async def test_a_fork_goes_on_where_its_parent_stood_with_the_optimizers_state(
+    alice: Actor, checkpoint: Checkpoint, session: Session, step: int, optimizer: bool, continues: bool
+) -> None:
+    await Checkpoint.objects.filter(pk=checkpoint.pk).aupdate(step=step)
+    path = path_of(checkpoint)
+    made = {"session_id": session.public_id, "model_seq_id": 2, "path": path, "optimizer": optimizer}
+    bare = await in_thread(lambda: rows.make_run(alice.user))
+    pks = [
+        operation_pk(await alice.post("load_weights", made)),
+        await alice.submit("load_weights", bodies.load_weights(bare, 1, path, optimizer=optimizer)),
+    ]
+    async for load in Operation.objects.filter(pk__in=pks).select_related("run"):
+        assert load.loads_from == checkpoint.directory
+        assert load.run is not None
+        assert load.run.continues_parent == continues
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora_rank": 16}, "the checkpoint has rank 8, this run has 16"),
+        ({"train_mlp": False}, "train_mlp=True"),
+        ({"base_model": "other"}, "this run trains 'other'"),
+    ],
+)
+async def test_weights_of_another_shape_are_refused_before_they_are_asked_for(
+    alice: Actor, checkpoint: Checkpoint, changes: dict[str, Any], reason: str
+) -> None:
+    run = await in_thread(lambda: rows.make_run(alice.user))
+    await TrainingRun.objects.filter(pk=run.pk).aupdate(**changes)
+    error = error_of(await alice.post("load_weights", bodies.load_weights(run, 1, path_of(checkpoint))), 422)
+    assert reason in error["detail"]
+    assert error["place"] == "path"
+    await run.arefresh_from_db()
+    assert run.parent_path == ""
 
 
 async def test_sampler_weights_have_no_optimizer_to_load(alice: Actor, run: TrainingRun) -> None:

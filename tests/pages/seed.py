@@ -143,6 +143,7 @@ def make_fork(
         name=name,
         parent=parent,
         parent_step=checkpoint.step,
+        parent_seq=checkpoint.seq,
         parent_path=str(ids.CheckpointPath(parent.public_id, checkpoint.kind, checkpoint.name)),
         continues_parent=with_optimizer,
     )
@@ -267,7 +268,7 @@ def add_checkpoint(
     age_h: float = 1.0,
 ) -> Checkpoint:
     """Enter a checkpoint with real files."""
-    directory = f"checkpoints/{run.pk}-{kind}-{name}"
+    directory = f"checkpoints/{run.pk}/{kind}-{name}"
     for file_name, content in (
         ("adapter_config.json", json.dumps({"r": run.lora_rank}).encode()),
         ("adapter_model.safetensors", bytes(range(256)) * 40),

@@ -19,6 +19,7 @@ from runs.services import (
     blobs,
     checkpoints,
     commits,
+    expired_operations,
     loads,
     operations,
     recipe_steps,
@@ -106,7 +107,7 @@ def test_files_stay_until_a_fork_has_loaded_them(
     assert not Checkpoint.objects.filter(run=run, directory=checkpoint.directory).exists()
     assert len(list(folder_of(checkpoint).iterdir())) == len(rows.FILES)
     assert folder_of(other).exists() == Checkpoint.objects.filter(pk=other.pk).exists()
-    keep_state(fork, worker)
+    keep_states(fork, worker)
     loads.let_go()
     assert not folder_of(checkpoint).exists()
     assert not Operation.objects.exclude(loads_from="").exists()
@@ -133,10 +134,13 @@ def take_away(checkpoint: Checkpoint, how: str, worker: HandWorker) -> None:
         training_runs.delete(run)
 
 
-def keep_state(run: TrainingRun, worker: HandWorker) -> None:
-    """Keep a first state of the run's own."""
+def keep_states(run: TrainingRun, worker: HandWorker) -> None:
+    """Keep states of the run's own, so that its first operation is never done again."""
     fence = worker.hold(run).fence
-    commits.register_snapshot(run.pk, fence=fence, seq=0, directory="snapshots/x", size_bytes=1)
+    Operation.objects.filter(run=run).update(state=Operation.State.DONE)
+    for seq in (0, 1):
+        commits.register_snapshot(run.pk, fence=fence, seq=seq, directory="snapshots/0/x", size_bytes=1)
+    expired_operations.forget()
 
 
 @pytest.mark.parametrize("end", ["failed", "closed", "refused", "deleted"])
@@ -158,19 +162,21 @@ def test_files_do_not_wait_for_a_fork_that_will_not_load_them(
         with django_capture_on_commit_callbacks(execute=True):
             training_runs.delete(fork)
     else:
-        TrainingRun.objects.filter(pk=fork.pk).update(state=end)
+        Operation.objects.filter(run=fork).update(state=Operation.State.DONE)
+        TrainingRun.objects.filter(pk=fork.pk).update(state=end, applied_seq=0)
+    expired_operations.forget()
     loads.let_go()
     assert not folder_of(checkpoint).exists()
 
 
 def test_a_loaded_checkpoint_keeps_its_files(run: TrainingRun, alice: User, worker: HandWorker) -> None:
     checkpoint = rows.make_checkpoint(run, "one")
-    keep_state(rows.make_fork(checkpoint, alice), worker)
+    keep_states(rows.make_fork(checkpoint, alice), worker)
     loads.let_go()
     assert folder_of(checkpoint).exists()
 
 
-def test_a_load_into_a_run_needs_its_files_until_a_later_state_is_kept(
+def test_a_load_into_a_run_needs_its_files_until_two_later_states_are_kept(
     run: TrainingRun,
     worker: HandWorker,
     django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
@@ -186,12 +192,15 @@ def test_a_load_into_a_run_needs_its_files_until_a_later_state_is_kept(
     )
     operations.submit(run, load)
     fence = worker.hold(run).fence
+    Operation.objects.filter(run=run).update(state=Operation.State.DONE)
     with django_capture_on_commit_callbacks(execute=True):
         checkpoints.delete(checkpoint)
-    for kept_seq in (seq - 1, seq):
+    for kept_seq in (seq - 1, seq, seq + 1):  # the newest may turn out to be torn
+        expired_operations.forget()
         loads.let_go()
         assert folder_of(checkpoint).exists()
-        commits.register_snapshot(run.pk, fence=fence, seq=kept_seq, directory="snapshots/x", size_bytes=1)
+        commits.register_snapshot(run.pk, fence=fence, seq=kept_seq, directory="snapshots/0/x", size_bytes=1)
+    expired_operations.forget()
     loads.let_go()
     assert not folder_of(checkpoint).exists()
 
@@ -211,7 +220,11 @@ def overwrite(checkpoint: Checkpoint, worker: HandWorker) -> None:
     run = TrainingRun.objects.get(pk=checkpoint.run_id)
     seq = run.applied_seq + 1
     new = NewCheckpoint(
-        kind=checkpoint.kind, name=checkpoint.name, directory="checkpoints/new", size_bytes=1, overwrite=True
+        kind=checkpoint.kind,
+        name=checkpoint.name,
+        directory=f"checkpoints/{run.pk}/new",
+        size_bytes=1,
+        overwrite=True,
     )
     step = applied(rows.optim_step(run, seq), seq, checkpoint=new)
     assert commits.commit_all([commit_of(worker.hold(run), [step], from_seq=run.applied_seq)]) == [True]
