@@ -1,0 +1,64 @@
+"""Migrations that change rows, on rows as the version before wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.db.migrations.executor import MigrationExecutor
+
+from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
+from runs.services import loads, operations, sampling
+from tests.services import rows
+
+BEFORE, AFTER = ("runs", "0013_prompts_by_digest"), ("runs", "0014_weights_read")
+
+
+@pytest.fixture
+def newest(transactional_db: None) -> Iterator[None]:
+    """Bring the tables back to the newest version afterwards, whatever happens."""
+    yield
+    executor = MigrationExecutor(connection)
+    executor.migrate(executor.loader.graph.leaf_nodes())
+
+
+def migrate(target: tuple[str, str]) -> None:
+    MigrationExecutor(connection).migrate([target])
+
+
+def test_loads_and_forks_of_before_are_known(newest: None) -> None:
+    alice: User = rows.make_user("alice")
+    parent = rows.make_run(alice)
+    checkpoint = rows.make_checkpoint(parent)
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(step=7)
+    fork, bare = rows.make_fork(checkpoint, alice), rows.make_run(alice)
+    rows.make_recipe(fork, state="running")
+    Recipe.objects.filter(run=fork).update(first_step=7)
+    path = sampling.path_of(checkpoint)
+    load = loads.submission(
+        Operation.Kind.LOAD_WEIGHTS, seq=1, path=path, with_optimizer=False, directory=checkpoint.directory
+    )
+    pk = operations.submit(bare, load)
+    expected = facts()
+    Operation.objects.filter(loads_from=checkpoint.directory).update(payload_digest="of before")
+    TrainingRun.objects.update(parent_step=None)
+    TrainingRun.objects.filter(pk=fork.pk).update(parent_step=7)
+
+    migrate(BEFORE)
+    migrate(AFTER)
+
+    assert facts() == expected
+    assert Operation.objects.filter(loads_from=checkpoint.directory).count() == 2
+    assert operations.submit(bare, load) == pk
+    fork.refresh_from_db()
+    assert (fork.continues_parent, fork.parent_seq) == (True, checkpoint.seq)
+    assert not TrainingRun.objects.exclude(pk=fork.pk).filter(continues_parent=True).exists()
+
+
+def facts() -> list[tuple[Any, ...]]:
+    """Return what every operation is known by, and what it reads."""
+    found = Operation.objects.order_by("pk").values_list("pk", "payload_digest", "loads_from", "payload")
+    return [(*own, json.loads(bytes(payload or b""))) for *own, payload in found]
