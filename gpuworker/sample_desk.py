@@ -272,8 +272,10 @@ class SampleDesk:
     def _collect(self, server: VllmSampler) -> None:
         for request_id, outcome in server.step():
             if isinstance(outcome, Refusal):
-                self._engines_own.add(int(request_id))
-                self._begin(self._open[int(request_id)].taken)
+                refused = self._close(int(request_id))
+                assert refused is not None
+                self._engines_own.add(refused.taken.pk)
+                self._begin(refused.taken)
             else:
                 self._answer(int(request_id), outcome)
 

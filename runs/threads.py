@@ -9,7 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connections
+from django.db import (
+    DatabaseError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    close_old_connections,
+    connections,
+)
+from psycopg.errors import ReadOnlySqlTransaction
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -36,14 +44,19 @@ def database_thread(name: str, target: Callable[[], None]) -> threading.Thread:
 
 
 def until_reachable(action: Callable[[], Result]) -> Result:
-    """Repeat a database action, which must be safe to repeat, for as long as the database is away."""
+    """Repeat a database action, which must be safe to repeat, for as long as the database is away or takes no writes."""
     while True:
         try:
             return action()
         except (OperationalError, InterfaceError) as error:
             close_old_connections()
             logger.warning("the database does not answer, trying again: %s", error)
-            time.sleep(_RETRY_S)
+        except InternalError as error:
+            if not isinstance(error.__cause__, ReadOnlySqlTransaction):
+                raise
+            connections.close_all()  # another server may be the one that takes writes by now
+            logger.warning("the database takes no writes, trying again: %s", error)
+        time.sleep(_RETRY_S)
 
 
 def with_connection(call: Callable[[], Result]) -> Result:

@@ -186,7 +186,7 @@ def release_run(run_pk: int, worker: Worker, *, fence: int, is_lost: bool = Fals
             held.update(worker=None, free_since=Now(), lost_at=Coalesce("lost_at", Now()))
         elif held.update(worker=None, free_since=Now()):
             waiting = Operation.objects.filter(run_id=run_pk, worker=worker, state=Operation.State.QUEUED)
-            waiting.update(worker=None, attempts=Greatest(F("attempts") - 1, 0))
+            waiting.update(worker=None, attempts=Greatest(F("attempts") - 1, 0), lone_attempts=0)
             events.ring_workers()
 
 

@@ -274,6 +274,13 @@ def _register_checkpoints(run: RunCommit) -> None:
     for op in run.operations:
         if op.checkpoint is not None:
             register_checkpoint(run, op, op.checkpoint)
+        elif op.result.error:
+            _withdraw_owed(run, op)
+
+
+def _withdraw_owed(run: RunCommit, op: AppliedOperation) -> None:
+    """Give up weights that a former owner has promised with an early answer and that cannot be made any more."""
+    Checkpoint.objects.filter(run_id=run.run_pk, seq=op.seq, is_ephemeral=True, size_bytes=0).delete()
 
 
 def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:

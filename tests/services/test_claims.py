@@ -170,6 +170,19 @@ def test_each_worker_that_takes_it_counts_an_attempt_and_notes_the_start(
     assert taken.waited_s >= 0
 
 
+@pytest.mark.parametrize(("is_lost", "expected"), [(False, (0, 0)), (True, (1, 2))])
+def test_what_is_let_go_in_order_has_had_no_attempt_alone_either(
+    run: TrainingRun, worker: HandWorker, is_lost: bool, expected: tuple[int, int]
+) -> None:
+    fence = worker.hold(run).fence
+    (taken,) = claims.take_operations(worker.row, {run.pk: -1}, limit=1)
+    for _ in range(2):  # as one does that waits for a storage that is away
+        claims.count_lone_attempt(taken.pk)
+    claims.release_run(run.pk, worker.row, fence=fence, is_lost=is_lost)
+    left = Operation.objects.get(pk=taken.pk)
+    assert (left.attempts, left.lone_attempts) == expected
+
+
 def test_a_run_that_is_let_go_in_order_leaves_no_attempts_behind(
     run: TrainingRun, worker: HandWorker
 ) -> None:

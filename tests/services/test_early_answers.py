@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from runs.models import Checkpoint, Operation, SamplingSession, TrainingRun, User
 from runs.services import claims, commits, early_answers, operations, sample_claims, workers
-from runs.services.commits import NewCheckpoint, RunCommit
+from runs.services.commits import NewCheckpoint, Result, RunCommit
 from runs.services.operations import Submission
 from tests.services import rows
 from tests.services.hand_worker import HandWorker, applied, commit_of
@@ -51,6 +51,22 @@ def test_it_is_answered_and_not_applied(run: TrainingRun, worker: HandWorker) ->
     run.refresh_from_db()
     assert run.applied_seq == 1
     assert Checkpoint.objects.get(run=run).size_bytes == 77
+
+
+def test_a_promise_that_cannot_be_kept_is_taken_back(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    commit, new = save_of(run, worker)
+    early_answers.give(commit, new)
+    sampling_session = SamplingSession.objects.get(run=run)
+    pk = rows.sample(sampling_session, 0)
+    (op,) = commit.operations
+    no_room = replace(op, result=Result(error="no room", category="server"))
+    assert commits.commit_all([replace(commit, operations=[no_room])]) == [True]
+    assert Operation.objects.get(run=run, seq=1).state == "done"
+    assert not Checkpoint.objects.exists()
+    (taken,) = sample_claims.take_samples(worker.row, MODELS, limit=9)
+    assert (taken.pk, taken.is_lost) == (pk, True)
 
 
 def test_only_the_owner_answers(run: TrainingRun, worker: HandWorker) -> None:

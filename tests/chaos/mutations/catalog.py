@@ -296,8 +296,8 @@ MUTATIONS: Final = (
         name="only dead folders are swept",
         protects_from="a checkpoint that is about to be entered is deleted",
         file="runs/services/state_folders.py",
-        find="for name in found - _named(kind, run_pk) if _fence_of(name) < fence]",
-        replace="for name in found - _named(kind, run_pk)]",
+        find="for name in orphans - _named(kind, run_pk) if _fence_of(name) < fence}",
+        replace="for name in orphans - _named(kind, run_pk)}",
         red=("tests/services/test_state_folders.py::test_what_the_owner_may_yet_enter_stays",),
     ),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from django.db import transaction
 from pytest_django.fixtures import Settings
 
 from gpuworker import sample_desk, vllm_servers
@@ -191,6 +192,24 @@ def test_an_adapter_that_the_server_does_not_take_is_sampled_by_the_engine(
     wait_for(lambda: "some by the engine: LoRA rank 8 is greater" in words_of(worker), what="the reason")
     assert tokens(answer(ask(session_of(alice, cases.MODEL, None)))) == [captured("greedy")]
     assert len(server.completions()) == 1
+
+
+def test_what_the_server_refused_waits_for_its_weights_beside_what_is_tried_alone(
+    start: Start,
+    server: Replay,
+    new_client: Callable[..., Client],
+    alice: User,
+    session: SamplingSession,
+) -> None:
+    worker = start()
+    own = saved(new_client(), alice)
+    worker.stop()
+    server.refused_adapters = "LoRA rank 8 is greater than max_lora_rank 4."
+    start()  # the engine has to read the weights
+    with transaction.atomic():
+        refused, suspicious = ask(own), ask(session)
+        Operation.objects.filter(pk=suspicious).update(attempts=9)
+    assert [len(tokens(answer(pk))[0]) for pk in (refused, suspicious)] == [24, 24]
 
 
 def test_a_server_killed_over_samples_loses_none_and_is_used_again(
