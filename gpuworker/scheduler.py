@@ -166,7 +166,11 @@ class Scheduler:
             self._share.note_cycle(time.monotonic() - started_at)
             self._decode_while(lambda: self._share.is_samplings_turn)
         else:
-            self._decode_while(lambda: not self._intake.ready.is_set())
+            # Between two samples that are tried alone runs have a cycle.
+            is_alone = self._desk.is_trying_alone
+            self._decode_while(
+                lambda: not self._intake.ready.is_set() and self._desk.is_trying_alone == is_alone
+            )
             self._share.settle()
         if not self._desk.has_work:
             self._share.settle()

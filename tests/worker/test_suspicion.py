@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, SamplingSession
@@ -30,8 +31,26 @@ def test_a_sample_whose_workers_died_is_tried_with_nothing_beside_it(
     for pk in [*samples, trained]:
         finished(pk)
     ended = Operation.objects.filter(pk__in=[*samples, trained]).order_by("finished_at")
-    assert list(ended.values_list("pk", flat=True)) == [*samples, trained]
+    assert list(ended.values_list("pk", flat=True)) == [*samples[:2], trained, samples[2]]
     assert [Operation.objects.get(pk=pk).lone_attempts for pk in samples] == [0, 1, 0]
+
+
+def test_runs_go_on_between_samples_that_are_tried_alone(
+    start_worker: Start,
+    new_client: Callable[..., Client],
+    session: SamplingSession,
+) -> None:
+    samples = [ask(session, seq=seq, num_tokens=30, stream=False) for seq in range(4)]
+    Operation.objects.filter(pk__in=samples).update(attempts=9)
+    client = new_client()
+    steps = [client.optim_step() for _ in range(40)]
+
+    start_worker()
+
+    ends = [finished(pk).finished_at for pk in samples]
+    stepped = [finished(pk).finished_at for pk in steps]
+    for before, after in pairwise(ends):
+        assert any(before < at < after for at in stepped if before and at and after)
 
 
 def test_a_sample_that_ended_two_workers_alone_is_given_up(
