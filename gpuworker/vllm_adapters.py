@@ -123,6 +123,13 @@ class ServerAdapters:
             folder = await asyncio.to_thread(self._folders.lend, sampler_id)
         except (EngineError, OSError) as error:
             raise Refusal(f"an adapter whose files cannot be read: {error}") from error
+        try:
+            await self._tell(sampler_id, folder)
+        except BaseException:
+            self._folders.take_back(sampler_id)
+            raise
+
+    async def _tell(self, sampler_id: str, folder: Path) -> None:
         body = {"lora_name": sampler_id, "lora_path": str(folder)}
         self.num_loads += 1
         answer = await self._client.post("/v1/load_lora_adapter", json=body, timeout=_LOAD_S)

@@ -39,7 +39,13 @@ def model(engine: Engine) -> ServedModel:
 
 
 @pytest.fixture(scope="module")
-def folders(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def given_back() -> list[str]:
+    """Return the adapters whose folders were given back."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def folders(engine: Engine, given_back: list[str], tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("adapters")
     checkpoints.write(cases.adapter_state(engine), root / ADAPTER, base_model=MODEL)
 
@@ -48,7 +54,7 @@ def folders(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Folders
             raise OSError("no such adapter")
         return root / sampler_id
 
-    return Folders(lend=lend, take_back=lambda sampler_id: None)
+    return Folders(lend=lend, take_back=given_back.append)
 
 
 @pytest.fixture

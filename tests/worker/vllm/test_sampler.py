@@ -138,8 +138,9 @@ def outcome_of_other(sampler: VllmSampler, one: SampleRequest) -> SampleResult |
 
 
 def test_an_adapter_that_is_refused_is_tried_once(
-    sampler: VllmSampler, engine: Engine, replay: Replay
+    sampler: VllmSampler, engine: Engine, replay: Replay, given_back: list[str]
 ) -> None:
+    given_back.clear()
     replay.refused_adapters = "LoRA rank 64 is greater than max_lora_rank 16."
     one = cases.by_name(engine)["greedy_adapter"]
     outcome = outcome_of(sampler, one)
@@ -148,6 +149,7 @@ def test_an_adapter_that_is_refused_is_tried_once(
     assert not sampler.accepts(one)
     assert sampler.accepts(cases.request("base"))
     assert "max_lora_rank 16" in sampler.words
+    assert given_back == [ADAPTER]
 
 
 def test_an_adapter_that_the_server_has_lost_is_loaded_again(
