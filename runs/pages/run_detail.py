@@ -17,7 +17,7 @@ from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.pages import checkpoints, film_strip, lineage, playground, run_events, sample_texts, steering
 from runs.pages.policies import signed_in
-from runs.services import access, metrics, operations, run_rows, sampling, training_runs
+from runs.services import access, metrics, operations, run_deletion, run_rows, sampling, training_runs
 from runs.services.run_rows import RunFacts
 
 NUM_OPERATIONS: Final = 20
@@ -93,7 +93,7 @@ def delete(request: HttpRequest, run_id: str) -> HttpResponseBase:
     user: User = request.user  # type: ignore[assignment]
     run = access.get_run(user, run_id)
     try:
-        training_runs.delete(run)
+        run_deletion.delete(run)
     except RequestInvalid as error:
         messages.error(request, f"{error.message[0].upper()}{error.message[1:]}.")
         return redirect("run-detail", run_id=run.public_id)
@@ -146,7 +146,7 @@ def _deletion(run: TrainingRun, recipe: Recipe | None) -> Deletion:
     return Deletion(
         num_checkpoints=taken["num"],
         size_bytes=taken["size"],
-        obstacle=training_runs.obstacle_to_deletion(run, recipe),
+        obstacle=run_deletion.obstacle_to_deletion(run, recipe),
     )
 
 

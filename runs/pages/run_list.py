@@ -19,7 +19,7 @@ from runs.exceptions import RequestInvalid
 from runs.models import TrainingRun, User
 from runs.pages import deletions
 from runs.pages.policies import signed_in
-from runs.services import access, base_models, keys, run_rows, training_runs, workers
+from runs.services import access, base_models, keys, run_deletion, run_rows, training_runs, workers
 from runs.services.run_rows import MAX_WATCHED_ROWS
 from runs.services.training_runs import DisplayState
 
@@ -83,7 +83,7 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
     kept: list[str] = []
     for run in chosen:
         try:
-            training_runs.delete(run)
+            run_deletion.delete(run)
         except RequestInvalid as error:
             kept.append(f"{run_rows.title_of(run)} was kept: {error.message}")
     deletions.tell(request, "run", num_deleted=len(chosen) - len(kept), num_gone=len(wanted) - len(chosen))

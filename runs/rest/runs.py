@@ -18,7 +18,7 @@ from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.rendering import Number
 from runs.schemas.names import DisplayName
 from runs.schemas.recipes import SftConfig
-from runs.services import access, recipe_checks, recipes, training_runs
+from runs.services import access, recipe_checks, recipes, run_deletion, training_runs
 from runs.services.training_runs import DisplayState
 
 router = Router(tags=["runs"])
@@ -162,7 +162,7 @@ def rename_run(request: HttpRequest, run_id: str, body: Annotated[RenameRun, Jso
 @router.delete("/{run_id}", response={204: None}, summary="Delete a run")
 def delete_run(request: HttpRequest, run_id: str) -> Status[None]:
     """Delete the run with its checkpoints, metrics and samples; a run that trains must be stopped before."""
-    training_runs.delete(access.get_run(caller(request), run_id))
+    run_deletion.delete(access.get_run(caller(request), run_id))
     return Status(204, None)
 
 

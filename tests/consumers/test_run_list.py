@@ -10,7 +10,7 @@ from django.db import transaction
 
 from runs import consumers, events
 from runs.models import TrainingRun, User
-from runs.services import training_runs
+from runs.services import run_deletion
 from tests.consumers.conftest import Open
 from tests.consumers.sockets import Socket
 from tests.pages import seed
@@ -119,7 +119,7 @@ async def test_a_deleted_run_leaves_the_list(connect: Open, run: TrainingRun) ->
     other = await sync_to_async(seed.make_run)(await User.objects.aget(username="alice"))
     await socket.say_json({"rows": [run.public_id, other.public_id], "is_first_page": True})
     assert len(await hear_rows(socket)) == 2
-    await sync_to_async(training_runs.delete)(other)
+    await sync_to_async(run_deletion.delete)(other)
     assert await hear_rows(socket) == [{"run": other.public_id, "is_gone": True}]
     for _ in range(2):
         assert (await socket.hear())["rows"] == []

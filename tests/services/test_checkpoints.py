@@ -23,8 +23,8 @@ from runs.services import (
     loads,
     operations,
     recipe_steps,
+    run_deletion,
     state_folders,
-    training_runs,
 )
 from runs.services.commits import NewCheckpoint
 from tests.services import rows
@@ -131,7 +131,7 @@ def take_away(checkpoint: Checkpoint, how: str, worker: HandWorker) -> None:
         recipe_steps.prune(rows.make_recipe(run, state="running"), keep=1)
     else:
         Operation.objects.filter(run=run).update(state=Operation.State.DONE)
-        training_runs.delete(run)
+        run_deletion.delete(run)
 
 
 def keep_states(run: TrainingRun, worker: HandWorker) -> None:
@@ -160,7 +160,7 @@ def test_files_do_not_wait_for_a_fork_that_will_not_load_them(
     elif end == "deleted":
         Operation.objects.filter(run=fork).update(state=Operation.State.DONE)
         with django_capture_on_commit_callbacks(execute=True):
-            training_runs.delete(fork)
+            run_deletion.delete(fork)
     else:
         Operation.objects.filter(run=fork).update(state=Operation.State.DONE)
         TrainingRun.objects.filter(pk=fork.pk).update(state=end, applied_seq=0)

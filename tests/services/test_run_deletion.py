@@ -36,9 +36,9 @@ from runs.services import (
     commits,
     operations,
     payload_files,
+    run_deletion,
     sample_claims,
     sampling,
-    training_runs,
 )
 from runs.services.operations import Submission
 from tests.services import rows
@@ -93,7 +93,7 @@ def test_everything_of_the_run_goes(
     commits.register_snapshot(run.pk, fence=run.fence, seq=1, directory=snapshot, size_bytes=5)
 
     with django_capture_on_commit_callbacks(execute=True):  # type: ignore[operator]
-        training_runs.delete(run)
+        run_deletion.delete(run)
 
     assert list(TrainingRun.objects.all()) == [other]
     assert not default_storage.exists(checkpoint.directory)
@@ -103,7 +103,7 @@ def test_everything_of_the_run_goes(
     assert set(Operation.objects.values_list("run_id", flat=True)) == {other.pk}
     assert Dataset.objects.filter(pk=recipe.dataset_version.dataset_id).exists()
     assert held.pk == other.pk
-    training_runs.delete(run)  # once more is no error
+    run_deletion.delete(run)  # once more is no error
 
 
 def test_payload_files_go_that_nobody_else_names(
@@ -120,7 +120,7 @@ def test_payload_files_go_that_nobody_else_names(
     finish_all(worker, rested)
     shared_path, own_path = make_old(shared), make_old(own)
     with django_capture_on_commit_callbacks(execute=True):
-        training_runs.delete(rested)
+        run_deletion.delete(rested)
     assert shared_path.exists()
     assert not own_path.exists()
     assert default_storage.exists(fresh)  # somebody may be storing the same bytes: housekeeping looks later
@@ -139,21 +139,21 @@ def test_payload_files_go_that_nobody_else_names(
 def test_a_run_that_trains_is_kept(rested: TrainingRun, state: str, advice: str) -> None:
     rows.make_recipe(rested, state=state)
     with pytest.raises(RequestInvalid, match=f"cannot delete a run that is {state}; {advice}"):
-        training_runs.delete(rested)
+        run_deletion.delete(rested)
     assert TrainingRun.objects.filter(pk=rested.pk).exists()
 
 
 def test_unfinished_operations_and_samples_keep_it(run: TrainingRun, worker: HandWorker, alice: User) -> None:
     with pytest.raises(RequestInvalid, match="1 unfinished operation; stop its client and wait"):
-        training_runs.delete(run)
+        run_deletion.delete(run)
     finish_all(worker, run)
     session = rows.make_sampling_session(alice, rows.make_checkpoint(run))
     pks = [rows.sample(session, seq) for seq in range(2)]
     with pytest.raises(RequestInvalid, match="2 unfinished operations"):
-        training_runs.delete(run)
+        run_deletion.delete(run)
     for pk in pks:
         rows.answer_sample(pk)
-    training_runs.delete(run)
+    run_deletion.delete(run)
     assert not TrainingRun.objects.exists()
 
 
@@ -161,7 +161,7 @@ def test_another_persons_samples_do_not_keep_it_and_stay(rested: TrainingRun, al
     checkpoint = rows.make_checkpoint(rested, is_public=True)
     session = rows.make_sampling_session(bob, checkpoint)
     pk = rows.sample(session, 0)
-    training_runs.delete(rested)
+    run_deletion.delete(rested)
     (taken,) = sample_claims.take_samples(HandWorker().row, [rows.BASE_MODEL], limit=1)
     assert (taken.pk, taken.is_lost) == (pk, True)
 
@@ -170,7 +170,7 @@ def test_a_fork_keeps_where_it_came_from(rested: TrainingRun, alice: User) -> No
     checkpoint = rows.make_checkpoint(rested)
     path = sampling.path_of(checkpoint)
     fork = rows.make_fork(checkpoint, alice)
-    training_runs.delete(rested)
+    run_deletion.delete(rested)
     fork.refresh_from_db()
     assert (fork.parent, fork.parent_step, fork.parent_path) == (None, checkpoint.step, path)
 
@@ -181,7 +181,7 @@ def test_a_run_without_a_client_takes_its_session_along(rested: TrainingRun, ali
         rested.session, seq_id=0, base_model=rows.BASE_MODEL, checkpoint=None
     )
     rows.answer_sample(rows.sample(base, 0))
-    training_runs.delete(rested)
+    run_deletion.delete(rested)
     assert not Session.objects.filter(pk=rested.session_id).exists()
     assert not Operation.objects.exists()
 
@@ -190,7 +190,7 @@ def test_a_worker_that_holds_it_cannot_bring_it_back(rested: TrainingRun, worker
     pk = rows.optim_step(rested, 1)
     held = worker.hold(rested)
     worker.finish(pk)
-    training_runs.delete(rested)
+    run_deletion.delete(rested)
 
     late = commit_of(held, [applied(pk, 2)], from_seq=1)
     assert commits.commit_all([late]) == [False]
@@ -221,7 +221,7 @@ def test_whoever_comes_first_an_operation_is_never_lost(alice: User, worker: Han
 
         def remove(run: TrainingRun = run) -> str:
             try:
-                training_runs.delete(run)
+                run_deletion.delete(run)
             except RequestInvalid:
                 return "kept"
             return "deleted"
@@ -235,7 +235,7 @@ def test_whoever_comes_first_an_operation_is_never_lost(alice: User, worker: Han
 def test_deleted_twice_at_once_it_is_gone_once(alice: User, worker: HandWorker) -> None:
     run = rows.make_run(alice)
     finish_all(worker, run)
-    race([partial(training_runs.delete, run)] * 4)
+    race([partial(run_deletion.delete, run)] * 4)
     assert not TrainingRun.objects.filter(pk=run.pk).exists()
 
 

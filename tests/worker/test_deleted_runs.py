@@ -11,7 +11,7 @@ from gpuworker import boot
 from gpuworker.engine.engine import Engine
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, Worker
-from runs.services import training_runs
+from runs.services import run_deletion
 from tests.worker.conftest import Client, finished, wait_for
 
 TOKENS = [3, 14, 15, 92, 65]
@@ -43,7 +43,7 @@ def test_the_worker_lets_go_of_it_and_keeps_the_others(
         assert engine.has_adapter(f"run-{run_pk}")
         assert files_of(run_pk)
 
-        training_runs.delete(client.run)
+        run_deletion.delete(client.run)
         wait_for(lambda: not engine.has_adapter(f"run-{run_pk}"), what="the worker lets go")
         assert finished(other.forward_backward(TOKENS)).state == Operation.State.DONE
     finally:

@@ -7,7 +7,7 @@ from playwright.sync_api import Page, expect
 
 from runs import events
 from runs.models import TrainingRun, User
-from runs.services import training_runs
+from runs.services import run_deletion
 from runs.services.run_rows import MAX_WATCHED_ROWS
 from tests.pages import seed
 from tests.pages.live.browser import LIVE, shoot
@@ -64,6 +64,6 @@ def test_a_run_that_is_deleted_elsewhere_leaves_the_list(tab: Page, alice: User)
     rows = tab.locator("[data-run]")
     expect(rows).to_have_count(2)
     expect(tab.locator("[data-live-state]")).to_have_text("Live")
-    training_runs.delete(goes)
+    run_deletion.delete(goes)
     expect(rows).to_have_count(1)
     expect(rows).to_contain_text(stays.name)
