@@ -43,7 +43,10 @@ _LOOK_S: Final = 0.25
 
 
 class Intake:
-    """Fills the seats' queues and the list of samples; `ready` is set when compute has something to do."""
+    """Fills the seats' queues and the list of samples; `ready` is set when compute has something to do.
+
+    `may_judge` says whether this worker may find others dead.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Intake:
         engines: Mapping[str, Engine],
         *,
         unwritten: Callable[[], Collection[str]] = list,
+        may_judge: Callable[[], bool] = lambda: True,
     ) -> None:
         self.ready = threading.Event()
         self.seats: dict[int, Seat] = {}
@@ -60,6 +64,7 @@ class Intake:
         self._looked_at = 0.0
         self._worker = worker
         self._engines = engines
+        self._may_judge = may_judge
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -109,7 +114,8 @@ class Intake:
             self._wake.clear()
             try:
                 if time.monotonic() - last_sweep > SWEEP_S:
-                    workers.bury_dead(sparing=self._worker)
+                    if self._may_judge():
+                        workers.bury_dead(sparing=self._worker)
                     self._give_up_deleted()
                     self._balance()
                     self._claim_owing()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_MS: Final = 5000
 HUNG_S: Final = 2 * workers.LEASE_S
+# A renewal that is so late was held up by more than a busy machine.
+_BREAK_S: Final = 2.5 * workers.HEARTBEAT_S
 
 
 class Lease:
@@ -49,9 +53,20 @@ class Lease:
         self._on_stuck = on_stuck
         self._on_hung = on_hung
         self._stopping = threading.Event()
+        self._heard_at = time.monotonic()
+        self._heard_since = -math.inf
         self._lock_connection = self._lock()
         self._thread = database_thread("lease", self._loop)
         self._thread.start()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the database answers for so long without a break that other workers must have found it again, too.
+
+        Else it says of none of them whether it lives.
+        """
+        now = time.monotonic()
+        return now - self._heard_at < _BREAK_S and now - self._heard_since > workers.RETURN_GRACE_S
 
     def stop(self) -> None:
         """End the renewal and free the lock."""
@@ -96,11 +111,20 @@ class Lease:
         try:
             close_old_connections()
             self._lock_connection.execute("SELECT 1")
-            return workers.renew(self._worker, busy_share=self._busy_share(), samplers=self._samplers())
+            is_alive = workers.renew(self._worker, busy_share=self._busy_share(), samplers=self._samplers())
         except (DatabaseFailure, psycopg.Error) as error:
             logger.warning("the lease could not be renewed: %s", error)
+            self._heard_since = math.inf
             self._reconnect()
             return True
+        self._note_heard()
+        return is_alive
+
+    def _note_heard(self) -> None:
+        now = time.monotonic()
+        if self._heard_since == math.inf or now - self._heard_at >= _BREAK_S:
+            self._heard_since = now
+        self._heard_at = now
 
     def _reconnect(self) -> None:
         self._lock_connection.close()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from gpuworker import snapshots
+from gpuworker import device_loss, snapshots
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer, SnapshotOutcome
 from gpuworker.engine.engine import Engine
@@ -21,7 +21,7 @@ from gpuworker.engine.memory import is_out_of_memory
 from gpuworker.restore import restore
 from gpuworker.seats import PutOff, Seat
 from gpuworker.snapshots import StorageError
-from runs.services import holdups
+from runs.services import holdups, restores
 from runs.threads import until_reachable
 
 logger = logging.getLogger(__name__)
@@ -94,21 +94,29 @@ class Residents:
         seat.engine.drop_adapter(seat.adapter_id)
 
     def _bring_back(self, seat: Seat) -> None:
-        """Bring a run into memory; where the storage or the memory refuses just now, it is tried again later."""
+        """Bring a run into memory; what keeps it out, the storage or the memory for one, may pass: it is tried again."""
         try:
             if seat.is_shelved:
                 self._take_back(seat)
             else:
-                until_reachable(partial(restore, seat, beat=self._busy.beat))
+                self._restore(seat)
         except (StorageError, OutOfMemory) as error:
             _put_back(seat, error)
-        except RuntimeError as error:
+        except Exception as error:
+            device_loss.end_if_lost(error)
             if not is_out_of_memory(error):
-                raise
+                logger.exception("run %s cannot be brought back", seat.run.public_id)
             _put_back(seat, error)
         else:
             let_on(seat)
             seat.restored_at = time.monotonic()
+
+    def _restore(self, seat: Seat) -> None:
+        until_reachable(partial(restores.begin, seat.run))
+        try:
+            until_reachable(partial(restore, seat, beat=self._busy.beat))
+        finally:
+            until_reachable(partial(restores.end, seat.run))
 
     def _take_back(self, seat: Seat) -> None:
         """Read the state back; a run whose state is damaged is claimed anew and rebuilt from the log."""
@@ -148,5 +156,12 @@ def let_on(seat: Seat) -> None:
 
 def _put_back(seat: Seat, error: Exception) -> None:
     seat.engine.drop_adapter(seat.adapter_id)
-    problem = str(error) if isinstance(error, StorageError) else "the worker's memory has no room for the run"
-    put_off(seat, error, holdups.put_off(problem))
+    put_off(seat, error, holdups.put_off(_problem(error)))
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, StorageError):
+        return str(error)
+    if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+        return "the worker's memory has no room for the run"
+    return f"the worker met an error of its own ({type(error).__name__}), which its log describes"

@@ -60,7 +60,12 @@ class GpuWorker:
             on_lost=lambda: self._intake.ready.set(),
             on_sample_end=lambda operation_pk: self._intake.end_sample(operation_pk),
         )
-        self._intake = Intake(self.row, self._engines, unwritten=lambda: self._committer.unwritten)
+        self._intake = Intake(
+            self.row,
+            self._engines,
+            unwritten=lambda: self._committer.unwritten,
+            may_judge=lambda: self._lease.is_steady,
+        )
         self._prepare(self._engines)
         self.scheduler = Scheduler(
             self._engines,

@@ -235,6 +235,12 @@ def default_storage(name: str) -> dict[str, Any]:
     if importlib.util.find_spec("boto3") is None:
         raise ImproperlyConfigured(f"{name} asks for S3, which needs boto3: .venv/bin/pip install boto3.")
     query = dict(parse_qsl(parts.query))
+    from botocore.config import Config
+
+    # A bucket that swallows everything is away after so long: what waits for it holds up the answers to other runs.
+    patience = Config(
+        connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 2}
+    )
     return {
         "BACKEND": "storages.backends.s3.S3Storage",
         "OPTIONS": {
@@ -244,6 +250,7 @@ def default_storage(name: str) -> dict[str, Any]:
             "region_name": query.get("region"),
             "default_acl": None,
             "file_overwrite": True,
+            "client_config": patience,
         },
     }
 

@@ -22,7 +22,7 @@ _SYSTEM_MEMORY = Path("/proc/meminfo")
 _HOST_MARKS = ("DefaultCPUAllocator", "not enough memory")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether torch raised the error because the device or the host had no room, and it can be tried otherwise.
 
     In a group it cannot: the other processes may have had room, and go on in step with this one.

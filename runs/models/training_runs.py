@@ -14,11 +14,13 @@ class TrainingRun(models.Model):
 
     `fence` and `applied_seq` carry the safety of the whole product: every commit is one
     compare-and-swap on both, so the applied operations form one chain (see `services.commits`).
-    A fork names the run, its step and seq, and the checkpoint it started from; it `continues_parent` if it took over the optimizer's state. `num_to_replay` is above 0 while a worker
-    that took the run over brings it back; `lost_at` is its former worker's last sign of life, from when that
-    worker was lost until the run is back; `free_since` is when a worker last let it go. `held_up` says what
-    keeps it from going on for now, and `held_up_at` when somebody last met that. Payloads and results of
-    operations up to `payloads_gone_seq` and `results_gone_seq` were deleted.
+    A fork names the run, its step and seq, and the checkpoint it started from; it `continues_parent` if it took
+    over the optimizer's state. `num_to_replay` is above 0 while a worker that took the run over brings it back;
+    `lost_at` is its former worker's last sign of life, from when that worker was lost until the run is back;
+    `free_since` is when a worker last let it go. `restore_tries` workers in a row were lost while they brought it
+    back; with too many of them no worker takes it until `rests_until`. `held_up` says what keeps it from going on
+    for now, and `held_up_at` when somebody last met that. Payloads and results of operations up to
+    `payloads_gone_seq` and `results_gone_seq` were deleted.
     """
 
     class Source(models.TextChoices):
@@ -61,6 +63,8 @@ class TrainingRun(models.Model):
     num_to_replay = models.PositiveIntegerField(default=0)
     lost_at = models.DateTimeField(null=True)
     free_since = models.DateTimeField(null=True)
+    restore_tries = models.PositiveIntegerField(default=0, db_default=0)
+    rests_until = models.DateTimeField(null=True)
     held_up = models.TextField(blank=True, db_default="")
     held_up_at = models.DateTimeField(null=True)
 

@@ -31,7 +31,7 @@ UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
   FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
   WHERE (run.worker_id IS NULL OR w.stopped_at IS NOT NULL
          OR (run.worker_id = %s AND NOT run.id = ANY(%s::bigint[])))
-    AND run.base_model = ANY(%s)
+    AND run.base_model = ANY(%s) AND (run.rests_until IS NULL OR run.rests_until <= statement_timestamp())
     AND EXISTS (SELECT 1 FROM runs_worker me
                 WHERE me.id = %s AND me.stopped_at IS NULL AND me.drain_asked_at IS NULL)
 """

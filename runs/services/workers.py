@@ -42,6 +42,8 @@ DOUBT_S: Final = 6
 LOCK_CLASS: Final = LockClass.WORKER
 # A worker takes its lock just after its row is there; until then only its lease says that it lives.
 LOCK_GRACE_S: Final = 2
+# When the database was away all locks are free and leases run out: each worker needs a heartbeat to show itself again.
+RETURN_GRACE_S: Final = HEARTBEAT_S + LOCK_GRACE_S + 1
 # Workers of earlier versions entered one fingerprint without its base model's name: they count for every one.
 UNNAMED: Final = "torch"
 
@@ -106,8 +108,11 @@ def stop(worker: Worker) -> None:
 def bury_dead(*, sparing: Worker | None = None) -> list[Worker]:
     """Enter the end of every worker whose lease ran out or whose lock is free; returns them.
 
-    A worker spares itself: its own lock is free for a moment while it connects anew.
+    A worker spares itself: its own lock is free for a moment while it connects anew. Of a server that has just
+    started nobody can tell who is dead.
     """
+    if not _server_has_settled():
+        return []
     return [
         worker for worker in Worker.objects.filter(stopped_at=None) if worker != sparing and _bury(worker)
     ]
@@ -215,6 +220,22 @@ def _steer(worker: Worker, among: QuerySet[Worker], **values: object) -> None:
             raise RequestInvalid(
                 f"worker {worker.pk} has ended; only one that is alive is drained or resumed", place="id"
             )
+
+
+def _server_has_settled() -> bool:
+    """Say whether the server takes connections for so long that every live worker has one again.
+
+    Its walwriter starts when it begins to take them, also after a crash that its first process survived; who may not
+    see that process sees when the first one started.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT COALESCE((SELECT max(backend_start) FROM pg_stat_activity WHERE backend_type = 'walwriter'),"
+            " pg_postmaster_start_time()) <= clock_timestamp() - make_interval(secs => %s)",
+            [RETURN_GRACE_S],
+        )
+        (has_settled,) = cursor.fetchone()
+    return bool(has_settled)
 
 
 def _bury(worker: Worker) -> bool:

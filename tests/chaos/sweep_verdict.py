@@ -274,10 +274,11 @@ def _left_in_database(outcome: Outcome) -> list[str]:
 
 
 def _bury_all() -> None:
-    """Do what the next worker does, without the wait for one that may just be starting."""
-    kept, workers.LOCK_GRACE_S = workers.LOCK_GRACE_S, 0  # type: ignore[misc]
+    """Do what the next worker does, without the wait for one that may just be starting or connecting anew."""
+    kept = workers.LOCK_GRACE_S, workers.RETURN_GRACE_S
+    workers.LOCK_GRACE_S = workers.RETURN_GRACE_S = 0  # type: ignore[misc]
     workers.bury_dead()
-    workers.LOCK_GRACE_S = kept  # type: ignore[misc]
+    workers.LOCK_GRACE_S, workers.RETURN_GRACE_S = kept  # type: ignore[misc]
 
 
 _OTHERS: Final = (

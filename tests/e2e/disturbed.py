@@ -118,8 +118,12 @@ def digests(product: Instance, path: str) -> dict[str, str]:
         run_id,
         name,
     )
-    files = (product.data_dir / "storage" / directory).glob("*.safetensors")
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = product.stored(directory)
+    return {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+        if name.endswith(".safetensors")
+    }
 
 
 def rows(product: Instance, statement: str, *values: object) -> list[tuple[Any, ...]]:

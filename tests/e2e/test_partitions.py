@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mintweb import embedded
-from tests.e2e.disturbed import Loop, Outcome, ask, disturbed, exports, rows, to_socket
+from tests.e2e.disturbed import Loop, Outcome, ask, disturbed, exports, is_ready, rows, to_socket
 from tests.e2e.proxy import Proxy
 from tests.up.instances import ROOT, Instance, is_quiet, wait_for
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 logger = logging.getLogger(__name__)
 GPU = "services:gpu"
-LEASE_S, LOOK_S, FROZEN_AFTER_S, HUNG_S = 15, 2, 30, 30
+LEASE_S, LOOK_S, RETURN_S, FROZEN_AFTER_S, HUNG_S = 15, 2, 6, 30, 30
 QUIET_MACHINE_S, BUSY_MACHINE_S = 15, 60
 NUM_STEPS = 25
 
@@ -156,6 +157,25 @@ def test_connections_that_are_cut_are_made_anew(
         ask(product, "startProcess", GPU)
     assert outcome == undisturbed
     assert_nothing_is_doubled(product, outcome)
+
+
+@pytest.mark.parametrize("what", ["server", "sessions"])
+def test_workers_survive_a_crash_of_postgres(
+    what: str, product: Instance, proxies: tuple[Proxy, Proxy]
+) -> None:
+    """It frees all their locks, and none of them finds another dead for that."""
+    with far_worker(product, *proxies) as far:
+        wait_for(lambda: far.pid in live_pids(product) and len(live_pids(product)) == 2, 120)
+        before = live_pids(product)
+        session = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'"
+        of_server = product.processes("postgres")
+        for pid in of_server if what == "server" else [rows(product, session)[0][0]]:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(1)
+        wait_for(lambda: is_ready(product), BUSY_MACHINE_S, product.describe)
+        time.sleep(2 * RETURN_S)
+        assert live_pids(product) == before, product.describe()
+        assert far.poll() is None
 
 
 def assert_nothing_is_doubled(product: Instance, outcome: Outcome) -> None:

@@ -14,19 +14,20 @@ from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.services import loads, operations, sampling
 from tests.services import rows
 
-BEFORE, AFTER = ("runs", "0013_prompts_by_digest"), ("runs", "0014_weights_read")
+BEFORE_LOADS = ("runs", "0013_prompts_by_digest")
 
 
 @pytest.fixture
 def newest(transactional_db: None) -> Iterator[None]:
     """Bring the tables back to the newest version afterwards, whatever happens."""
     yield
+    migrate()
+
+
+def migrate(target: tuple[str, str] | None = None) -> None:
+    """Bring the tables to a version, or to the newest."""
     executor = MigrationExecutor(connection)
-    executor.migrate(executor.loader.graph.leaf_nodes())
-
-
-def migrate(target: tuple[str, str]) -> None:
-    MigrationExecutor(connection).migrate([target])
+    executor.migrate([target] if target else executor.loader.graph.leaf_nodes())
 
 
 def test_loads_and_forks_of_before_are_known(newest: None) -> None:
@@ -47,8 +48,8 @@ def test_loads_and_forks_of_before_are_known(newest: None) -> None:
     TrainingRun.objects.update(parent_step=None)
     TrainingRun.objects.filter(pk=fork.pk).update(parent_step=7)
 
-    migrate(BEFORE)
-    migrate(AFTER)
+    migrate(BEFORE_LOADS)
+    migrate()
 
     assert facts() == expected
     assert Operation.objects.filter(loads_from=checkpoint.directory).count() == 2

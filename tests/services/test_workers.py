@@ -105,6 +105,22 @@ def test_a_worker_that_just_started_may_not_have_its_lock_yet(worker: HandWorker
     assert workers.bury_dead() == [worker.row]
 
 
+def test_nobody_is_found_dead_just_after_the_server_came_up(
+    worker: HandWorker, run: TrainingRun, lock: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All locks are free and leases over: those that live need a heartbeat to show it."""
+    worker.hold(run)
+    lock.close()
+    let_lease_end(worker)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp() - pg_postmaster_start_time())")
+        (up_s,) = cursor.fetchone()
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", float(up_s) + 60)
+    assert workers.bury_dead() == []
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", 0)
+    assert workers.bury_dead() == [worker.row]
+
+
 def test_the_dead_are_buried_once(worker: HandWorker, lock: Connection) -> None:
     let_lease_end(worker)
     assert workers.bury_dead() == [worker.row]

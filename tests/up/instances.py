@@ -62,6 +62,10 @@ class Instance:
         """What it has printed since its start."""
         return self.output_file.read_text(encoding="utf-8")
 
+    def stored(self, folder: str) -> dict[str, bytes]:
+        """Return the files in a folder of its storage."""
+        return {file.name: file.read_bytes() for file in (self.data_dir / "storage" / folder).iterdir()}
+
     def describe(self) -> str:
         """Tell its output and the ends of its logs, for a failed test."""
         logs = [

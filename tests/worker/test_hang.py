@@ -75,6 +75,29 @@ def test_connections_that_are_held_open_notice_a_vanished_server(row: Worker) ->
     assert parameters["keepalives_idle"] == "5"
 
 
+def test_a_worker_whose_database_was_away_waits_before_it_judges_others(
+    row: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", 1.0)
+    lease = Lease(
+        row,
+        busy_share=lambda: 1.0,
+        is_stuck=lambda: False,
+        on_lost=lambda: None,
+        on_stuck=lambda: None,
+        on_hung=lambda: None,
+    )
+    try:
+        assert lease.is_steady
+        lease._lock_connection.close()
+        wait_for(lambda: not lease.is_steady, what="the break is noticed")
+        noticed_at = time.monotonic()
+        wait_for(lambda: lease.is_steady, what="it is steady again")
+        assert time.monotonic() - noticed_at > 0.8
+    finally:
+        lease.stop()
+
+
 def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "HUNG_S", 3.0)  # a busy machine may take long over a renewal
     hung, other = threading.Event(), threading.Event()

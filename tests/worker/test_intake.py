@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 
 from gpuworker import intake
+from gpuworker.leases import Lease
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, Worker
 from runs.services import workers
@@ -135,3 +137,16 @@ def test_what_waits_of_a_run_that_is_put_off_takes_no_room(
         stuck.forward_backward(TOKENS)
         held._collect()
         assert len(held.seats[stuck.run.pk].queue) == 3
+
+
+def test_others_are_found_dead_only_while_the_database_is_heard_steadily(
+    start_worker: Callable[[], GpuWorker], other: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lease, "is_steady", False)
+    monkeypatch.setattr(intake, "SWEEP_S", 0.05)
+    start_worker()
+    Worker.objects.filter(pk=other.pk).update(lease_until=Now())
+    time.sleep(1)
+    assert Worker.objects.get(pk=other.pk).stopped_at is None
+    monkeypatch.setattr(Lease, "is_steady", True)
+    wait_for(lambda: Worker.objects.get(pk=other.pk).stopped_at, what="the dead worker is found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from django.core.files.storage import default_storage
+from django.db.models.functions import Now
 from pytest_django.fixtures import Settings
 
 from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, User
-from runs.services import run_rows, waiting
+from runs.services import claims, restores, run_rows, waiting
 from runs.services.run_rows import RunFacts
-from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
+from tests.worker.conftest import LONG_S, Client, Start, StartProcess, finished, losses_of, wait_for
 from tests.worker.test_device_share import ask
 
 NewClient = Callable[..., Client]
+LONG_RESTS = restores.FREE_TRIES + 10
 UNREADABLE = "the checkpoint cannot be read: is a directory"
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 
@@ -260,3 +263,51 @@ def test_a_state_without_room_waits_for_it(
 
     undisturbed.forward_backward(TOKENS)
     end_as_undisturbed(client, undisturbed)
+
+
+def test_an_error_that_nobody_expects_keeps_one_run_out_and_no_other(
+    start_worker: Start, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    is_repaired, latest = threading.Event(), claims.latest_snapshots
+
+    def look(run_pk: int, *, up_to_seq: int) -> list[tuple[int, str]]:
+        if run_pk == client.run.pk and not is_repaired.is_set():
+            raise TypeError("a fault of our own")
+        return latest(run_pk, up_to_seq=up_to_seq)
+
+    monkeypatch.setattr(claims, "latest_snapshots", look)
+    worker.give_up(client.run.pk)
+    client.forward_backward(TOKENS)
+    why = "the worker met an error of its own (TypeError), which its log describes"
+    wait_until_put_off(worker, client, why=why)
+    finished(undisturbed.forward_backward(TOKENS))
+    is_repaired.set()
+    end_as_undisturbed(client, undisturbed)
+
+
+def test_a_run_that_ends_its_workers_rests_and_others_go_on(
+    start_process: StartProcess, new_client: NewClient
+) -> None:
+    client, other = new_client(), new_client()
+    former = start_process()
+    for one in (client, other):
+        finished(trained(one), deadline_s=LONG_S)
+    former.kill()
+    former.wait()
+    TrainingRun.objects.filter(pk=client.run.pk).update(restore_tries=LONG_RESTS)
+    waits = client.forward_backward(TOKENS)
+    dying = start_process(MINTWEB_FAILPOINTS="during_replay:kill@1")
+    assert dying.wait(LONG_S) == -signal.SIGKILL
+
+    living = start_process()
+    finished(trained(other), deadline_s=LONG_S)
+    assert facts_of(client).reason == restores.HELD_UP
+    assert Operation.objects.get(pk=waits).state == Operation.State.QUEUED
+    TrainingRun.objects.filter(pk=client.run.pk).update(rests_until=Now())
+    assert finished(waits, deadline_s=LONG_S).state == Operation.State.DONE
+    assert facts_of(client).reason == ""
+    assert living.poll() is None
