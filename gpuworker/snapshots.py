@@ -24,7 +24,7 @@ from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.fingerprints import fingerprint_of
 from gpuworker.seats import Seat
-from runs.services import blobs
+from runs.services import blobs, storage_mark
 
 Content = TypeVar("Content")
 
@@ -57,6 +57,7 @@ def _store(state: AdapterState, directory: str, seat: Seat) -> int:
         checkpoints.write, state, base_model=seat.run.base_model, fingerprint=fingerprint_of(seat.engine)
     )
     if isinstance(storages["default"], FileSystemStorage):
+        storage_mark.check()
         path = Path(default_storage.path(directory))
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
@@ -121,7 +122,7 @@ def _fetch(directory: str) -> AdapterState:
     try:
         return _read(directory)
     except CheckpointError as error:
-        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
         raise
 

@@ -19,6 +19,9 @@ def start() -> None:
     os.environ["MINTWEB_DATA_DIR"] = str(folder)
     for name in ("DATABASE_URL", "REDIS_URL", "MINTWEB_BASE_MODELS", "MINTWEB_API_KEY"):
         os.environ.pop(name, None)
+    # Tests enter rows of states without files: the storage is the right one nevertheless.
+    (folder / "storage").mkdir(parents=True)
+    (folder / "storage" / "mintweb-storage.txt").touch()
     from mintweb import embedded
 
     os.environ["DATABASE_URL"], os.environ["REDIS_URL"] = _stack.enter_context(

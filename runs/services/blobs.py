@@ -18,6 +18,7 @@ from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
 from runs.exceptions import DiskFull
+from runs.services import storage_mark
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ def put(digest: str, data: bytes) -> str:
     if isinstance(storages["default"], FileSystemStorage):
         path = Path(default_storage.path(name))
         if not _touch(path):
+            storage_mark.check()
             with room():
                 _write_durably(path, data)
         return name
@@ -94,16 +96,30 @@ def get(name: str) -> bytes:
 
 
 def patiently(read: Callable[[], Result]) -> Result:
-    """Read from storage, and again after a moment when the disk fails at it: nothing is given up for one bad read."""
+    """Read from storage, and again after a moment when the disk fails at it: nothing is given up for one bad read.
+
+    Raises:
+        FileNotFoundError: what is read is gone.
+        OSError: the disk or the bucket fails, or is not the one that was used before.
+    """
     for pause_s in _READ_AGAIN_S:
         try:
-            return read()
+            return _read_here(read)
         except FileNotFoundError:
             raise
         except OSError as error:
             logger.warning("a file could not be read, trying again: %s", error)
             time.sleep(pause_s)
-    return read()
+    return _read_here(read)
+
+
+def _read_here(read: Callable[[], Result]) -> Result:
+    try:
+        return read()
+    except FileNotFoundError:
+        with away():
+            storage_mark.check()
+        raise
 
 
 def move_in(path: Path, name: str) -> None:
@@ -113,6 +129,7 @@ def move_in(path: Path, name: str) -> None:
             default_storage.save(name, File(file))
         path.unlink()
         return
+    storage_mark.check()
     target = Path(default_storage.path(name))
     target.parent.mkdir(parents=True, exist_ok=True)
     with path.open("rb") as file:
@@ -127,6 +144,7 @@ def link_in(path: Path, name: str) -> None:
         with path.open("rb") as file:
             default_storage.save(name, File(file))
         return
+    storage_mark.check()
     target = Path(default_storage.path(name))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

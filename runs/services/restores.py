@@ -37,7 +37,15 @@ HELD_UP: Final = (
 
 def begin(run: HeldRun) -> None:
     """Count, before it begins, that a worker brings a run back; should it end over that, the run may rest."""
-    values: list[str | int] = [HELD_UP, FREE_TRIES, LONGEST_REST_S, FIRST_REST_S, FREE_TRIES, run.pk, run.fence]
+    values: list[str | int] = [
+        HELD_UP,
+        FREE_TRIES,
+        LONGEST_REST_S,
+        FIRST_REST_S,
+        FREE_TRIES,
+        run.pk,
+        run.fence,
+    ]
     with connection.cursor() as cursor:
         cursor.execute(_BEGIN, values)
         row = cursor.fetchone()

@@ -48,14 +48,14 @@ def bucket(request: pytest.FixtureRequest, settings: Settings) -> None:
     }
 
 
-@pytest.mark.usefixtures("bucket")
+@pytest.mark.usefixtures("db", "bucket")
 @pytest.mark.parametrize("bucket", [SilentBucket], indirect=True)
 def test_a_bucket_that_does_not_answer_may_hold_a_whole_state() -> None:
     with pytest.raises(StorageError, match="could not connect to the endpoint"):
         snapshots.fetch("snapshots/1/one")
 
 
-@pytest.mark.usefixtures("bucket")
+@pytest.mark.usefixtures("db", "bucket")
 @pytest.mark.parametrize("bucket", [InMemoryStorage], indirect=True)
 def test_a_bucket_that_answers_knows_what_it_lacks() -> None:
     with pytest.raises(CheckpointError):
@@ -64,7 +64,7 @@ def test_a_bucket_that_answers_knows_what_it_lacks() -> None:
         snapshots.fingerprint("snapshots/1/one")
 
 
-@pytest.mark.usefixtures("bucket")
+@pytest.mark.usefixtures("db", "bucket")
 @pytest.mark.parametrize("bucket", [InMemoryStorage], indirect=True)
 def test_files_of_a_bucket_are_copied_for_who_needs_a_folder(tmp_path: Path) -> None:
     default_storage.save("checkpoints/1/one/adapter_config.json", ContentFile(b"{}"))

@@ -18,7 +18,7 @@ from pytest_django.fixtures import Settings
 from gpuworker.engine import checkpoints
 from gpuworker.worker import GpuWorker
 from runs.models import Checkpoint, Operation, RunEvent, Snapshot, TrainingRun, User
-from runs.services import claims, restores, run_rows, waiting
+from runs.services import blobs, claims, restores, run_rows, storage_mark, waiting
 from runs.services.run_rows import RunFacts
 from tests.worker.conftest import LONG_S, Client, Start, StartProcess, finished, losses_of, wait_for
 from tests.worker.test_device_share import ask
@@ -95,6 +95,66 @@ def test_snapshots_that_cannot_be_read_do_not_end_the_run(start_worker: Start, n
     assert finished(waits).state == Operation.State.DONE
     end_as_undisturbed(client, undisturbed)
     assert RunEvent.objects.get(run=client.run, kind="restored").detail["from_seq"] == kept.seq
+
+
+@contextmanager
+def unmounted() -> Iterator[Path]:
+    """Have an empty folder where the storage was, as below a disk that is not mounted."""
+    root = Path(default_storage.path(""))
+    aside = root.with_name("storage.aside")
+    root.rename(aside)
+    root.mkdir()
+    try:
+        yield root
+    finally:
+        root.rmdir()
+        aside.rename(root)
+
+
+def test_a_disk_that_is_not_mounted_does_not_end_the_run(
+    start_worker: Start, new_client: NewClient, settings: Settings
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 0
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    worker.stop()
+    waits = client.forward_backward(TOKENS)
+    with unmounted() as root:
+        start_worker()
+        reason = wait_for(lambda: facts_of(client).reason, what="people are told")
+        assert reason == (
+            f"the payload of operation 3 cannot be read: {storage_mark.AWAY}; "
+            "reading it is tried again by itself, and nothing is lost"
+        )
+        with pytest.raises(OSError, match=storage_mark.NAME):
+            blobs.put("ab" * 32, b"below the disk's place")
+        assert list(root.iterdir()) == []
+
+    assert finished(waits).state == Operation.State.DONE
+    finished(undisturbed.forward_backward(TOKENS))
+    end_as_undisturbed(client, undisturbed)
+
+
+def test_a_kept_state_on_a_disk_that_is_not_mounted_is_not_gone(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    worker.stop()
+    kept = Snapshot.objects.get(run=client.run)
+    TrainingRun.objects.filter(pk=client.run.pk).update(payloads_gone_seq=kept.seq)
+    with unmounted():
+        worker = start_worker()
+        waits = client.forward_backward(TOKENS)
+        wait_until_put_off(worker, client, why=f"the checkpoint cannot be read: {storage_mark.AWAY}")
+
+    assert finished(waits).state == Operation.State.DONE
+    finished(undisturbed.forward_backward(TOKENS))
+    end_as_undisturbed(client, undisturbed)
 
 
 def test_a_payload_that_cannot_be_read_does_not_end_the_run(

@@ -7,14 +7,17 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from django.core.files.storage import default_storage
 from django.core.management.base import BaseCommand
+from django.db import Error as DatabaseError
 
 from mintweb import probes, programs
+from runs.services import storage_mark
 
 LOW_DISK_BYTES = 5 * 1024**3
 
@@ -71,6 +74,11 @@ def files() -> str:
         raise probes.NotAnswering(
             f"the storage does not answer ({error}); check MINTWEB_STORAGE_URL"
         ) from error
+    with suppress(DatabaseError):  # the next check tells of that
+        try:
+            storage_mark.check()
+        except OSError as error:
+            raise probes.NotAnswering(error.strerror) from error
     return str(getattr(default_storage, "location", "") or "as MINTWEB_STORAGE_URL says")
 
 
