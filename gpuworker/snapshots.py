@@ -19,6 +19,7 @@ from typing import TypeVar
 from django.core.files.base import File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
+from gpuworker import scratch
 from gpuworker.engine import checkpoints
 from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.exceptions import CheckpointError, EngineError
@@ -62,7 +63,7 @@ def _store(state: AdapterState, directory: str, seat: Seat) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
         return _size(path)
-    with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
+    with tempfile.TemporaryDirectory(prefix=scratch.prefix()) as temporary:
         path = Path(temporary) / "state"
         write(path)
         for file in sorted(path.iterdir()):
@@ -81,8 +82,8 @@ def fetch(directory: str) -> AdapterState:
     return _patiently(partial(_fetch, directory))
 
 
-def local_folder(directory: str, scratch: Path) -> Path:
-    """Return where the files of a state lie on this machine; those of a bucket are copied below `scratch`.
+def local_folder(directory: str, copies: Path) -> Path:
+    """Return where the files of a state lie on this machine; those of a bucket are copied below `copies`.
 
     Raises:
         CheckpointError: there are none.
@@ -90,9 +91,9 @@ def local_folder(directory: str, scratch: Path) -> Path:
     """
     if isinstance(storages["default"], FileSystemStorage):
         return Path(default_storage.path(directory))
-    target = scratch / directory
+    target = copies / directory
     if not target.is_dir():
-        draft = Path(tempfile.mkdtemp(dir=scratch))
+        draft = Path(tempfile.mkdtemp(dir=copies))
         _patiently(partial(_download, directory, draft))
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.rename(target)
@@ -130,7 +131,7 @@ def _fetch(directory: str) -> AdapterState:
 def _read(directory: str) -> AdapterState:
     if isinstance(storages["default"], FileSystemStorage):
         return checkpoints.read(Path(default_storage.path(directory)))
-    with tempfile.TemporaryDirectory(prefix="mintweb-") as temporary:
+    with tempfile.TemporaryDirectory(prefix=scratch.prefix()) as temporary:
         _download(directory, Path(temporary))
         return checkpoints.read(Path(temporary))
 

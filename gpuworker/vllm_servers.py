@@ -13,7 +13,7 @@ from typing import Final
 
 from django.conf import settings
 
-from gpuworker import snapshots
+from gpuworker import scratch, snapshots
 from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import EngineError
@@ -60,15 +60,15 @@ def connect(
 
 def _folders(committer: Committer) -> Folders:
     """Lend the folders of checkpoints where they are; those of a bucket are copied for as long as they are lent."""
-    scratch = Path(tempfile.mkdtemp(prefix="mintweb-vllm-"))  # only its owner can enter
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    copies = Path(tempfile.mkdtemp(prefix=scratch.prefix()))  # only its owner can enter
+    atexit.register(shutil.rmtree, copies, ignore_errors=True)
 
     def lend(directory: str) -> Path:
         while directory in committer.unwritten:  # it is answered already, and being written
             time.sleep(_WRITTEN_S)
-        return snapshots.local_folder(directory, scratch)
+        return snapshots.local_folder(directory, copies)
 
     def take_back(directory: str) -> None:
-        shutil.rmtree(scratch / directory, ignore_errors=True)
+        shutil.rmtree(copies / directory, ignore_errors=True)
 
     return Folders(lend=lend, take_back=take_back)

@@ -15,7 +15,7 @@ from typing import Final
 
 from django.conf import settings
 
-from gpuworker import boot, failpoints, vllm_servers
+from gpuworker import boot, failpoints, scratch, vllm_servers
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
@@ -42,6 +42,7 @@ class GpuWorker:
 
     def __init__(self, *, load_engines: Callable[[Worker], Mapping[str, Engine]] = boot.load_engines) -> None:
         failpoints.arm(settings.FAILPOINTS)
+        scratch.remove_left()
         self._busy = BusyMeter()
         self._stopping = threading.Event()
         self.row: Worker = until_reachable(_register)
