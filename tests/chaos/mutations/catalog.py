@@ -25,6 +25,7 @@ _WORKERS = "tests/services/test_workers.py::"
 _RECOVERY = "tests/worker/test_recovery.py::"
 _WORKER = "tests/worker/test_operations.py::"
 _EARLY = "tests/services/test_early_answers.py::"
+_RESTORES = "tests/services/test_restores.py::"
 
 # The names of those that need no torch and take seconds only.
 FAST: Final = (
@@ -299,5 +300,57 @@ MUTATIONS: Final = (
         find="for name in orphans - _named(kind, run_pk) if _fence_of(name) < fence}",
         replace="for name in orphans - _named(kind, run_pk)}",
         red=("tests/services/test_state_folders.py::test_what_the_owner_may_yet_enter_stays",),
+    ),
+    Mutation(
+        name="grace after a restart of the database",
+        protects_from="workers find each other dead when it comes back",
+        file="runs/services/workers.py",
+        find="    if not _server_has_settled():\n        return []\n",
+        replace="",
+        red=(f"{_WORKERS}test_nobody_is_found_dead_just_after_the_server_came_up",),
+    ),
+    Mutation(
+        name="steady witness",
+        protects_from="a worker that was cut off finds all others dead when it is back",
+        file="gpuworker/intake.py",
+        find="                    if self._may_judge():\n",
+        replace="                    if True:\n",
+        red=(
+            "tests/worker/test_intake.py::test_others_are_found_dead_only_while_the_database_is_heard_steadily",
+        ),
+    ),
+    Mutation(
+        name="rest of a run that ends its workers",
+        protects_from="one run ends one worker after the other",
+        file="runs/services/claims.py",
+        find=" AND (run.rests_until IS NULL OR run.rests_until <= statement_timestamp())",
+        replace="",
+        red=(f"{_RESTORES}test_a_run_that_many_workers_died_over_rests_longer_each_time",),
+    ),
+    Mutation(
+        name="put off after any error",
+        protects_from="an error over one run's state ends the worker",
+        file="gpuworker/residents.py",
+        find="        except Exception as error:\n            device_loss.end_if_lost(error)\n",
+        replace="        except MemoryError as error:\n",
+        red=(
+            "tests/worker/test_put_off.py::test_an_error_that_nobody_expects_keeps_one_run_out_and_no_other",
+        ),
+    ),
+    Mutation(
+        name="mark of the storage",
+        protects_from="a disk that is not mounted counts as one that lost everything",
+        file="runs/services/blobs.py",
+        find="        with away():\n            storage_mark.check()\n        raise\n",
+        replace="        raise\n",
+        red=("tests/services/test_storage_mark.py::test_without_a_mark_nothing_is_gone",),
+    ),
+    Mutation(
+        name="limits of a bucket",
+        protects_from="a bucket that swallows everything holds the worker up for minutes",
+        file="mintweb/settings.py",
+        find='            "client_config": patience,\n',
+        replace="",
+        red=("tests/e2e/test_bucket.py::test_a_bucket_that_is_away_is_waited_for",),
     ),
 )
