@@ -108,8 +108,8 @@ def stop(worker: Worker) -> None:
 def bury_dead(*, sparing: Worker | None = None) -> list[Worker]:
     """Enter the end of every worker whose lease ran out or whose lock is free; returns them.
 
-    A worker spares itself: its own lock is free for a moment while it connects anew. Of a server that has just
-    started nobody can tell who is dead.
+    A worker spares itself: its own lock is free for a moment while it connects anew. Where a server has just
+    started, or ended all sessions, nobody can tell who is dead.
     """
     if not _server_has_settled():
         return []
@@ -223,15 +223,14 @@ def _steer(worker: Worker, among: QuerySet[Worker], **values: object) -> None:
 
 
 def _server_has_settled() -> bool:
-    """Say whether the server takes connections for so long that every live worker has one again.
+    """Say whether any session of ours is so old that every live worker has one again.
 
-    Its walwriter starts when it begins to take them, also after a crash that its first process survived; who may not
-    see that process sees when the first one started.
+    A server that was restarted, or that ended all sessions after a crash of one, has none.
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT COALESCE((SELECT max(backend_start) FROM pg_stat_activity WHERE backend_type = 'walwriter'),"
-            " pg_postmaster_start_time()) <= clock_timestamp() - make_interval(secs => %s)",
+            "SELECT min(backend_start) <= clock_timestamp() - make_interval(secs => %s)"
+            " FROM pg_stat_activity WHERE datname = current_database()",
             [RETURN_GRACE_S],
         )
         (has_settled,) = cursor.fetchone()

@@ -167,10 +167,9 @@ def test_workers_survive_a_crash_of_postgres(
     with far_worker(product, *proxies) as far:
         wait_for(lambda: far.pid in live_pids(product) and len(live_pids(product)) == 2, 120)
         before = live_pids(product)
-        session = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'"
-        of_server = product.processes("postgres")
-        for pid in of_server if what == "server" else [rows(product, session)[0][0]]:
-            os.kill(pid, signal.SIGKILL)
+        (server,) = product.processes("postgres")
+        parts = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        os.kill(server if what == "server" else int(parts[0]), signal.SIGKILL)
         time.sleep(1)
         wait_for(lambda: is_ready(product), BUSY_MACHINE_S, product.describe)
         time.sleep(2 * RETURN_S)

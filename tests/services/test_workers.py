@@ -113,9 +113,11 @@ def test_nobody_is_found_dead_just_after_the_server_came_up(
     lock.close()
     let_lease_end(worker)
     with connection.cursor() as cursor:
-        cursor.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp() - pg_postmaster_start_time())")
-        (up_s,) = cursor.fetchone()
-    monkeypatch.setattr(workers, "RETURN_GRACE_S", float(up_s) + 60)
+        cursor.execute(
+            "SELECT EXTRACT(EPOCH FROM clock_timestamp() - min(backend_start)) FROM pg_stat_activity"
+        )
+        (oldest_s,) = cursor.fetchone()
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", float(oldest_s) + 60)
     assert workers.bury_dead() == []
     monkeypatch.setattr(workers, "RETURN_GRACE_S", 0)
     assert workers.bury_dead() == [worker.row]
