@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from importlib import import_module
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -22,6 +23,7 @@ from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
 from django.db import DatabaseError, DataError, InterfaceError
 from django.template.loader import render_to_string
+from django.utils import timezone
 from django.utils.crypto import constant_time_compare
 
 from runs import events
@@ -230,6 +232,7 @@ class RunListConsumer(LiveConsumer):
         self._takes_new = False
         self._owes_answer = True
         self._newest_pk: int | None = None
+        self._since: datetime | None = None
         self._sent: dict[str, str] = {}
         return events.owner_group(self.user.pk)
 
@@ -279,8 +282,12 @@ class RunListConsumer(LiveConsumer):
         if self._takes_new:
             if self._newest_pk is None:
                 self._newest_pk = max((run.pk for run in found), default=0)
-            # The oldest first, so that what does not fit comes with the next message.
+                moments = [run.active_at for run in found]  # type: ignore[attr-defined]
+                self._since = min([*moments, timezone.now()]) if moments else None
             later = runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)
+            if self._since is not None:  # what did nothing since then is on a later page
+                later = later.filter(active_at__gte=self._since)
+            # The oldest first, so that what does not fit comes with the next message.
             new = list(later.order_by("pk")[:MAX_NEW_ROWS])
             self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])
             found += new

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
 from django.db import transaction
+from django.utils import timezone
 
 from runs import consumers, events
 from runs.models import TrainingRun, User
@@ -70,6 +72,18 @@ async def test_a_new_run_appears_on_the_first_page_alone(
         assert (row["run"], row["is_new"]) == (new.public_id, True)
     else:
         assert (await socket.hear())["rows"] == []
+
+
+async def test_an_old_run_of_a_later_page_is_not_new(connect: Open, run: TrainingRun) -> None:
+    user = await User.objects.aget(username="alice")
+    idle = await sync_to_async(seed.make_run)(user, name="idle")
+    long_ago = timezone.now() - timedelta(days=1)
+    await TrainingRun.objects.filter(pk=idle.pk).aupdate(created_at=long_ago, last_applied_at=None)
+    socket = await connect(PATH)
+    await socket.say_json({"rows": [run.public_id], "is_first_page": True})
+    assert [row["run"] for row in await hear_rows(socket)] == [run.public_id]
+    new = await sync_to_async(seed.make_run)(user, name="brand new")
+    assert [row["run"] for row in await hear_rows(socket)] == [new.public_id]
 
 
 async def test_the_first_run_of_all_is_heard(connect: Open) -> None:
