@@ -8,13 +8,13 @@ was written to storage before: only the commit is tried again. A run that anothe
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 from gpuworker import failpoints, payloads, snapshots
 from gpuworker.engine.adapters import AdapterState
@@ -30,6 +30,7 @@ from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING: Final = 8
+_MAX_TOGETHER: Final = 64
 # Host copies of states that wait to be written may take so much together, and no more than a part of what is free.
 _MAX_STATE_BYTES: Final = 1 << 30
 _STATE_PART: Final = 8
@@ -78,7 +79,7 @@ def saved_bytes(outcomes: Iterable[Outcome]) -> int:
 
 
 class Committer:
-    """Takes outcomes from the compute stage and makes them true, one item after the other.
+    """Takes outcomes from the compute stage and makes them true, one item after the other; samples that wait together.
 
     Args:
         state_bytes: memory of the states that wait to be written; a single item may exceed it.
@@ -97,7 +98,8 @@ class Committer:
         self._unwritten: set[str] = set()
         self._held_bytes = 0
         self._changed = threading.Condition()
-        self._items: queue.Queue[Item | None] = queue.Queue(maxsize=_MAX_WAITING)
+        self._items: deque[Item] = deque()
+        self._is_busy = self._is_stopping = False
         self._thread = database_thread("committer", self._loop)
         self._thread.start()
 
@@ -105,9 +107,10 @@ class Committer:
         """Hand over an item; blocks while too many wait, or too large ones: compute cannot run away from the log."""
         num_bytes = _state_bytes(item)
         with self._changed:
-            self._changed.wait_for(lambda: self._has_room(num_bytes))
+            self._changed.wait_for(lambda: isinstance(item, SampleOutcome) or self._has_room(num_bytes))
             self._held_bytes += num_bytes
-        self._items.put(item)
+            self._items.append(item)
+            self._changed.notify_all()
 
     @property
     def unwritten(self) -> list[str]:
@@ -116,40 +119,72 @@ class Committer:
 
     def flush(self) -> None:
         """Wait until everything handed over is committed or given up."""
-        self._items.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._items or self._is_busy))
 
     def stop(self) -> None:
         """Finish what waits and end the thread."""
-        self._items.put(None)
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
         self._thread.join()
 
     def _has_room(self, num_bytes: int) -> bool:
+        if sum(not isinstance(item, SampleOutcome) for item in self._items) >= _MAX_WAITING:
+            return False
         return not (self._held_bytes and num_bytes) or self._held_bytes + num_bytes <= self.state_bytes
 
     def _loop(self) -> None:
-        while (item := self._items.get()) is not None:
-            num_bytes = _state_bytes(item)
+        while self._wait():
+            num_bytes = 0
             try:
-                self._commit(item)
+                num_bytes = self._commit_next()
             finally:
-                del item  # while nothing comes its state would stay in memory
                 with self._changed:
+                    self._is_busy = False
                     self._held_bytes -= num_bytes
                     self._changed.notify_all()
-                self._items.task_done()
-        self._items.task_done()
 
-    def _commit(self, item: Item) -> None:
+    def _wait(self) -> bool:
+        """Return true once there is something to commit, false when it is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._is_stopping)
+            self._is_busy = bool(self._items)
+            return self._is_busy
+
+    def _commit_next(self) -> int:
+        """Commit the item that waits longest, samples with those right behind; returns what it held in copies.
+
+        While nothing comes no item, whose state would stay in memory, is held here.
+        """
+        with self._changed:
+            item = self._items.popleft()
+            samples = [item] if isinstance(item, SampleOutcome) else []
+            while samples and len(samples) < _MAX_TOGETHER and self._items:
+                if not isinstance(self._items[0], SampleOutcome):
+                    break
+                samples.append(cast(SampleOutcome, self._items.popleft()))
         if isinstance(item, SampleOutcome):
-            self._attempt(lambda: _commit_sample(item))
-            self._on_sample_end(item.operation_pk)
-        elif isinstance(item, SnapshotOutcome):
+            self._commit_samples(samples)
+            return 0
+        self._commit(item)
+        return _state_bytes(item)
+
+    def _commit_samples(self, samples: Sequence[SampleOutcome]) -> None:
+        if not self._attempt(lambda: _commit_samples(samples)):
+            for sample in samples:
+                self._attempt(lambda sample=sample: _commit_samples([sample]))  # type: ignore[misc]
+        for sample in samples:
+            self._on_sample_end(sample.operation_pk)
+
+    def _commit(self, item: Sequence[RunOutcome] | SnapshotOutcome) -> None:
+        if isinstance(item, SnapshotOutcome):
             if not self._attempt(lambda: _commit_snapshot(item)):
                 item.seat.replay_cost_s += _UNWRITTEN_COST_S
         elif not self._attempt(lambda: self._commit_cycle(item)):
             for run in item:
                 run.seat.is_lost |= not self._attempt(lambda run=run: self._commit_cycle([run]))  # type: ignore[misc]
-        if not isinstance(item, SampleOutcome | SnapshotOutcome) and any(run.seat.is_lost for run in item):
+        if not isinstance(item, SnapshotOutcome) and any(run.seat.is_lost for run in item):
             self._on_lost()
 
     def _commit_cycle(self, runs: Sequence[RunOutcome]) -> None:
@@ -204,11 +239,16 @@ def _state_bytes(item: Item) -> int:
     return 0 if isinstance(item, SampleOutcome) else sum(saved_bytes(run.outcomes) for run in item)
 
 
-def _commit_sample(item: SampleOutcome) -> None:
-    answer = item.answer
+def _commit_samples(samples: Sequence[SampleOutcome]) -> None:
+    answers = {sample.operation_pk: _answer_of(sample) for sample in samples}
+    until_reachable(partial(commits.commit_samples, answers))
+
+
+def _answer_of(sample: SampleOutcome) -> Result:
+    answer = sample.answer
     if isinstance(answer, SampleResult):
-        answer = payloads.sample_result(answer, num_prompt_logprobs=item.num_prompt_logprobs)
-    until_reachable(partial(commits.commit_sample, item.operation_pk, answer))
+        return payloads.sample_result(answer, num_prompt_logprobs=sample.num_prompt_logprobs)
+    return answer
 
 
 def _commit_together(runs: Sequence[RunOutcome]) -> None:

@@ -103,7 +103,6 @@ class Residents:
         except (StorageError, OutOfMemory) as error:
             _put_back(seat, error)
         except Exception as error:
-            device_loss.end_if_lost(error)
             if not is_out_of_memory(error):
                 logger.exception("run %s cannot be brought back", seat.run.public_id)
             _put_back(seat, error)
@@ -115,6 +114,9 @@ class Residents:
         until_reachable(partial(restores.begin, seat.run))
         try:
             until_reachable(partial(restore, seat, beat=self._busy.beat))
+        except Exception as error:
+            device_loss.end_if_lost(error)  # which ends the worker, so that the try stays counted
+            raise
         finally:
             until_reachable(partial(restores.end, seat.run))
 

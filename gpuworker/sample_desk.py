@@ -18,7 +18,7 @@ from gpuworker import device_loss, payloads, suspicion
 from gpuworker.cold_weights import ColdWeights, Found
 from gpuworker.committer import Committer, SampleOutcome
 from gpuworker.engine.engine import Engine
-from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.exceptions import CheckpointError, EngineError, OutOfMemory
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.types import SampleRequest, SampleResult
 from gpuworker.partials import Partials
@@ -44,7 +44,6 @@ class _Open:
 
     sampler: Sampler | VllmSampler
     taken: TakenSample
-    num_samples: int
     num_prompt_logprobs: int | None
     is_watched: bool
     num_shown: int = 0
@@ -157,7 +156,8 @@ class SampleDesk:
         own = self._open_in(engine)
         if head.pk in self._lone or any(one.taken.pk in self._lone for one in own):
             return not own
-        return sum(one.num_samples for one in own) < engine.num_slots
+        sampler = engine.sampler
+        return sampler.num_wanted < engine.num_slots and not sampler.has_left_out
 
     def _open_in(self, engine: Engine) -> list[_Open]:
         return [one for one in self._open.values() if one.sampler is engine.sampler]
@@ -221,7 +221,6 @@ class SampleDesk:
         self._open[taken.pk] = _Open(
             sampler=sampler,
             taken=taken,
-            num_samples=body.num_samples,
             num_prompt_logprobs=body.prompt_logprobs_last_n,
             is_watched=body.stream,
         )
@@ -253,7 +252,13 @@ class SampleDesk:
             logger.exception("a decode step failed")
             self._part(engine, error)
             return
+        without_room = [
+            int(request_id) for request_id, outcome in outcomes if isinstance(outcome, OutOfMemory)
+        ]
         for request_id, outcome in outcomes:
+            if len(without_room) > 1 and int(request_id) in without_room:
+                self._draw_alone(int(request_id))
+                continue
             answer = payloads.error_result(outcome) if isinstance(outcome, EngineError) else outcome
             self._answer(int(request_id), answer)
 
@@ -265,9 +270,14 @@ class SampleDesk:
             if len(own) == 1:
                 self._answer(one.taken.pk, _failure(error))
             else:
-                self._close(one.taken.pk)
-                self._lone.add(one.taken.pk)
-                self._waiting[one.taken.base_model].put(one.taken)
+                self._draw_alone(one.taken.pk)
+
+    def _draw_alone(self, operation_pk: int) -> None:
+        """Have a request drawn anew with no other beside it: its tokens depend on its seed alone."""
+        one = self._close(operation_pk)
+        assert one is not None
+        self._lone.add(operation_pk)
+        self._waiting[one.taken.base_model].put(one.taken)
 
     def _collect(self, server: VllmSampler) -> None:
         for request_id, outcome in server.step():

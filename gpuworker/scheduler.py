@@ -75,6 +75,7 @@ class Scheduler:
         self._turns = Turns()
         self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
+        self._tried_alone: int | None = None
         self._is_pausing = False
         self._is_stopping = False
         self._checked_at = time.monotonic()
@@ -319,7 +320,11 @@ class Scheduler:
             done[seat.run.pk] += outcomes
             return
         self._committer.flush()
-        until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
+        if (
+            self._tried_alone != operation.taken.pk
+        ):  # else it waits for storage, and is tried by this worker still
+            self._tried_alone = operation.taken.pk
+            until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
         self._apply_head(seat, done)
 
     def _apply_head(self, seat: Seat, done: dict[int, list[Outcome]]) -> None:

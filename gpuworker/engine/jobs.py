@@ -21,6 +21,8 @@ from gpuworker.engine.losses import BoundLoss
 from gpuworker.engine.types import Datum, Float32Array, ForwardBackward, ForwardBackwardResult, Int64Array
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+# All rows of a job get as many targets as that with the most.
+MAX_TARGETS = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,18 +48,19 @@ class KVCache:
     def size_for(self, num_slots: int, num_positions: int, *, max_positions: int) -> tuple[int, int]:
         """Return slots and positions of pools for so much, or for as many slots as there is room for, at least one.
 
-        Both are powers of two as far as there is room, to move pools less often, and slots get shorter only where
-        not all have room otherwise.
+        Both are powers of two as far as there is room, to move pools less often. Slots get shorter, and no longer
+        than needed, only where not all have room otherwise.
 
         Args:
             max_positions: what all slots together may have.
         """
         needed = max(_MIN_POSITIONS, power_of_two(num_positions))
-        for length in (max(needed, self.num_positions), needed):
+        shortest = -(-num_positions // _MIN_POSITIONS) * _MIN_POSITIONS
+        for length in (max(needed, self.num_positions), needed, shortest):
             slots = min(power_of_two(num_slots), max_positions // length)
             if slots >= num_slots:
                 return slots, length
-        return max(slots, 1), needed
+        return max(slots, 1), shortest
 
     def resize(self, num_slots: int, num_positions: int, *, kept: Sequence[int]) -> None:
         """Replace the pools by others, in which the slots that are kept come first, in this order.
@@ -92,7 +93,7 @@ class KVCache:
         """Copy the first positions of one slot to others, in every layer."""
         targets_N = torch.tensor(targets, device=self.device)
         for pool in (pool for pools in self._pools.values() for pool in pools):
-            pool[targets_N, :num_positions] = pool[source, :num_positions]
+            pool[targets_N, :num_positions] = pool[source, :num_positions].clone()  # may be all of the pool
 
     def pools(self, layer: int, like_TGE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the key and value pools (S, C, G, E) of one layer."""

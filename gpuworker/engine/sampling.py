@@ -34,7 +34,7 @@ from gpuworker.engine.kv_cache import CachedAttention, Entry, KVCache
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.lora import SampledProduct
 from gpuworker.engine.lora_decode import SampledProducts, SampledRows, find_factor_step
-from gpuworker.engine.memory import is_out_of_memory
+from gpuworker.engine.memory import available_bytes, is_out_of_memory
 from gpuworker.engine.prompt_scores import score_prompt
 from gpuworker.engine.sequences import (
     ActiveRequest,
@@ -133,6 +133,7 @@ class Sampler:
         Raises:
             SamplingError: the model cannot serve it, or its id is already in use.
             AdapterNotLoaded: the sampler is unknown.
+            OutOfMemory: one sample of it takes more than the host has.
         """
         if request.request_id in self._actives:
             raise SamplingError(f"request {request.request_id} is already being sampled")
@@ -147,8 +148,21 @@ class Sampler:
         active = ActiveRequest(
             request, weights, order=order, end_tokens=base.end_tokens, max_context=base.max_context
         )
+        self._check_memory(active)
         self._actives[request.request_id] = active
         self._waiting.append(active)
+
+    @property
+    def num_wanted(self) -> int:
+        """Return the slots in use with those that requests want of which nothing has begun."""
+        return len(self._running) + sum(
+            active.num_unbegun for active in self._waiting if not active.num_begun
+        )
+
+    @property
+    def has_left_out(self) -> bool:
+        """Return whether the last step had no slot for some request."""
+        return any(active.was_left_out and not active.num_begun for active in self._waiting)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its slots; return whether it was there."""
@@ -213,6 +227,8 @@ class Sampler:
             self._waiting.popleft()
             if active.num_unbegun > 0:
                 self._waiting.append(active)
+        for active in self._waiting:
+            active.was_left_out = True
         groups += by_prompt.values()
         return sorted(groups, key=lambda group: _place(group[0].active))
 
@@ -273,6 +289,19 @@ class Sampler:
             return
         for slot, continuation in enumerate(self._running):
             continuation.slot = slot
+
+    def _check_memory(self, active: ActiveRequest) -> None:
+        """Refuse what would end the process: a host gives out memory that it does not have."""
+        num_bytes = active.num_positions * self._base.cache_bytes_per_position(self._cache.dtype)
+        is_told_by_torch = self._base.device.type != "cpu" or not self._base.group.is_alone
+        if is_told_by_torch or num_bytes <= self._cache_bytes:
+            return
+        free = available_bytes()
+        if num_bytes > free:
+            raise OutOfMemory(
+                f"{active.num_positions} positions, of the prompt and max_tokens together, take {num_bytes >> 20} MiB "
+                f"of keys and values; {free >> 20} MiB are free"
+            )
 
     @property
     def _max_positions(self) -> int:

@@ -44,6 +44,7 @@ class ActiveRequest:
         self.stop_tokens = frozenset(stop_tokens)
         self.max_new = min(params.max_tokens, max_context - len(request.prompt))
         self.num_begun = 0
+        self.was_left_out = False  # of a step, for want of a slot
         self.prompt_scores: PromptScores | None = None
         self._finished: dict[int, SampledSequence] = {}
 

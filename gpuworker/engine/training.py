@@ -20,7 +20,7 @@ from gpuworker.engine.adapters import Adapter
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import PackedRows, cut_into_blocks, fill_batches, pack_rows
 from gpuworker.engine.exceptions import DatumError, EngineError, NonFiniteError, OutOfMemory
-from gpuworker.engine.jobs import Block, Job, build_block, check_datum, num_targets
+from gpuworker.engine.jobs import MAX_TARGETS, Block, Job, build_block, check_datum, num_targets
 from gpuworker.engine.logprobs import Head, HeadPiece, LossTerms, PieceScore
 from gpuworker.engine.lora import Segment
 from gpuworker.engine.lora_stack import AdapterRows
@@ -85,6 +85,9 @@ class Trainer:
         budget = token_budget or self._token_budget
         cuts = cut_into_blocks([len(datum.tokens) for datum in request.data], budget)
         width = max(num_targets(datum) for datum in request.data)
+        num_tokens = sum(len(datum.tokens) for datum in request.data)
+        if width > 1 and num_tokens * width > MAX_TARGETS:
+            raise DatumError(f"{num_tokens} tokens with {width} targets each; {MAX_TARGETS} targets fit")
         blocks = [build_block([request.data[i] for i in cut], loss, width) for cut in cuts]
         return Job(request, adapter, loss, blocks)
 

@@ -7,7 +7,7 @@ came, so their digest tells a retry from another request under the same seq_id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -197,7 +197,21 @@ def _read_all(
             )
         datums.append(arrays)
     problems.raise_if_any()
+    _check_width(datums)
     return tuple(datums)
+
+
+def _check_width(datums: Sequence[DatumArrays]) -> None:
+    """Refuse data that are far too many when each token has as many targets as that with the most: so they are computed."""
+    widths = [1 if datum.target_tokens.ndim == 1 else datum.target_tokens.shape[1] for datum in datums]
+    num_tokens = sum(len(datum.tokens) for datum in datums)
+    widest = max(widths, default=1)
+    if widest > 1 and num_tokens * widest > MAX_ELEMENTS:
+        raise RequestInvalid(
+            f"has {widest} targets a token, which all {num_tokens} tokens of the request get: "
+            f"more than {MAX_ELEMENTS} together; send it by itself",
+            place=f"data[{widths.index(widest)}]",
+        )
 
 
 def _read_json_datum(datum: Datum, spec: LossSpec, place: str) -> DatumArrays:

@@ -177,16 +177,21 @@ def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size
     return [*loser, *(row.directory for row in old)]
 
 
-def commit_sample(operation_pk: int, result: Result) -> None:
-    """Store a sample's answer; the first one written stands."""
+def commit_samples(answers: Mapping[int, Result]) -> None:
+    """Store the answers of samples by their operations' keys; of each the first one written stands."""
     with transaction.atomic():
-        with connection.cursor() as cursor:
-            values = [_state_of(result), result.body, result.is_proto, result.error, result.category]
-            cursor.execute(_FINISH_SAMPLE, [*values, operation_pk])
-            was_first = cursor.rowcount == 1
-        if was_first:
-            events.notify_done([operation_pk])
+        new = [pk for pk, result in sorted(answers.items()) if _is_first_answer(pk, result)]
+        if new:
+            events.notify_done(new)
+        for operation_pk in new:
             _sample_changed(operation_pk)
+
+
+def _is_first_answer(operation_pk: int, result: Result) -> bool:
+    values = [_state_of(result), result.body, result.is_proto, result.error, result.category]
+    with connection.cursor() as cursor:
+        cursor.execute(_FINISH_SAMPLE, [*values, operation_pk])
+        return bool(cursor.rowcount == 1)
 
 
 def fail_run(run_pk: int, *, fence: int, error: str) -> None:

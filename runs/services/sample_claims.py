@@ -4,7 +4,7 @@ Owners take turns: many samples of one do not stand before the few of another.
 
 A worker that ends in order gives back what it has no answer to; that it took them is no attempt.
 
-The answer is stored by `services.commits.commit_sample`.
+The answer is stored by `services.commits.commit_samples`.
 """
 
 from __future__ import annotations

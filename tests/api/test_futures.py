@@ -228,7 +228,7 @@ async def test_a_sample_is_answered_in_protobuf_or_json_as_accepted(
     )
     output = results.SampleOutput(sequences=(sequence,), prompt_logprobs=np.array([np.nan, -1.0], "f4"))
     body = results.encode_sample(output)
-    await in_thread(lambda: commits.commit_sample(pk, Result(body=body, is_proto=True)))
+    await in_thread(lambda: commits.commit_samples({pk: Result(body=body, is_proto=True)}))
     in_proto = await alice.poll(pk, **PROTO)
     assert in_proto.content == body
     content = (await alice.poll(pk, accept="application/json")).json()

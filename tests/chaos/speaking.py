@@ -46,6 +46,12 @@ class Voice:
     def num_pending(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_wanted(self) -> int:
+        return sum(request.num_samples for request in self._waiting.values())
+
+    has_left_out = False
+
     def submit(self, request: SampleRequest) -> None:
         self._waiting[request.request_id] = request
 

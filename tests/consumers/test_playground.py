@@ -85,7 +85,7 @@ async def answer(row: Operation, tokens: Sequence[int], stop_reason: results.Sto
         stop_reason=stop_reason,
     )
     body = results.encode_sample(results.SampleOutput(sequences=(sequence,)))
-    await sync_to_async(commits.commit_sample)(row.pk, Result(body=body, is_proto=True))
+    await sync_to_async(commits.commit_samples)({row.pk: Result(body=body, is_proto=True)})
     await show(row, 0, [], is_last=True)
 
 
@@ -169,7 +169,7 @@ async def test_without_redis_the_answer_still_comes(
             tokens=np.array(tokens), logprobs=np.zeros(len(tokens), np.float32), stop_reason="stop"
         )
         body = results.encode_sample(results.SampleOutput(sequences=(sequence,)))
-        await sync_to_async(commits.commit_sample)(row.pk, Result(body=body, is_proto=True))
+        await sync_to_async(commits.commit_samples)({row.pk: Result(body=body, is_proto=True)})
         assert (await hear(socket, "done"))["text"] == "still here"
 
 

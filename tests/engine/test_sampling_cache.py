@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpuworker.engine import base_model
+from gpuworker.engine import base_model, sampling
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.exceptions import EngineError, OutOfMemory
 from gpuworker.engine.kv_cache import KVCache
@@ -186,3 +186,51 @@ def test_a_cache_copies_to_many_slots_in_as_many_calls_as_to_one() -> None:
             assert all(torch.equal(pool[target, :10], pool[2, :10]) for target in targets)
             assert not pool[targets, 10:].any()
     assert counts[0] == counts[1]
+
+
+def test_slots_get_shorter_before_they_get_fewer() -> None:
+    cache = KVCache(device=torch.device("cpu"), dtype=torch.float32)
+    assert cache.size_for(4, 1030, max_positions=8192) == (4, 2048)
+    assert cache.size_for(7, 1030, max_positions=8192) == (7, 1088)
+    assert cache.size_for(64, 1030, max_positions=8192) == (7, 1088)
+    assert cache.size_for(1, 5000, max_positions=100) == (1, 5056)
+
+
+def test_a_sample_that_the_host_has_no_memory_for_is_refused_before_it_begins(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux gives out memory that it does not have, and ends the process once it is used."""
+    sampler = make_sampler(base, cache_bytes=room(base, 64))
+    monkeypatch.setattr(sampling, "available_bytes", lambda: room(base, 100))
+    with pytest.raises(
+        OutOfMemory, match=r"128 positions, of the prompt and max_tokens together, take \d+ MiB"
+    ):
+        sampler.submit(make_request("long", 90, params=LONG))
+    assert sampler.num_pending == 0
+    sampler.submit(make_request("short", 40, params=LONG))
+    assert isinstance(finish(sampler)["short"], SampleResult)
+
+
+def test_a_prompt_that_fills_the_context_has_as_many_empty_samples_as_were_asked_for(
+    base: BaseModel,
+) -> None:
+    sampler = make_sampler(base, prompt_budget=base.max_context)
+    sampler.submit(replace(make_request("full", base.max_context), num_samples=3))
+    result = finish(sampler)["full"]
+    assert isinstance(result, SampleResult)
+    assert [len(sequence.tokens) for sequence in result.sequences] == [0, 0, 0]
+
+
+def test_what_requests_want_and_who_is_left_out_is_known(base: BaseModel) -> None:
+    sampler = make_sampler(base, max_slots=4, cache_bytes=room(base, 2 * 64))
+    assert (sampler.num_wanted, sampler.has_left_out) == (0, False)
+    submit(sampler, "early", [SHORT] * 2)
+    sampler.submit(replace(make_request("many", params=SHORT), num_samples=3))
+    assert (sampler.num_wanted, sampler.has_left_out) == (5, False)
+    sampler.step()
+    assert (sampler.num_wanted, sampler.has_left_out) == (5, True)
+    outcomes = step_until(sampler, lambda: not sampler.has_left_out)
+    assert outcomes.keys() == {"early0", "early1"}
+    assert sampler.num_wanted == 2  # the third comes behind what others ask for meanwhile
+    finish(sampler)
+    assert (sampler.num_wanted, sampler.has_left_out) == (0, False)

@@ -35,7 +35,7 @@ def answer(sample_id: str, *texts: str) -> None:
             logprobs=b"".join(b"\0\0\0\0" for _ in tokens),
         )
     pk = int(sample_id.removeprefix("op-"))
-    commits.commit_sample(pk, Result(body=response.SerializeToString(), is_proto=True))
+    commits.commit_samples({pk: Result(body=response.SerializeToString(), is_proto=True)})
 
 
 def payload_of(sample_id: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runs.exceptions import RequestInvalid
+from runs.schemas import forward_backward
 from runs.schemas import tinker_pb2 as pb
 from runs.schemas.forward_backward import (
     ForwardBackwardPayload,
@@ -82,6 +83,22 @@ def test_sparse_tensors_are_made_dense_each_on_its_own(parse: Any) -> None:
     )
     assert payload.data[0].target_tokens.tolist() == [[0, 9], [7, 0]]
     assert payload.data[0].inputs["weights"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@both_wires
+def test_targets_that_all_tokens_would_get_are_bounded(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gives every row as many targets as that with the most."""
+    wide = two_dimensional(
+        target_tokens=sparse([9, 7], "int64"), weights=tensor([1.0, 2.0, 3.0, 4.0], shape=[2, 2])
+    )
+    monkeypatch.setattr(forward_backward, "MAX_ELEMENTS", 24)
+    parse([good_datum(10), wide])
+    parse([good_datum(20)])
+    with pytest.raises(
+        RequestInvalid, match="has 2 targets a token, which all 13 tokens of the request get"
+    ) as caught:
+        parse([good_datum(11), wide])
+    assert caught.value.place == "data[1]"
 
 
 @both_wires

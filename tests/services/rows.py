@@ -143,7 +143,7 @@ def sample(session: SamplingSession, seq: int) -> int:
 
 def answer_sample(operation_pk: int, body: bytes = b"{}") -> None:
     """Store a sample's answer."""
-    commits.commit_sample(operation_pk, Result(body=body))
+    commits.commit_samples({operation_pk: Result(body=body)})
 
 
 def _json(content: dict[str, float]) -> bytes:

@@ -265,8 +265,8 @@ def test_an_ephemeral_save_opens_its_sampling_session_once(run: TrainingRun, wor
 
 def test_the_first_answer_of_a_sample_stands(alice: User, worker: HandWorker) -> None:
     pk = rows.sample(rows.make_sampling_session(alice), 0)
-    commits.commit_sample(pk, Result(body=b"first", is_proto=True))
-    commits.commit_sample(pk, Result(error="late", category="server"))
+    commits.commit_samples({pk: Result(body=b"first", is_proto=True)})
+    commits.commit_samples({pk: Result(error="late", category="server")})
     row = Operation.objects.get(pk=pk)
     assert (row.state, bytes(row.result or b""), row.error) == ("done", b"first", "")
 
@@ -277,7 +277,7 @@ def test_of_racing_answers_of_a_sample_one_stands(alice: User, worker: HandWorke
     bodies = [bytes([65 + index]) for index in range(8)]
     with psycopg.connect(**connection.get_connection_params(), autocommit=True) as listener:
         listener.execute(f"LISTEN {events.DONE_CHANNEL}")
-        race([partial(commits.commit_sample, pk, Result(body=body)) for body in bodies])
+        race([partial(commits.commit_samples, {pk: Result(body=body)}) for body in bodies])
         notices = [json.loads(notice.payload) for notice in listener.notifies(timeout=0.5)]
     assert bytes(Operation.objects.get(pk=pk).result or b"") in bodies
     assert notices == [[pk]]

@@ -299,5 +299,5 @@ def test_samples_have_a_limit_of_their_own(alice: User, bob: User, worker: HandW
     with pytest.raises(RateLimited):
         rows.sample(session, operations.MAX_QUEUED_SAMPLES)
     assert rows.sample(rows.make_sampling_session(bob), 0)
-    commits.commit_sample(first, commits.Result(body=b"{}"))
+    commits.commit_samples({first: commits.Result(body=b"{}")})
     assert rows.sample(session, operations.MAX_QUEUED_SAMPLES)

@@ -7,21 +7,26 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from django.core.files.storage import default_storage
-from django.db import transaction
+from django.db import connection, transaction
+from django.db.models.functions import Now
 
 from gpuworker import committer as committer_module
-from gpuworker.committer import Committer, SnapshotOutcome
+from gpuworker.committer import Committer, SampleOutcome, SnapshotOutcome
 from gpuworker.engine.adapters import AdapterState
 from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
-from runs.models import Operation, Snapshot, TrainingRun
+from runs.models import Operation, Snapshot, TrainingRun, User, Worker
+from runs.services import workers
+from runs.services.commits import Result
 from tests.worker.conftest import Client, finished, wait_for
-from tests.worker.test_device_share import TOKENS
+from tests.worker.test_device_share import TOKENS, ask
 
 NUM_RUNS = 5
 
@@ -83,7 +88,8 @@ def test_states_wait_for_those_before_them_to_be_written(held: Held) -> None:
             handed_over.append(seq)
 
     def is_stopped() -> bool:
-        return bool(held.committer._changed._waiters) or len(handed_over) == 3  # type: ignore[attr-defined]
+        does_producer_wait = held.committer._is_busy and held.committer._changed._waiters  # type: ignore[attr-defined]
+        return bool(does_producer_wait) or len(handed_over) == 3
 
     producer = threading.Thread(target=produce)
     with transaction.atomic():
@@ -200,3 +206,39 @@ def test_names_are_forgotten_once_they_are_rows(
     again = client.save("kept0")
     assert finished(again).error == "a checkpoint named 'kept0' exists; choose another name or overwrite it"
     assert len(worker._intake.seats[client.run.pk].saved_names) <= 2
+
+
+def test_samples_that_end_together_are_stored_together_and_compute_does_not_wait(
+    held: Held, alice: User, base_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with transaction.atomic():  # no worker sees them
+        samples = [ask(alice, base_model, num_tokens=1) for _ in range(3 * committer_module._MAX_WAITING)]
+        Operation.objects.filter(pk__in=samples).update(worker=live_worker())
+    may_go_on, commit = threading.Event(), held.committer._commit
+
+    def commit_later(item: Any) -> None:
+        may_go_on.wait(60)
+        commit(item)
+
+    monkeypatch.setattr(held.committer, "_commit", commit_later)
+    held.committer.put(held.outcome(seq=held.seat.applied_seq))
+    answers = [SampleOutcome(operation_pk=pk, answer=Result(body=b"{}")) for pk in samples]
+    putting = threading.Thread(target=lambda: [held.committer.put(answer) for answer in answers])
+    putting.start()
+    putting.join(30)
+    assert not putting.is_alive()
+    may_go_on.set()
+    held.committer.flush()
+    assert Operation.objects.filter(pk__in=samples, state=Operation.State.DONE).count() == len(samples)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(DISTINCT xmin::text) FROM runs_operation WHERE id = ANY(%s)", [samples])
+        assert cursor.fetchone() == (1,)
+
+
+def live_worker() -> Worker:
+    """Return a worker that keeps what it has taken from others."""
+    row = workers.register(device="cpu", dtype="float32")
+    Worker.objects.filter(pk=row.pk).update(
+        lease_until=Now() + timedelta(days=1), started_at=Now() + timedelta(days=1)
+    )
+    return row

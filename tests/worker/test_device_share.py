@@ -71,6 +71,7 @@ def ask(
     base_model: str,
     *,
     num_tokens: int,
+    num_samples: int = 1,
     prompt: Sequence[int] = (1, 2, 3),
     checkpoint: Checkpoint | None = None,
 ) -> int:
@@ -82,6 +83,7 @@ def ask(
         {
             "sampling_session_id": session.public_id,
             "seq_id": 0,
+            "num_samples": num_samples,
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]},
             "sampling_params": {"max_tokens": num_tokens, "seed": 7, "stop": []},
         }

@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from gpuworker import residents
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import EngineError
 from gpuworker.engine.memory import is_device_lost
 from gpuworker.engine.sampling import SampleOutcome
+from gpuworker.engine.sequences import Group
 from gpuworker.engine.types import ForwardBackward, ForwardBackwardResult, SampleRequest
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, TrainingRun, User
+from runs.services import restores
 from tests.worker.conftest import Client, Start, finished, losses_of, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 
@@ -166,6 +169,48 @@ def test_of_samples_that_failed_together_only_the_guilty_one_fails(
     assert [finished(pk).result for pk in (before, after)] == [undisturbed] * 2
     assert sizes == [3, 1]
     assert finished(new_client().forward_backward(TOKENS)).state == Operation.State.DONE
+
+
+def test_samples_without_memory_for_all_are_drawn_one_by_one(
+    start_worker: Start, alice: User, base_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    undisturbed = finished(ask(alice, base_model, num_tokens=5)).result
+    sampler, sizes = engine_of(worker).sampler, list[int]()
+    advance = sampler._advance
+
+    def advance_alone(groups: list[Group]) -> list[SampleOutcome]:
+        sizes.append(sum(map(len, groups)))
+        if sizes[-1] > 1:
+            torch.empty(2**50)  # the allocator really refuses
+        return advance(groups)
+
+    monkeypatch.setattr(sampler, "_advance", advance_alone)
+    with worker.scheduler._draining:
+        samples = [ask(alice, base_model, num_tokens=5) for _ in range(3)]
+        wait_for(lambda: worker._intake.samples.num_waiting == 3, what="all are taken")
+    assert [finished(pk).result for pk in samples] == [undisturbed] * 3
+    assert sizes[0] > 1
+    assert set(sizes[1:]) == {1}
+
+
+def test_a_device_lost_over_a_run_that_is_brought_back_counts_as_a_try(
+    start_worker: Start, new_client: NewClient
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+
+    def fault(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError(FAULT)
+
+    with worker.scheduler._draining, pytest.MonkeyPatch.context() as patch:
+        seat = worker._intake.seats[client.run.pk]
+        patch.setattr(residents, "restore", fault)
+        patch.setattr(os, "_exit", end_with_an_exception)
+        patch.setattr(restores, "end", lambda _: None)  # a process that has ended does nothing more
+        with pytest.raises(ProcessEnded):
+            worker.scheduler._residents._restore(seat)
+    assert TrainingRun.objects.get(pk=client.run.pk).restore_tries == 1
 
 
 @pytest.mark.parametrize(

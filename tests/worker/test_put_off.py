@@ -278,6 +278,27 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_loaded_later(
     end_as_undisturbed(client, undisturbed)
 
 
+def test_waiting_for_storage_is_one_lone_attempt(start_worker: Start, new_client: NewClient) -> None:
+    """An operation that three workers had taken is not given up for that."""
+    client = new_client()
+    worker = start_worker()
+    trained(client)
+    finished(client.save("kept"))
+    kept = Checkpoint.objects.get(run=client.run)
+    worker.stop()
+    loads = client.load(kept.directory, "tinker://kept", optimizer=True)
+    Operation.objects.filter(pk=loads).update(attempts=3)
+    with unreadable(f"{kept.directory}/{checkpoints.STATE_FILE}"):
+        worker = start_worker()
+        seats = worker._intake.seats
+        wait_for(
+            lambda: (seat := seats.get(client.run.pk)) is not None and seat.restoring.pause_s >= 4,
+            what="it is tried three times",
+        )
+        assert Operation.objects.get(pk=loads).lone_attempts == 1
+    assert finished(loads).state == Operation.State.DONE
+
+
 def test_a_shelved_state_that_cannot_be_read_stays_the_runs_state(
     start_worker: Start, new_client: NewClient, settings: Settings
 ) -> None:

@@ -55,3 +55,25 @@ def test_one_sample_of_another_waits_for_what_is_drawn_and_not_for_what_is_held(
         finished(number)
     before = Operation.objects.filter(pk__in=many, finished_at__lt=ended_at).count()
     assert before <= 5 * NUM_SLOTS
+
+
+def test_a_slot_that_is_free_goes_to_the_next_person(
+    start_worker: Callable[[], GpuWorker], alice: User, base_model: str
+) -> None:
+    """Though a request of another is not at its end: of many samples some end long before the last."""
+    worker = start_worker()
+    (engine,) = worker.scheduler._engines.values()
+    desk = worker.scheduler._desk
+    with worker.scheduler._draining:
+        wide = ask(alice, base_model, num_tokens=200, num_samples=engine.num_slots)
+        one = ask(User.objects.create(username="bob"), base_model, num_tokens=3)
+        wait_for(lambda: worker._intake.samples.num_waiting == 2, what="both are taken")
+        for taken in worker._intake.pop_samples():
+            desk.admit(taken)
+        desk.step()
+        assert engine.sampler.num_pending == 1
+        engine.sampler._running.pop()  # as when a sample has ended
+        desk.step()
+        assert engine.sampler.num_pending == 2
+        engine.sampler.cancel(str(wide))
+    assert finished(one).state == Operation.State.DONE

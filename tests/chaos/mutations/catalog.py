@@ -331,8 +331,8 @@ MUTATIONS: Final = (
         name="put off after any error",
         protects_from="an error over one run's state ends the worker",
         file="gpuworker/residents.py",
-        find="        except Exception as error:\n            device_loss.end_if_lost(error)\n",
-        replace="        except MemoryError as error:\n",
+        find="        except Exception as error:\n            if not is_out_of_memory(error):\n",
+        replace="        except MemoryError as error:\n            if not is_out_of_memory(error):\n",
         red=(
             "tests/worker/test_put_off.py::test_an_error_that_nobody_expects_keeps_one_run_out_and_no_other",
         ),

@@ -33,4 +33,4 @@ def answer(text: str) -> None:
         tokens=np.array(tokens), logprobs=np.zeros(len(tokens), np.float32), stop_reason="stop"
     )
     body = results.encode_sample(results.SampleOutput(sequences=(sequence,)))
-    commits.commit_sample(row.pk, Result(body=body, is_proto=True))
+    commits.commit_samples({row.pk: Result(body=body, is_proto=True)})
