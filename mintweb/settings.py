@@ -251,6 +251,8 @@ def default_storage(name: str) -> dict[str, Any]:
             "default_acl": None,
             "file_overwrite": True,
             "client_config": patience,
+            # A larger object is read by way of a file in TEMP_DIR; without a limit it would be whole in memory.
+            "max_memory_size": 8 << 20,
         },
     }
 
@@ -267,6 +269,8 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
 # Beside the storage, so that a finished file is moved and not copied.
 TEMP_DIR = DATA_DIR / "tmp"
+TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
+FILE_UPLOAD_TEMP_DIR = TEMP_DIR
 # Datasets come in by pieces, so they may be far larger than other request bodies; disk space is checked first.
 MAX_UPLOAD_BYTES = env_int("MINTWEB_MAX_UPLOAD_BYTES", 50 * 1024**3, minimum=1024, maximum=1024**5)
 # An upload that nobody goes on with is deleted after this time.

@@ -60,6 +60,8 @@ _DURATION: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _num_failures = 0
 _checked = threading.local()
 _threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="api")
+# Parts of a large answer may be long in coming out of a bucket: no other request waits behind them.
+_parts_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="api-parts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,5 +396,5 @@ async def _send(reply: Reply, send: Send) -> None:
 
 
 async def _send_parts(parts: Iterator[bytes], send: Send) -> None:
-    while (part := await in_thread(lambda: next(parts, None))) is not None:
+    while (part := await in_thread(lambda: next(parts, None), _parts_threads)) is not None:
         await send({"type": "http.response.body", "body": part, "more_body": True})

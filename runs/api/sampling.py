@@ -32,9 +32,9 @@ def create_sampling_session(request: ApiRequest) -> Reply:
 def asample(request: ApiRequest) -> Reply:
     """Submit a sample request."""
     body = validate(schemas.Sample, request.body)
-    session = access.get_sampling_session(request.user, body.sampling_session_id)
-    info = base_models.get(session.base_model)
-    if info.is_loaded:
+    session = access.get_readable_sampling_session(request.user, body.sampling_session_id)
+    info = base_models.find(session.base_model)
+    if info and info.is_loaded:
         schemas.check_prompt(body, vocab_size=info.vocab_size, max_context=info.max_context)
     submission = Submission(
         kind=Operation.Kind.SAMPLE, seq=body.seq_id, payload=requests.canonical_json(body)

@@ -113,6 +113,6 @@ def _forward(request: ApiRequest) -> Reply:
 
 
 def _check_fits(run: TrainingRun, payload: fb.ForwardBackwardPayload) -> None:
-    info = base_models.get(run.base_model)
-    if info.is_loaded:
+    info = base_models.find(run.base_model)
+    if info and info.is_loaded:
         fb.check_tokens(payload, vocab_size=info.vocab_size, max_context=info.max_context)

@@ -7,11 +7,13 @@ that take a dataset's file may get a large body, and whoever stops sending is se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from functools import partial
 from typing import Any, Final
 
@@ -35,6 +37,8 @@ OPEN_BODY_BYTES: Final = 64 << 10
 PAGE_BODY_BYTES: Final = 4 << 20
 # An open body is to be whole in this time; a larger one may take longer for as long as something comes.
 _TIMEOUT_S: Final = 30.0
+# A file is measured against the free space again whenever so much of it has come.
+_LOOK_EVERY_BYTES: Final = 64 << 20
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -53,7 +57,7 @@ class BodyGuard:
         try:
             limit = await _limit(scope)
             with blobs.room():
-                await self._app(scope, _Body(receive, limit).receive, answer.send)
+                await self._app(scope, _Body(receive, limit, is_file=_takes_file(scope)).receive, answer.send)
         except _Refusal as refusal:
             await _send(refusal.error, send)
         except DiskFull as error:
@@ -85,10 +89,11 @@ class _Answer:
 class _Body:
     """A request's body on its way in."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, limit: int, *, is_file: bool) -> None:
         self._receive = receive
         self._limit = limit
         self._num_bytes = 0
+        self._look_at_bytes: float = _LOOK_EVERY_BYTES if is_file else math.inf
         self._is_whole = False
         self._began_at = time.monotonic()
 
@@ -104,6 +109,10 @@ class _Body:
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._limit:
             raise _too_large(self._limit)
+        if self._num_bytes >= self._look_at_bytes:
+            self._look_at_bytes = self._num_bytes + _LOOK_EVERY_BYTES
+            with _refusing():
+                await _check_space(self._num_bytes, here_bytes=self._num_bytes)
         self._is_whole = not message.get("more_body", False)
         return message
 
@@ -137,21 +146,33 @@ def _takes_file(scope: Message) -> bool:
 
 async def _limit_of_known(scope: Message, headers: dict[bytes, str], size_bytes: int | None) -> int:
     """Return the limit for a body that is large, or whose size is not told: it depends on who sends it."""
-    try:
+    with _refusing():
         if not scope["path"].startswith("/rest/"):
             is_known = await sync_to_async(with_connection)(partial(_has_session, headers))
             return PAGE_BODY_BYTES if is_known else OPEN_BODY_BYTES
         await _authenticate(headers)
         if not _takes_file(scope):
             return settings.MAX_BODY_BYTES
-        if size_bytes is not None and size_bytes <= settings.MAX_UPLOAD_BYTES:
-            await sync_to_async(with_connection)(partial(uploads.check_space, size_bytes))
+        least_bytes = size_bytes or 1
+        if least_bytes <= settings.MAX_UPLOAD_BYTES:
+            await _check_space(least_bytes)
+    return settings.MAX_UPLOAD_BYTES
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
     except (NotAuthenticated, DiskFull) as error:
         raise _Refusal(error) from None
     except (OperationalError, InterfaceError) as error:
         logger.warning("the database did not answer: %s", error)
         raise _Refusal(errors.Unavailable()) from None
-    return settings.MAX_UPLOAD_BYTES
+
+
+async def _check_space(size_bytes: int, *, here_bytes: int = 0) -> None:
+    check = partial(uploads.check_space, size_bytes, here_bytes=here_bytes)
+    await sync_to_async(with_connection)(check)
 
 
 async def _authenticate(headers: dict[bytes, str]) -> None:

@@ -156,6 +156,19 @@ def get_sampling_session(user: User, sampling_session_id: str) -> SamplingSessio
     return _one(rows, f"sampling session {sampling_session_id[:128]!r}")
 
 
+def get_readable_sampling_session(user: User, sampling_session_id: str) -> SamplingSession:
+    """Return the user's sampling session for a new sample.
+
+    Raises:
+        NotFound: there is none, or its checkpoint is somebody else's who has taken it back.
+    """
+    session = get_sampling_session(user, sampling_session_id)
+    checkpoint = session.checkpoint
+    if checkpoint is not None and checkpoint.owner_id != user.pk and not checkpoint.is_public:
+        raise NotFound(f"there is no checkpoint {session.model_path!r}")
+    return session
+
+
 def get_checkpoint(user: User, path: ids.CheckpointPath) -> Checkpoint:
     """Return the user's checkpoint for changing or deleting it."""
     rows = Checkpoint.objects.filter(

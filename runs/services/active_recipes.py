@@ -1,18 +1,26 @@
-"""Which recipes the loop of `runs.recipes` has to look after in a turn: a paused one only while something is left."""
+"""Which recipes the loop of `runs.recipes` has to look after in a turn: one that rests only while something is left."""
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Final
+
 from django.db.models import Exists, F, OuterRef, Q
+from django.db.models.functions import Now
 
 from runs.models import Checkpoint, Evaluation, FixedSample, Recipe
 from runs.services import holdups, recipe_rows
 from runs.services.recipe_rows import State
 
+# How long after its end a recipe may have weights left that samples were to be drawn from.
+_LEFT_FOR: Final = timedelta(days=7)
+
 
 def find() -> list[Recipe]:
     """Return the recipes that the loop has to look after, those that wait longest first."""
     is_behind = Q(state=State.PAUSED) & ~Q(run__applied_seq=-1) & _has_left()
-    rows = Recipe.objects.filter(Q(state__in=recipe_rows.ACTIVE) | is_behind)
+    has_ended = Q(state__in=recipe_rows.ENDED, ended_at__gt=Now() - _LEFT_FOR) & _has_sampled_weights()
+    rows = Recipe.objects.filter(Q(state__in=recipe_rows.ACTIVE) | is_behind | has_ended)
     return list(
         rows.select_related("run__session", "dataset_version__dataset")
         .defer("dataset_version__report")
@@ -30,5 +38,11 @@ def _has_left() -> Q:
         | Q(run__held_up__in=holdups.OF_STEPS)
         | Q(Exists(Evaluation.objects.filter(**of_run, loss=None, last_seq__lte=applied_seq)))
         | Q(Exists(FixedSample.objects.filter(unasked, **of_run, operation=None, error="")))
-        | Q(Exists(Checkpoint.objects.filter(**of_run, is_ephemeral=True)))
+        | _has_sampled_weights()
     )
+
+
+def _has_sampled_weights() -> Q:
+    """Return whether weights are there that were saved for samples only (see `recipe_samples.drop_weights`)."""
+    saved = Checkpoint.objects.filter(run_id=OuterRef("run_id"), is_ephemeral=True)
+    return Q(Exists(saved.filter(seq__lt=OuterRef("next_seq"))))

@@ -46,7 +46,8 @@ def tar(checkpoint: Checkpoint) -> Iterator[bytes]:
     for name, file in checkpoints.files(checkpoint, with_optimizer=False):
         info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = file.size, int(checkpoint.created_at.timestamp()), 0o644
-        yield info.tobuf(tarfile.USTAR_FORMAT)
+        # USTAR has no files of 8 GiB; with names as short as these both are one block.
+        yield info.tobuf(tarfile.GNU_FORMAT)
         yield from file.chunks(_CHUNK_BYTES)
         padding = -info.size % tarfile.BLOCKSIZE
         yield bytes(padding)

@@ -92,7 +92,9 @@ def available() -> list[BaseModelInfo]:
 
 
 def get(name: str, *, place: str = "base_model") -> BaseModelInfo:
-    """Return a configured base model that has no load error.
+    """Return a configured base model that has no load error, for what is to be made on it.
+
+    What is made already waits until the base model can be loaded again: see `find`.
 
     Raises:
         RequestInvalid: it is not configured, or could not be loaded.

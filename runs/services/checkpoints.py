@@ -28,8 +28,8 @@ def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
 def delete(*chosen: Checkpoint) -> None:
     """Delete all of them or none: the rows, and the files once that is committed.
 
-    The files of one that a run has not loaded yet stay until it has (`services.loads`). What a crash leaves behind,
-    or a storage that is away, is found by `services.state_folders`.
+    The files of one that a run has not loaded yet stay until it has (`services.loads`). What a crash or a
+    disk that is away leaves behind is found by `services.state_folders`; in a bucket it stays.
     """
     with transaction.atomic(savepoint=False):
         Checkpoint.objects.filter(pk__in=[one.pk for one in chosen]).delete()

@@ -23,9 +23,9 @@ from runs.services import operations, workers
 # Free is a run without a worker, one that names a dead worker (it may have claimed before it noticed its
 # burial), and one that names this worker, which knows nothing of it (an answer was lost, or it gave the run up).
 # A volatile clock_timestamp() inside EXISTS would have the database look at every run there is.
+# Materialized, or a plan might look for further ones for each that it finds.
 _FREE = """
-UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
-  lost_at = COALESCE(taken.lost_at, free.lost_at) FROM (
+WITH free AS MATERIALIZED (
   SELECT run.id, CASE WHEN run.worker_id IS NOT NULL THEN
     GREATEST(run.last_applied_at, w.lease_until - make_interval(secs => %s)) END AS lost_at
   FROM runs_trainingrun run LEFT JOIN runs_worker w ON w.id = run.worker_id
@@ -41,8 +41,11 @@ _HAS_WORK = """
                   <= statement_timestamp() - make_interval(secs => %s))
 """
 _TAKE_FREE = """
-  ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED) free WHERE taken.id = free.id
-RETURNING taken.id
+  ORDER BY run.id LIMIT %s FOR UPDATE OF run SKIP LOCKED
+)
+UPDATE runs_trainingrun taken SET fence = taken.fence + 1, worker_id = %s,
+  lost_at = COALESCE(taken.lost_at, free.lost_at)
+FROM free WHERE taken.id = free.id RETURNING taken.id
 """
 _CLAIM = _FREE + _HAS_WORK + _TAKE_FREE
 # A run whose save was answered by a worker that died before it wrote the file; see `services.early_answers`.
@@ -147,17 +150,12 @@ def claim_runs(
         limit: how many at most.
     """
     limit = min(limit, MAX_CLAIMS)
-    values = [
-        worker.pk,
-        workers.LEASE_S,
-        worker.pk,
-        list(held),
-        list(base_models),
-        worker.pk,
-        waited_s,
-        limit,
-    ]
+    values = [*_values_of_free(worker, base_models, held), waited_s, limit, worker.pk]
     return _claimed(worker, _CLAIM, values)
+
+
+def _values_of_free(worker: Worker, base_models: Sequence[str], held: Collection[int]) -> list[Any]:
+    return [workers.LEASE_S, worker.pk, list(held), list(base_models), worker.pk]
 
 
 def _claimed(worker: Worker, statement: str, values: list[Any]) -> list[HeldRun]:
@@ -170,7 +168,7 @@ def _claimed(worker: Worker, statement: str, values: list[Any]) -> list[HeldRun]
 
 def claim_owing(worker: Worker, base_models: Sequence[str], *, held: Collection[int] = ()) -> list[HeldRun]:
     """Take free runs with a save that was answered but is not applied yet, so that its file is written."""
-    values = [worker.pk, workers.LEASE_S, worker.pk, list(held), list(base_models), worker.pk, MAX_CLAIMS]
+    values = [*_values_of_free(worker, base_models, held), MAX_CLAIMS, worker.pk]
     return _claimed(worker, _CLAIM_OWING, values)
 
 

@@ -1,4 +1,4 @@
-"""Datasets: take a file in, have it checked, answer the person's choices, name what uses it, delete it."""
+"""Datasets: take a file in, have it checked, answer the person's choices, delete it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,15 @@ from typing import Final
 from django.conf import settings
 from django.core.files.storage import default_storage
 from django.db import transaction
-from django.db.models import Count, F, Max, QuerySet
+from django.db.models import Max
 from django.utils import timezone
 
 from runs import events
 from runs.datasets import formats
+from runs.datasets.file_names import types_in
 from runs.exceptions import NotFound, RequestInvalid
-from runs.models import Dataset, DatasetVersion, Recipe, TrainingRun, User
-from runs.services import access, blobs
+from runs.models import Dataset, DatasetVersion, User
+from runs.services import access, blobs, dataset_uses
 from runs.services.dataset_checks import ORIGINAL
 from runs.services.dataset_rows import RowReader, drop_copies, open_rows
 
@@ -41,7 +41,6 @@ _MAX_DESCRIPTION: Final = 10_000
 _STALE_S: Final = 2 * 86_400
 # Runs that a refusal to delete names.
 _MAX_NAMED: Final = 5
-_Measured: Final = Recipe.validation_versions.through
 State = DatasetVersion.State
 
 
@@ -67,10 +66,16 @@ def create_version(
 ) -> DatasetVersion:
     """Move a file into storage as a version of a dataset, new or given, and have it checked.
 
-    The same content again is the version that is there already; the file is then deleted.
+    The same content again is the version that is there already. In every case the file is gone afterwards.
+
+    Raises:
+        NotFound: the dataset was deleted meanwhile.
+        RequestInvalid: the dataset holds this content under a name by which it is read as another type of file.
     """
     found = register(user, path=path, filename=filename, dataset=dataset, name=name, description=description)
     path.unlink()
+    if found.is_known and types_in(found.version.filename) != types_in(_stored(filename)):
+        raise _read_otherwise(found.version, filename)
     return found.version
 
 
@@ -92,7 +97,7 @@ def register(
         NotFound: the dataset was deleted meanwhile.
     """
     digest = _digest(path)
-    known = _known(user, dataset, digest).first()
+    known = _known(user, dataset, digest, filename)
     if known is not None:
         return Registered(version=known, is_known=True)
     directory = f"{_FOLDER}/{uuid.uuid4().hex}"
@@ -100,7 +105,7 @@ def register(
     try:
         with transaction.atomic():
             _lock_datasets_of(user)
-            version = _known(user, dataset, digest).first()
+            version = _known(user, dataset, digest, filename)
             is_known = version is not None
             if version is None:
                 owner = (
@@ -139,16 +144,34 @@ def _insert(dataset: Dataset, digest: str, directory: str, *, filename: str, pat
         dataset=dataset,
         number=newest + 1,
         digest=digest,
-        filename=printable(filename)[-255:] or "data",
+        filename=_stored(filename),
         size_bytes=path.stat().st_size,
         directory=directory,
     )
 
 
-def _known(user: User, dataset: Dataset | None, digest: str) -> QuerySet[DatasetVersion]:
-    """Return the versions with this content: of the dataset, or without one, of all the user's."""
-    versions = DatasetVersion.objects.filter(digest=digest, dataset__owner=user).select_related("dataset")
-    return versions.filter(dataset=dataset) if dataset else versions
+def _known(user: User, dataset: Dataset | None, digest: str, filename: str) -> DatasetVersion | None:
+    """Return the version that an upload of this content is, if there is one.
+
+    A dataset holds a content once. Without a dataset it is any of the user's versions that reads the file as its
+    name says, and whose columns are as the doctor found them or can be chosen anew.
+    """
+    same = DatasetVersion.objects.filter(digest=digest, dataset__owner=user)
+    versions = same.select_related("dataset").defer("report")
+    if dataset is not None:
+        return versions.filter(dataset=dataset).first()
+    types = types_in(_stored(filename))
+    of_type = (version for version in versions if types_in(version.filename) == types)
+    return next((one for one in of_type if not (one.mapping and dataset_uses.is_used(one))), None)
+
+
+def _read_otherwise(version: DatasetVersion, filename: str) -> RequestInvalid:
+    ref = f"{version.dataset.public_id}@{version.number}"
+    return RequestInvalid(
+        f"{ref} holds the same content, read as the type of file that its name {version.filename[:80]!r} says; "
+        f"to have it read as that of {filename[:80]!r}, upload it as a dataset of its own",
+        place="filename",
+    )
 
 
 def _lock_datasets_of(user: User) -> None:
@@ -175,6 +198,12 @@ def _new_dataset(user: User, name: str, description: str) -> Dataset:
 # Find --------------------------------------------------------------------------------------------------------
 
 
+def parts_of(ref: str) -> tuple[str, int]:
+    """Return the dataset and the version that a reference names: 0 for its newest, no dataset for no reference."""
+    match = _REF.fullmatch(ref)
+    return (match[1], int(match[2] or 0)) if match is not None else ("", 0)
+
+
 def get_ready_version(user: User, ref: str, *, place: str = "dataset") -> DatasetVersion:
     """Return the version that `ds-...` (the newest ready one) or `ds-...@N` names.
 
@@ -182,12 +211,11 @@ def get_ready_version(user: User, ref: str, *, place: str = "dataset") -> Datase
         NotFound: there is no such dataset or version, or it is not the user's.
         RequestInvalid: it is no such reference, or cannot be trained on yet; the message says why.
     """
-    match = _REF.fullmatch(ref)
-    if match is None:
+    public_id, number = parts_of(ref)
+    if not public_id:
         raise RequestInvalid(f"{ref[:80]!r} names no dataset; use {REF_RULE}", place=place)
-    public_id, number = match[1], match[2]
     if number:
-        version = access.get_dataset_version(user, public_id, int(number))
+        version = access.get_dataset_version(user, public_id, number)
         if version.state != State.READY:
             raise RequestInvalid(f"{ref} is not ready: it {_words(version)}", place=place)
         return version
@@ -198,27 +226,6 @@ def get_ready_version(user: User, ref: str, *, place: str = "dataset") -> Datase
         what = _words(newest) if newest is not None else "has no content"
         raise RequestInvalid(f"{public_id} is not ready: it {what}", place=place)
     return ready
-
-
-def users_of(dataset: Dataset, *, limit: int) -> list[TrainingRun]:
-    """Return the newest runs that train on the dataset or are measured on it."""
-    trained = Recipe.objects.filter(dataset_version__dataset=dataset)
-    measured = _Measured.objects.filter(datasetversion__dataset=dataset)
-    # A union, not an OR: for that the database would look at every run there is.
-    users = trained.values("run").union(measured.values("recipe__run"))
-    return list(TrainingRun.objects.filter(pk__in=users).order_by("-created_at", "-pk")[:limit])
-
-
-def num_users(dataset_pks: Sequence[int]) -> dict[int, int]:
-    """Return how many runs train on each of these datasets or are measured on it; the database counts."""
-    trained = Recipe.objects.filter(dataset_version__dataset__in=dataset_pks)
-    trained_on = trained.values_list("dataset_version__dataset").annotate(num=Count("pk"))
-    measured = _Measured.objects.filter(datasetversion__dataset__in=dataset_pks)
-    # A run that trains on the dataset, too, is counted already.
-    others = measured.exclude(recipe__dataset_version__dataset=F("datasetversion__dataset"))
-    measured_on = others.values_list("datasetversion__dataset").annotate(num=Count("recipe", distinct=True))
-    counts = Counter(dict(trained_on)) + Counter(dict(measured_on))
-    return {pk: counts[pk] for pk in dataset_pks}
 
 
 def _words(version: DatasetVersion) -> str:
@@ -288,7 +295,7 @@ def _check_again(
         rows = DatasetVersion.objects.select_for_update().filter(pk=version.pk, state__in=states)
         if not rows.exists():
             raise RequestInvalid("this version no longer waits for a choice", place="state")
-        if version.recipes.exists() or version.validates.exists():
+        if dataset_uses.is_used(version):
             raise RequestInvalid("runs use this version, so its rows stay as they are", place="state")
         DatasetVersion.objects.filter(pk=version.pk).update(
             state=State.CHECKING, progress=0.0, error="", **changes
@@ -329,9 +336,9 @@ def delete(dataset: Dataset) -> None:
     with transaction.atomic():
         _lock_datasets_of(dataset.owner)
         versions = list(dataset.versions.select_for_update())
-        num = num_users([dataset.pk])[dataset.pk]
+        num = dataset_uses.num_users([dataset.pk])[dataset.pk]
         if num:
-            users = users_of(dataset, limit=_MAX_NAMED)
+            users = dataset_uses.users_of(dataset, limit=_MAX_NAMED)
             names = ", ".join(run.name or run.public_id for run in users)
             more = f" and {num - len(users)} more" if num > len(users) else ""
             raise RequestInvalid(f"used by {names}{more}; delete those runs first", place="dataset")
@@ -368,6 +375,10 @@ def _is_stale(folder: str) -> bool:
 def printable(text: str) -> str:
     """Return a name without control, bidirectional and zero-width characters, and without spaces around it."""
     return "".join(character for character in text if character.isprintable()).strip()
+
+
+def _stored(filename: str) -> str:
+    return printable(filename)[-255:] or "data"
 
 
 def _text(text: str) -> str:

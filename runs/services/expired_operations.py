@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import takewhile
 from typing import Final
 
 from django.db import connection, transaction
@@ -38,7 +39,8 @@ WITH kept AS (
 )
 SELECT id, floor FROM floors WHERE floor > LEAST(payloads_gone_seq, results_gone_seq) ORDER BY random() LIMIT %s
 """
-# By chance: many runs whose results are too young to go must not keep others from their turn.
+# By chance: many runs whose results are too young to go must not keep others from their turn. So are snapshots taken,
+# for one whose files cannot be deleted.
 
 
 def forget() -> None:
@@ -47,23 +49,26 @@ def forget() -> None:
         cursor.execute(_FLOORS, [NUM_SNAPSHOTS_KEPT, _RUNS_AT_ONCE])
         floors: list[tuple[int, int]] = cursor.fetchall()
     before = timezone.now() - KEEP_RESULTS
-    _forget_snapshots()
     num_left = _BATCHES_AT_ONCE
     for run_pk, floor in floors:
         while num_left and _forget_payloads(run_pk, floor):
             num_left -= 1
         while num_left and _forget_results(run_pk, floor, before):
             num_left -= 1
+    _forget_snapshots()
 
 
 def _forget_snapshots() -> None:
-    """Delete the snapshots of runs that have ended with nothing left to do."""
+    """Delete the snapshots of runs that have ended with nothing left to do.
+
+    Raises:
+        OSError: the bucket fails, or what its client raises then; the rows of what is left stay for the next time.
+    """
     waiting = Operation.objects.filter(run=OuterRef("run"), state=Operation.State.QUEUED)
     ended = ~Exists(waiting) & ~Q(run__state=TrainingRun.State.OPEN)
-    rows = list(Snapshot.objects.filter(ended)[:_RUNS_AT_ONCE])
-    Snapshot.objects.filter(pk__in=[row.pk for row in rows]).delete()
-    for row in rows:
+    for row in Snapshot.objects.filter(ended).order_by("?")[:_RUNS_AT_ONCE]:
         blobs.delete_folder(row.directory)
+        Snapshot.objects.filter(pk=row.pk).delete()
 
 
 def _forget_payloads(run_pk: int, floor: int) -> bool:
@@ -93,11 +98,12 @@ def _forget_results(run_pk: int, floor: int, before: datetime) -> bool:
         up_to_seq = min(floor, _read_by_recipe(run, floor))
         rows = _applied(run_pk, after_seq=run.results_gone_seq, up_to_seq=up_to_seq)
         batch = list(rows.values_list("pk", "seq", "finished_at")[:_BATCH])
-        # They were finished in the order of their seq; one that was refused when it came has no such time.
-        old = [(pk, seq) for pk, seq, finished_at in batch if finished_at is None or finished_at < before]
+        # They were finished in the order of their seq; one that was refused when it came has no such time, and what
+        # comes before it may be young.
+        old = list(takewhile(lambda row: row[2] is None or row[2] < before, batch))
         if not old:
             return False
-        Operation.objects.filter(pk__in=[pk for pk, _ in old]).update(result=None)
+        Operation.objects.filter(pk__in=[pk for pk, _, _ in old]).update(result=None)
         TrainingRun.objects.filter(pk=run_pk).update(results_gone_seq=old[-1][1])
     return len(old) == len(batch)
 

@@ -111,9 +111,11 @@ def submit(
     """Ask for one sample whose tokens are shown while they are drawn; returns the operation's number.
 
     Raises:
+        NotFound: the weights are somebody else's who has taken them back.
         RequestInvalid: the prompt does not fit the base model.
         RateLimited: too many samples of the user are waiting.
     """
+    session = access.get_readable_sampling_session(session.owner, session.public_id)  # as it is by now
     body = schemas.StoredSample.model_validate(
         {
             "sampling_session_id": session.public_id,

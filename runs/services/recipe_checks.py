@@ -10,7 +10,7 @@ from runs.exceptions import NotFound, RequestInvalid
 from runs.models import DatasetVersion, User
 from runs.schemas.parsing import validate_object
 from runs.schemas.problems import Problems
-from runs.schemas.recipes import SftConfig
+from runs.schemas.recipes import MIN_ROWS_TO_SPLIT, SftConfig
 from runs.services import base_models, datasets
 
 TRAINABLE: Final = (
@@ -65,6 +65,15 @@ def parse_config(values: Mapping[str, Any]) -> SftConfig:
     return validate_object(SftConfig, dict(values))
 
 
+def merged(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with some changed; of an object, like `samples`, what is left out stays, too."""
+    both = dict(held)
+    for name, value in given.items():
+        old = held.get(name)
+        both[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
 def check_config(user: User, config: SftConfig) -> tuple[DatasetVersion, list[DatasetVersion]]:
     """Check settings against the base model and the user's datasets; return training and validation data.
 
@@ -75,16 +84,33 @@ def check_config(user: User, config: SftConfig) -> tuple[DatasetVersion, list[Da
     _check_sizes(config, problems)
     refs = {"dataset": config.dataset}
     refs |= {f"validation.datasets[{index}]": ref for index, ref in enumerate(config.validation.datasets)}
-    versions = []
+    versions: dict[str, DatasetVersion] = {}
     for place, ref in refs.items():
         try:
-            versions.append(_trainable(user, ref, place=place))
+            versions[place] = _trainable(user, ref, place=place)
         except RequestInvalid as error:
             problems.add_error(error)
         except NotFound as error:
             problems.add(error.message, place=place)
+    training = versions.pop("dataset", None)
+    if config.early_stopping is not None and not has_validation(config, training):
+        problems.add(
+            f"{config.early_stopping} needs a validation loss; set validation.share above 0 or name "
+            f"validation.datasets (datasets under {MIN_ROWS_TO_SPLIT} rows are not split)",
+            place="early_stopping",
+        )
+    for place, version in versions.items():
+        if training is not None and version.digest == training.digest:
+            problems.add(_trained_on(refs[place], version, training), place=place)
     problems.raise_if_any()
-    return versions[0], versions[1:]
+    assert training is not None
+    return training, list(versions.values())
+
+
+def has_validation(config: SftConfig, training: DatasetVersion | None) -> bool:
+    """Say whether a run has rows to measure a validation loss on, as far as its dataset is known."""
+    is_split = training is None or training.num_rows >= MIN_ROWS_TO_SPLIT
+    return bool(config.validation.datasets) or (config.validation.share > 0 and is_split)
 
 
 def pinned(config: SftConfig, version: DatasetVersion, validation: list[DatasetVersion]) -> SftConfig:
@@ -112,6 +138,8 @@ def _without(values: Mapping[str, Any], places: list[str]) -> SftConfig:
             group.pop(inner.partition(".")[0], None)
         else:
             kept.pop(outer or "num_steps", None)
+        if outer == "validation":
+            kept.pop("early_stopping", None)  # nobody knows what it would go by
     return parse_config({**_STAND_INS, **kept})
 
 
@@ -128,6 +156,11 @@ def _check_sizes(config: SftConfig, problems: Problems) -> None:
         problems.add(
             f"{length} is above {info.max_context}, the context length of {info.name}", place="max_length"
         )
+
+
+def _trained_on(ref: str, version: DatasetVersion, training: DatasetVersion) -> str:
+    how = "is" if version == training else "has the same content as"
+    return f"{ref} {how} {ref_of(training)}, which the run trains on; choose other rows"
 
 
 def _trainable(user: User, ref: str, *, place: str) -> DatasetVersion:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import QuerySet
 
 from runs import events
 from runs.models import Checkpoint, Operation, Recipe
@@ -21,6 +22,14 @@ FINAL: Final = "final"
 AUTOMATIC: Final = "step-"
 HOLDING_A_SLOT: Final = (State.RUNNING, State.FINISHING, State.STOPPING)
 ACTIVE: Final = (State.PREPARING, State.QUEUED, State.DISCARDING, *HOLDING_A_SLOT)
+ENDED: Final = (State.FINISHED, State.STOPPED, State.DISCARDED, State.FAILED)
+# An operation of these that fails leaves the run in a state that its recipe did not mean.
+FATAL: Final = (
+    Operation.Kind.CREATE_MODEL,
+    Operation.Kind.FORWARD_BACKWARD,
+    Operation.Kind.OPTIM_STEP,
+    Operation.Kind.LOAD_WEIGHTS,
+)
 
 
 def num_slots() -> int:
@@ -29,9 +38,15 @@ def num_slots() -> int:
     return slots
 
 
+def holding_a_slot() -> QuerySet[Recipe]:
+    """Return the recipes that others wait for; one that was stopped before it started is none of them."""
+    rows = Recipe.objects.filter(state__in=HOLDING_A_SLOT)
+    return rows.exclude(state=State.STOPPING, started_at=None)
+
+
 def has_free_slot() -> bool:
     """Say whether one more may train now; only the transaction that starts it knows for certain."""
-    return Recipe.objects.filter(state__in=HOLDING_A_SLOT).count() < num_slots()
+    return holding_a_slot().count() < num_slots()
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
+from statistics import median
 from typing import Final
 
 from django.db.models import QuerySet
@@ -15,6 +18,8 @@ from runs.services.recipes import ACTIONS
 
 # Steps that the pace is taken from: all of them, and the newest few for a run that changes its pace.
 _NEWEST: Final = 20
+# A step that took so many times as long as usual had a pause before it, or no worker: that is not its pace.
+_LONGEST: Final = 10
 _PHASES: Final = {
     State.FINISHING: "finishing: last validation, samples and checkpoint",
     State.STOPPING: "stopping: saving a last checkpoint",
@@ -122,7 +127,7 @@ def _starts_in(position: int) -> float | None:
     """Return when the waiting run at a position starts: as many runs must end before, the soonest first."""
     if recipe_rows.has_free_slot():
         return 0.0
-    running = Recipe.objects.filter(state__in=recipe_rows.HOLDING_A_SLOT).select_related("run")
+    running = recipe_rows.holding_a_slot().select_related("run")
     ends = sorted(high for one in running if (high := _time_left(one, one.run.step)[1]) is not None)
     return ends[position - 1] if position <= len(ends) else None
 
@@ -138,9 +143,17 @@ def _time_left(recipe: Recipe, step: int) -> tuple[float | None, float | None]:
     )
     if len(times) < 3:
         return None, None
-    newest = times[:_NEWEST]
-    paces = [
-        (some[0] - some[-1]).total_seconds() / (len(some) - 1) for some in (times, newest) if len(some) > 1
-    ]
+    gaps_s = _gaps(times)
+    paces_s = [sum(some) / len(some) for some in (gaps_s, gaps_s[: _NEWEST - 1])]
     left = recipe.num_steps - step
-    return 0.9 * left * min(paces), 1.1 * left * max(paces)
+    return 0.9 * left * min(paces_s), 1.1 * left * max(paces_s)
+
+
+def _gaps(times: Sequence[datetime]) -> list[float]:
+    """Return the seconds between steps, given newest first; a pause counts as a slow step.
+
+    Steps that are entered together have no gap between them, so the usual gap is the median of the others.
+    """
+    gaps_s = [(after - before).total_seconds() for after, before in pairwise(times)]
+    longest_s = _LONGEST * median([gap for gap in gaps_s if gap > 0] or [0.0])
+    return [min(gap, longest_s) for gap in gaps_s]

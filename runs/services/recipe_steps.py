@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from django.db import connection, transaction
-from django.db.models import Q
 from django.db.models.functions import Now
 
-from runs import ids
-from runs.models import Checkpoint, Evaluation, FixedSample, Operation, Recipe, RunEvent, SamplingSession
-from runs.schemas import requests, results
-from runs.schemas import sampling as schemas
+from runs.models import Checkpoint, Evaluation, Operation, Recipe, RunEvent
+from runs.schemas import results
 from runs.schemas.recipes import SftConfig
-from runs.services import checkpoints, operations, recipe_rows, sampling, webhooks
+from runs.services import checkpoints, recipe_rows, recipe_samples, webhooks
 from runs.services.advisory_locks import LockClass
-from runs.services.operations import Submission
 from runs.services.recipe_rows import State
 
 VALIDATION_LOSS: Final = "validation_loss"
-# A step of these that fails leaves the run in a state that its recipe did not mean.
-_FATAL: Final = (
-    Operation.Kind.CREATE_MODEL,
-    Operation.Kind.FORWARD_BACKWARD,
-    Operation.Kind.OPTIM_STEP,
-    Operation.Kind.LOAD_WEIGHTS,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +86,9 @@ def begin(recipe: Recipe, first: Step) -> bool:
                 row.started_at = Now()
                 recipe_rows.note(row, "started", num_steps=row.num_steps)
                 _submit(row, first)
-                _ask_base_model(row, first.prompts)
+                recipe_samples.ask_base_model(row, first.prompts)
+            if row.next_step >= row.num_steps:  # a retry from its last checkpoint
+                _finish(row)
     return True
 
 
@@ -136,7 +127,7 @@ def watch(recipe: Recipe) -> None:
             "seq"
         )
         for seq, kind, state, error in done.values_list("seq", "kind", "state", "error"):
-            if state == Operation.State.FAILED and kind in _FATAL:
+            if state == Operation.State.FAILED and kind in recipe_rows.FATAL:
                 _fail(row, f"operation {seq} ({kind}) failed: {error}")
                 break
             _note_done(row, seq, kind, "" if state == Operation.State.DONE else error)
@@ -167,14 +158,14 @@ def delete_weights(recipe: Recipe) -> None:
 
 
 def prune(recipe: Recipe, *, keep: int) -> None:
-    """Delete automatic checkpoints beyond the newest ones and the best.
+    """Delete automatic checkpoints beyond the newest ones and the best; one to be measured yet may be that.
 
     Args:
         keep: how many stay, with the best.
     """
-    rows = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=recipe_rows.AUTOMATIC).order_by(
-        "-step"
-    )
+    unmeasured = Evaluation.objects.filter(run_id=recipe.run_id, loss=None).values("step")
+    automatic = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=recipe_rows.AUTOMATIC)
+    rows = automatic.exclude(step__in=unmeasured).order_by("-step")
     others = [row for row in rows if row.step != recipe.best_step]
     num_newest = keep - 1 if len(others) < len(rows) else keep
     checkpoints.delete(*others[num_newest:])
@@ -210,52 +201,10 @@ def overall_losses(recipe: Recipe) -> dict[int, tuple[float, bool]]:
     return {step: (_overall(group), group[0].has_checkpoint) for step, group in sorted(by_step.items())}
 
 
-# -- fixed samples ---------------------------------------------------------------------------------------
-
-
-def unasked_samples(recipe: Recipe) -> list[FixedSample]:
-    """Return the samples whose weights are saved and that are not asked for yet."""
-    ready = Q(save_seq=None) | Q(save_seq__lte=recipe.run.applied_seq)
-    return list(FixedSample.objects.filter(ready, run_id=recipe.run_id, operation=None, error=""))
-
-
-def ask(recipe: Recipe, sample: FixedSample, *, prompt: Iterable[int], config: SftConfig) -> None:
-    """Submit a fixed sample; asking twice is the same request."""
-    session = _sampling_session(recipe, sample)
-    if session is None:
-        FixedSample.objects.filter(pk=sample.pk).update(error="the weights of this step could not be saved")
-        return
-    number = _place(sample)
-    settings = config.samples
-    body = schemas.Sample.model_validate(
-        {
-            "sampling_session_id": session.public_id,
-            "seq_id": number,
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]},
-            "sampling_params": {
-                "max_tokens": settings.max_tokens,
-                "temperature": settings.temperature,
-                "seed": settings.seed + number,
-            },
-        }
-    )
-    submission = Submission(kind=Operation.Kind.SAMPLE, seq=number, payload=requests.canonical_json(body))
-    FixedSample.objects.filter(pk=sample.pk).update(operation=operations.submit_sample(session, submission))
-
-
-def drop_sampled_weights(recipe: Recipe) -> None:
-    """Delete the weights that were saved for samples only, once those samples are there."""
-    for checkpoint in Checkpoint.objects.filter(run_id=recipe.run_id, is_ephemeral=True):
-        drawn = FixedSample.objects.filter(run_id=recipe.run_id, save_seq=checkpoint.seq)
-        is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
-        if drawn.exists() and not drawn.filter(is_open).exists():
-            checkpoints.delete(checkpoint)
-
-
-def has_open_samples(recipe: Recipe) -> bool:
-    """Say whether samples of the recipe are still to be drawn."""
-    is_open = Q(operation=None, error="") | Q(operation__state=Operation.State.QUEUED)
-    return FixedSample.objects.filter(is_open, run_id=recipe.run_id).exists()
+def best_step(recipe: Recipe) -> int | None:
+    """Return the step of the checkpoint with the lowest validation loss, None before one is measured."""
+    losses = _saved_losses(recipe)
+    return min(losses, key=losses.__getitem__) if losses else None
 
 
 # -- parts -----------------------------------------------------------------------------------------------
@@ -279,42 +228,7 @@ def _submit(row: Recipe, step: Step) -> None:
     if step.save:
         recipe_rows.submit_save(row, name=f"{recipe_rows.AUTOMATIC}{row.next_step:06d}")
     if step.prompts and row.next_step > row.first_step:
-        _save_for_samples(row, step.prompts)
-
-
-def _save_for_samples(row: Recipe, prompts: Sequence[str]) -> None:
-    """Save the weights for a sampling session whose number is the save's own seq, so never used before."""
-    seq = row.next_seq
-    body = requests.SaveWeightsForSampler(model_id=row.run.public_id, seq_id=seq, sampling_session_seq_id=seq)
-    recipe_rows.submit(row, Operation.Kind.SAVE_WEIGHTS_FOR_SAMPLER, requests.canonical_json(body))
-    for prompt in prompts:
-        FixedSample.objects.update_or_create(
-            run_id=row.run_id,
-            step=row.next_step,
-            prompt=prompt,
-            defaults={"save_seq": seq, "operation": None, "error": ""},
-        )
-
-
-def _ask_base_model(row: Recipe, prompts: Sequence[str]) -> None:
-    for prompt in prompts:
-        FixedSample.objects.get_or_create(run_id=row.run_id, step=None, prompt=prompt)
-
-
-def _place(sample: FixedSample) -> int:
-    """Return the sample's place among those of its weights: the prompts of the settings may be others by now."""
-    same = FixedSample.objects.filter(run_id=sample.run_id, save_seq=sample.save_seq)
-    return same.filter(pk__lt=sample.pk).count()
-
-
-def _sampling_session(recipe: Recipe, sample: FixedSample) -> SamplingSession | None:
-    session = recipe.run.session
-    if sample.save_seq is None:
-        return sampling.create_sampling_session(
-            session, seq_id=0, base_model=recipe.run.base_model, checkpoint=None
-        )
-    public_id = ids.sampling_session_id(session.public_id, sample.save_seq)
-    return SamplingSession.objects.filter(public_id=public_id).first()
+        recipe_samples.save(row, step.prompts)
 
 
 def _finish(row: Recipe) -> None:
@@ -369,14 +283,18 @@ def _record(row: Recipe, group: Sequence[Evaluation]) -> None:
 
 
 def _note_best(row: Recipe, step: int) -> None:
-    losses = {
-        step: loss
-        for step, (loss, is_saved) in overall_losses(row).items()
-        if is_saved and math.isfinite(loss)
-    }
-    if losses and min(losses, key=losses.__getitem__) == step and row.best_step != step:
+    losses = _saved_losses(row)
+    if best_step(row) == step and row.best_step != step:
         row.best_step = step
         recipe_rows.note_at(row, step, "best", validation_loss=round(losses[step], 6))
+
+
+def _saved_losses(recipe: Recipe) -> dict[int, float]:
+    return {
+        step: loss
+        for step, (loss, is_saved) in overall_losses(recipe).items()
+        if is_saved and math.isfinite(loss)
+    }
 
 
 def _overall(group: Sequence[Evaluation]) -> float:

@@ -11,13 +11,23 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from django.db import transaction
+from django.db.models import Q
 from django.db.models.functions import Now
 
 from runs import events
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Evaluation, Operation, Recipe, TrainingRun, User
+from runs.schemas.problems import Problems, show
 from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
-from runs.services import access, recipe_checks, recipe_rows, sessions, training_runs
+from runs.services import (
+    access,
+    recipe_checks,
+    recipe_rows,
+    recipe_samples,
+    recipe_steps,
+    sessions,
+    training_runs,
+)
 from runs.services.recipe_rows import State
 from runs.services.training_runs import Lora, Start
 
@@ -56,7 +66,8 @@ def fork(
     """Start a run from a checkpoint, with the settings of the run that made it and some changed.
 
     With the optimizer state it goes on at the checkpoint's step; without, its steps count from 0. The
-    checkpoint of a run without settings (one of an SDK client) needs them all in `changes`.
+    checkpoint of a run without settings (one of an SDK client) needs them all in `changes`. Base model and adapter
+    are the checkpoint's.
 
     Raises:
         RequestInvalid: names each setting that cannot be.
@@ -65,16 +76,12 @@ def fork(
         raise RequestInvalid("sampler weights hold no optimizer state", place="with_optimizer")
     parent = Recipe.objects.filter(run=checkpoint.run).first()
     run = checkpoint.run
-    shape = {
-        "rank": run.lora_rank,
-        "train_attn": run.train_attn,
-        "train_mlp": run.train_mlp,
-        "train_unembed": run.train_unembed,
-    }
     held = dict(parent.config) if parent is not None else {}
     if "num_epochs" in changes:
         held.pop("num_steps", None)
-    config = recipe_checks.parse_config({**held, **changes, "base_model": run.base_model, "lora": shape})
+    held |= {"base_model": run.base_model, "lora": _lora_of(run)}
+    config = recipe_checks.parse_config(recipe_checks.merged(held, changes))
+    _refuse_other_adapter(config, run)
     if with_optimizer and config.num_steps is not None and config.num_steps <= checkpoint.step:
         raise RequestInvalid(
             f"{config.num_steps} is not after step {checkpoint.step}, where the fork starts",
@@ -126,11 +133,12 @@ def change(recipe: Recipe, changes: Changes) -> None:
     """Change settings from the next step that is not in the log yet; an event says what they were.
 
     Raises:
-        RequestInvalid: nothing is changed, the run has passed the new end already, or a setting is left open
-            that was decided when the run's data was read.
+        RequestInvalid: nothing is changed, the run has passed the new end already, a setting is left open that was
+            decided when the run's data was read, or early stopping has no validation loss to go by.
     """
     with _steering(recipe, "change") as row:
-        given = {key: value for key, value in changes.given().items() if row.config.get(key) != value}
+        held = recipe_checks.merged(row.config, changes.given())
+        given = {key: value for key, value in held.items() if row.config.get(key) != value}
         if not given:
             raise RequestInvalid("nothing to change: the settings have these values already")
         _refuse_open(row, given)
@@ -139,13 +147,16 @@ def change(recipe: Recipe, changes: Changes) -> None:
                 f"{given['num_steps']} is not after step {row.next_step}, which is submitted already",
                 place="num_steps",
             )
-        old = {key: row.config.get(key) for key in given}
-        held = {**row.config, **given}
         if given.get("num_steps") is not None:
             held["num_epochs"] = None
-        row.config = recipe_checks.parse_config(held).model_dump(mode="json")
-        row.num_steps = row.config["num_steps"] or row.num_steps
-        detail = {key: f"{_short(old[key])} to {_short(value)}" for key, value in given.items()}
+        config = recipe_checks.parse_config(held)
+        if "early_stopping" in given:
+            _refuse_blind(row, config)
+        detail = {key: _told(row.config.get(key), value) for key, value in given.items()}
+        row.config = config.model_dump(mode="json")
+        row.num_steps = config.num_steps or row.num_steps
+        if row.started_at is not None:  # a run that starts asks for those that it has by then
+            recipe_samples.ask_base_model(row, config.samples.prompts)
         recipe_rows.note(row, "changed", **detail)
 
 
@@ -185,7 +196,9 @@ def extend(recipe: Recipe, num_steps: int) -> None:
 
 
 def retry(recipe: Recipe) -> None:
-    """Go on after a failure, from the newest checkpoint with optimizer state.
+    """Go on after a failure, from the newest checkpoint with optimizer state from before it.
+
+    What was measured and is to be sampled after that checkpoint's step is forgotten: these steps are done again.
 
     Raises:
         RequestInvalid: there is no such checkpoint, or the run cannot go on.
@@ -199,17 +212,25 @@ def retry(recipe: Recipe) -> None:
             recipe_rows.submit_load(row, checkpoint)
             row.next_step = checkpoint.step
             Evaluation.objects.filter(run_id=row.run_id, step__gt=checkpoint.step).delete()
+            recipe_samples.forget_unasked(row, after_step=checkpoint.step)
+            if row.best_step is not None and row.best_step > checkpoint.step:
+                row.best_step = recipe_steps.best_step(row)
         row.error = ""
         _queue(row)
         recipe_rows.note(row, "retried", from_step=row.next_step)
 
 
 def retry_point(recipe: Recipe) -> Checkpoint | None:
-    """Return the checkpoint that `retry` would load."""
+    """Return the checkpoint that `retry` would load: the newest that no failed step lies before.
+
+    What is in the log behind a step that failed is done all the same, saves too, and lacks that step's batch.
+    """
     found = Checkpoint.objects.filter(
         run_id=recipe.run_id, kind=Checkpoint.Kind.TRAINING, step__lte=recipe.next_step
     )
-    return found.order_by("-step", "-seq").first()
+    spoiled = _spoiled(recipe)
+    newest_first = found.order_by("-step", "-seq")
+    return next((one for one in newest_first if not any(one.seq in seqs for seqs in spoiled)), None)
 
 
 def _start(
@@ -290,6 +311,55 @@ def _refuse_open(row: Recipe, given: Mapping[str, Any]) -> None:
             raise RequestInvalid("must be a number now that the run's data is read, got null", place=name)
 
 
+def _refuse_blind(row: Recipe, config: SftConfig) -> None:
+    patience, num_rows = config.early_stopping, row.preparation.get("num_validation_rows", 1)
+    if patience is not None and not (num_rows and recipe_checks.has_validation(config, row.dataset_version)):
+        raise RequestInvalid(
+            f"{patience} needs a validation loss, and this run measures none", place="early_stopping"
+        )
+
+
+def _refuse_other_adapter(config: SftConfig, run: TrainingRun) -> None:
+    """Refuse a fork whose base model or adapter is not that of the run that it starts from."""
+    problems = Problems()
+    asked = {"base_model": config.base_model, **_placed(config.lora.model_dump())}
+    for place, held in {"base_model": run.base_model, **_placed(_lora_of(run))}.items():
+        if asked[place] != held:
+            problems.add(
+                f"{show(asked[place])} is not {show(held)}, which the checkpoint has and a fork keeps",
+                place=place,
+            )
+    problems.raise_if_any()
+
+
+def _placed(lora: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"lora.{name}": value for name, value in lora.items()}
+
+
+def _lora_of(run: TrainingRun) -> dict[str, Any]:
+    return {
+        "rank": run.lora_rank,
+        "train_attn": run.train_attn,
+        "train_mlp": run.train_mlp,
+        "train_unembed": run.train_unembed,
+    }
+
+
+def _spoiled(recipe: Recipe) -> list[range]:
+    """Return the stretches of the log that were done after a step had failed, each up to the load that ended it."""
+    failures = Q(state=Operation.State.FAILED, kind__in=recipe_rows.FATAL)
+    good_loads = Q(state=Operation.State.DONE, kind=Operation.Kind.LOAD_WEIGHTS)
+    rows = Operation.objects.filter(failures | good_loads, run_id=recipe.run_id).order_by("seq")
+    stretches, failed_at = [], None
+    for seq, state in rows.values_list("seq", "state"):
+        if state == Operation.State.FAILED:
+            failed_at = seq if failed_at is None else failed_at
+        elif failed_at is not None:
+            stretches.append(range(failed_at, seq))
+            failed_at = None
+    return stretches if failed_at is None else [*stretches, range(failed_at, recipe.next_seq)]
+
+
 def _refuse_name(row: Recipe, name: str) -> None:
     """Refuse a checkpoint's name that another one has, or that is given without asking."""
     final, automatic = recipe_rows.FINAL, recipe_rows.AUTOMATIC
@@ -305,6 +375,14 @@ def _queue(row: Recipe) -> None:
     row.state = State.QUEUED if row.preparation else State.PREPARING
     row.queued_at = Now()
     row.ended_at = None
+
+
+def _told(old: Any, new: Any) -> str:
+    """Return a change in words; of an object only what is different."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in new if old.get(name) != new[name]]
+        old, new = {name: old.get(name) for name in names}, {name: new[name] for name in names}
+    return f"{_short(old)} to {_short(new)}"
 
 
 def _short(value: Any) -> str:

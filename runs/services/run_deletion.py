@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
@@ -39,7 +39,8 @@ def delete(run: TrainingRun) -> None:
     """Delete a run with all that it left: checkpoints, metrics, events, samples, operations, and their files.
 
     Forks keep the path they started from, and the files that they have still to load. A worker that still holds the
-    run cannot commit to it any more.
+    run cannot commit to it any more. The files go once the rows are gone; what fails then is found in a folder by
+    `services.state_folders`, payloads in a bucket by `services.payload_files`. Of states in a bucket nobody knows then.
 
     Raises:
         RequestInvalid: the run trains or waits to.
@@ -60,8 +61,8 @@ def delete(run: TrainingRun) -> None:
         row.delete()
         if row.source != TrainingRun.Source.SDK:
             Session.objects.filter(pk=row.session_id).delete()
-        transaction.on_commit(partial(_delete_files, snapshots, weights, payloads))
         events.run_changed(run.pk, run.owner_id, run.public_id)
+        _delete_files(snapshots, weights, payloads)
 
 
 def obstacle_to_deletion(run: TrainingRun, recipe: Recipe | None) -> str:
@@ -102,8 +103,18 @@ def _folders(states: Manager[Checkpoint] | Manager[Snapshot]) -> Iterable[str]:
 
 
 def _delete_files(snapshots: list[str], weights: list[str], payloads: list[str]) -> None:
+    """Delete files when the current transaction commits, each folder whatever becomes of the others."""
     for folder in snapshots:
-        blobs.delete_folder(folder)
+        transaction.on_commit(_deletion(partial(blobs.delete_folder, folder)), robust=True)
     for folder in weights:
-        loads.delete_files(folder)
-    payload_files.delete_unused(payloads)
+        transaction.on_commit(_deletion(partial(loads.delete_files, folder)), robust=True)
+    transaction.on_commit(_deletion(partial(payload_files.delete_unused, payloads)), robust=True)
+
+
+def _deletion(delete_them: Callable[[], object]) -> Callable[[], None]:
+    """Return a function that does it; Django tells of one that failed by a name, which `partial` makes none of."""
+
+    def delete_files() -> None:
+        delete_them()
+
+    return delete_files

@@ -3,7 +3,8 @@
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
 higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
 holds gets a higher one here, if its last owner left something. So do folders go whose rows were deleted: at once,
-as a rule, but by this when somebody died in between or a run had still to read the weights.
+as a rule, but by this when somebody died in between or a run had still to read the weights. In a bucket nothing is
+looked for: a deletion that failed there is not done again.
 """
 
 from __future__ import annotations

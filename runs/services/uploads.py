@@ -186,11 +186,17 @@ def _check_size(size_bytes: int) -> None:
         raise PayloadTooLarge(f"the file has {size_bytes} bytes; the most is {settings.MAX_UPLOAD_BYTES}")
 
 
-def check_space(size_bytes: int) -> None:
-    """Refuse a file that would not fit, counting the rows made from it and what other uploads still bring."""
+def check_space(size_bytes: int, *, here_bytes: int = 0) -> None:
+    """Refuse a file that would not fit, counting the rows made from it and what other uploads still bring.
+
+    Args:
+        here_bytes: what of it is on the disk already.
+    Raises:
+        DiskFull: it would not.
+    """
     others = Upload.objects.filter(version=None)
     promised = sum(upload.size_bytes - (_size_of(upload) or 0) for upload in others)
-    free = shutil.disk_usage(settings.DATA_DIR).free - promised - _SPARE_BYTES
+    free = shutil.disk_usage(settings.DATA_DIR).free + here_bytes - promised - _SPARE_BYTES
     if free < 2 * size_bytes:
         raise DiskFull(
             f"the file and the rows made from it need {2 * size_bytes} bytes, "

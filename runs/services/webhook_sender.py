@@ -15,7 +15,9 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import httpx
@@ -103,17 +105,23 @@ def signature(secret: str, body: bytes, *, timestamp: int) -> str:
 
 def send_all(messages: Sequence[Message]) -> list[Outcome]:
     """Send messages side by side; each takes at most ten seconds."""
-    return asyncio.run(_send_all(messages))
+    # A thread for each: the loop's own are few, and names without an answer would use up the others' time in a queue.
+    # Not made the loop's own either: at its end that waits for threads, and a lookup cannot be cut off.
+    lookups = ThreadPoolExecutor(max(1, len(messages)), thread_name_prefix="webhook-dns")
+    try:
+        return asyncio.run(_send_all(messages, lookups))
+    finally:
+        lookups.shutdown(wait=False, cancel_futures=True)
 
 
-async def _send_all(messages: Sequence[Message]) -> list[Outcome]:
-    return await asyncio.gather(*(_send(message) for message in messages))
+async def _send_all(messages: Sequence[Message], lookups: Executor) -> list[Outcome]:
+    return await asyncio.gather(*(_send(message, lookups) for message in messages))
 
 
-async def _send(message: Message) -> Outcome:
+async def _send(message: Message, lookups: Executor) -> Outcome:
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await _exchange(message)
+            return await _exchange(message, lookups)
     except TimeoutError:
         return Outcome(is_delivered=False, answer=f"no answer within {TIMEOUT_S} s")
     except _Refused as error:
@@ -129,9 +137,9 @@ def _failure(error: Exception) -> Outcome:
     return Outcome(is_delivered=False, answer=f"{type(error).__name__}: {error}"[:_MAX_ANSWER_BYTES])
 
 
-async def _exchange(message: Message) -> Outcome:
+async def _exchange(message: Message, lookups: Executor) -> Outcome:
     url = httpx.URL(message.url)
-    address = await _checked_address(url)
+    address = await _checked_address(url, lookups)
     headers = {
         "Host": url.netloc.decode(),
         "Content-Type": "application/json",
@@ -164,9 +172,10 @@ async def _beginning(response: httpx.Response) -> str:
     return "".join(character for character in text if character.isprintable())
 
 
-async def _checked_address(url: httpx.URL) -> str:
+async def _checked_address(url: httpx.URL, lookups: Executor) -> str:
     port = url.port or _PORTS[url.scheme]
-    found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+    lookup = partial(socket.getaddrinfo, url.host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(lookups, lookup)
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses:
         raise _Refused(f"{url.host} has no address")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 
 from runs.api.decorators import in_thread
-from runs.models import Checkpoint, Operation, SamplingSession, Session, TrainingRun
+from runs.models import Checkpoint, Operation, SamplingSession, Session, TrainingRun, Worker
 from runs.services import checkpoints
 from tests.api import bodies
 from tests.api.client import Actor, error_of, operation, operation_pk
@@ -69,6 +70,33 @@ async def test_a_published_checkpoint_is_sampled_by_others(bob: Actor, checkpoin
     reply = await bob.post("create_sampling_session", create(session, model_path=path))
     sampling_session = await SamplingSession.objects.aget(public_id=reply.json()["sampling_session_id"])
     assert (sampling_session.owner_id, sampling_session.run_id) == (bob.user.pk, None)
+
+
+async def test_a_checkpoint_that_was_taken_back_is_sampled_by_its_owner_alone(
+    alice: Actor, bob: Actor, checkpoint: Checkpoint
+) -> None:
+    await in_thread(lambda: checkpoints.set_public(checkpoint, is_public=True))
+    of_alice, of_bob = [
+        await in_thread(partial(rows.make_sampling_session, who.user, checkpoint)) for who in (alice, bob)
+    ]
+    await bob.submit("asample", bodies.sample(of_bob, 0))
+    await in_thread(lambda: checkpoints.set_public(checkpoint, is_public=False))
+    error = error_of(await bob.post("asample", bodies.sample(of_bob, 1)), 404)
+    assert "there is no checkpoint" in error["detail"]
+    await alice.submit("asample", bodies.sample(of_alice, 1))
+
+
+async def test_a_sampler_goes_on_once_its_base_model_can_be_loaded_again(
+    alice: Actor, sampling_session: SamplingSession, session: Session, gpu_worker: Worker
+) -> None:
+    await in_thread(lambda: rows.report_base_model(gpu_worker, error="the folder is not mounted"))
+    try:
+        pk = await alice.submit("asample", bodies.sample(sampling_session, 0))
+        assert "the folder is not mounted" in (await alice.poll(pk, x_stainless_read_timeout="1")).text
+        new = create(session, base_model=rows.BASE_MODEL)
+        error_of(await alice.post("create_sampling_session", new), 422)
+    finally:
+        await in_thread(lambda: rows.report_base_model(gpu_worker))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from pytest_django.fixtures import Settings
 
 from runs.api.decorators import in_thread
-from runs.models import Operation, Session, TrainingRun
+from runs.models import Operation, Session, TrainingRun, Worker
 from runs.schemas import forward_backward as fb
 from runs.services import claims, operations
 from runs.services.commits import Result
@@ -192,6 +192,20 @@ async def test_a_run_that_is_far_behind_asks_to_wait(alice: Actor, run: Training
     reply = await alice.post("optim_step", bodies.optim_step(run, operations.MAX_QUEUED_PER_RUN + 5))
     assert error_of(reply, 429)["code"] == "rate_limited"
     assert reply.headers["retry-after"] == "1"
+
+
+async def test_a_run_goes_on_once_its_base_model_can_be_loaded_again(
+    alice: Actor, run: TrainingRun, session: Session, gpu_worker: Worker
+) -> None:
+    await in_thread(lambda: rows.report_base_model(gpu_worker, error="the folder is not mounted"))
+    try:
+        pk = await alice.submit("forward_backward", bodies.forward_backward(run, 1))
+        assert "the folder is not mounted" in (await alice.poll(pk, x_stainless_read_timeout="1")).text
+        new = bodies.create_model(session.public_id)
+        assert error_of(await alice.post("create_model", new), 422)["place"] == "base_model"
+    finally:
+        await in_thread(lambda: rows.report_base_model(gpu_worker))
+    assert await seqs_of(run) == [(0, "create_model", "queued"), (1, "forward_backward", "queued")]
 
 
 async def test_a_closed_run_takes_no_more_training(alice: Actor, run: TrainingRun) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
 import tarfile
+import threading
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from django.core import signing
 from django.core.files.storage import default_storage
 from django.db.backends.utils import CursorWrapper
 
-from runs.api.decorators import in_thread
+from runs.api.decorators import Reply, in_thread, respond
 from runs.models import Checkpoint, TrainingRun
 from runs.services import archives
 from tests.api.client import Actor, error_of, send
@@ -226,6 +230,40 @@ async def test_an_archive_holds_the_files_bytes(checkpoint: Checkpoint) -> None:
         assert file.read() == b"adapter_model.safetensors"
     assert len(content) % tarfile.RECORDSIZE == 0
     assert content.endswith(bytes(2 * tarfile.BLOCKSIZE))
+
+
+async def test_an_adapter_of_eight_gib_has_a_header(checkpoint: Checkpoint) -> None:
+    os.truncate(default_storage.path(f"{checkpoint.directory}/adapter_config.json"), 8 << 30)  # a hole
+    header = await in_thread(lambda: next(archives.tar(checkpoint)))
+    member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    assert (member.name, member.size) == ("adapter_config.json", 8 << 30)
+    assert len(header) == tarfile.BLOCKSIZE
+
+
+async def test_archives_on_their_way_hold_up_no_other_request(alice: Actor) -> None:
+    goes_on = threading.Event()
+
+    def parts() -> Iterator[bytes]:
+        yield b"header"
+        assert goes_on.wait(60)
+
+    async def archive() -> Reply:
+        return Reply(parts=parts())
+
+    started = asyncio.Semaphore(0)
+
+    async def send_out(message: dict[str, Any]) -> None:
+        if message.get("body"):
+            started.release()
+
+    sending = [asyncio.create_task(respond({}, send_out, archive())) for _ in range(16)]
+    try:
+        async with asyncio.timeout(30):
+            await started.acquire()
+            assert (await alice.get("training_runs")).status_code == 200
+    finally:
+        goes_on.set()
+        await asyncio.gather(*sending)
 
 
 async def test_a_changed_or_foreign_signature_opens_nothing(alice: Actor, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,8 +19,10 @@ from runs.api.decorators import in_thread
 from runs.models import User
 from runs.rest import body_guard
 from runs.rest.body_guard import BodyGuard
+from runs.services import uploads
 from tests.api.test_outage import _reconnect, database_away  # noqa: F401 - a fixture
 from tests.rest.client import Rest
+from tests.services.test_disk import Volume
 
 pytestmark = pytest.mark.django_db(transaction=True)
 OPEN_LIMIT, PAGE_LIMIT, LIMIT, UPLOAD_LIMIT = 500, 1_000, 2_000, 10_000
@@ -174,6 +177,19 @@ async def test_a_file_that_would_not_fit_is_refused_unread(key: str, settings: S
     await BodyGuard(eater)(scope, unsent, send)
     assert (sent[0]["status"], eater.num_bytes) == (507, 0)
     assert b"bytes to spare" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 3_000])
+async def test_a_file_of_unknown_size_leaves_the_reserve(
+    key: str, monkeypatch: pytest.MonkeyPatch, spare_bytes: int
+) -> None:
+    monkeypatch.setattr(body_guard, "_LOOK_EVERY_BYTES", 500)
+    free = uploads._SPARE_BYTES + spare_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Volume(total=2 * free, used=free, free=free))
+    status, num_bytes, error = await post("/rest/v1/datasets", UPLOAD_LIMIT, key=key, is_told=False)
+    assert (status, error["code"]) == (507, "disk_full")
+    assert "bytes to spare" in error["message"]
+    assert num_bytes <= spare_bytes + 500
 
 
 async def unheard(message: Any) -> None:

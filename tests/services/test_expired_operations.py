@@ -15,6 +15,7 @@ from runs.models import Evaluation, Operation, Recipe, Snapshot, TrainingRun, Us
 from runs.services import claims, commits, expired_operations, operations, payload_files
 from runs.services.operations import Submission
 from tests.services import rows
+from tests.services.flaky_bucket import use_flaky_bucket
 from tests.services.hand_worker import HandWorker
 
 NUM_OPERATIONS = 8
@@ -112,6 +113,34 @@ def test_results_stay_as_long_as_clients_may_ask(applied: TrainingRun, worker: H
     age_results(applied, 8)
     expired_operations.forget()
     assert with_result(applied) == [7, 8]  # after the older snapshot: a replay compares them
+
+
+def test_a_refused_operation_does_not_keep_the_young_results_before_it(
+    applied: TrainingRun, worker: HandWorker
+) -> None:
+    for seq in (7, 8):
+        snapshot(applied, worker, seq)
+    Operation.objects.filter(run=applied, seq=4).update(state="failed", result=None, finished_at=None)
+    expired_operations.forget()
+    assert with_result(applied) == [0, 1, 2, 3, 5, 6, 7, 8]
+    age_results(applied, 8)
+    expired_operations.forget()
+    assert with_result(applied) == [8]
+
+
+def test_a_snapshot_whose_files_a_bucket_keeps_is_deleted_later(
+    run: TrainingRun, worker: HandWorker, settings: Settings
+) -> None:
+    use_flaky_bucket(settings)
+    worker.finish(Operation.objects.get(run=run, seq=0).pk)
+    snapshot(run, worker, 0)
+    TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.CLOSED)
+    with pytest.raises(OSError, match="away"):
+        expired_operations.forget()
+    assert with_payload(run) == []
+    assert Snapshot.objects.filter(run=run).exists()
+    expired_operations.forget()
+    assert not Snapshot.objects.filter(run=run).exists()
 
 
 def test_results_stay_until_the_loop_has_read_them(applied: TrainingRun, worker: HandWorker) -> None:

@@ -42,6 +42,7 @@ from runs.services import (
 )
 from runs.services.operations import Submission
 from tests.services import rows
+from tests.services.flaky_bucket import use_flaky_bucket
 from tests.services.hand_worker import HandWorker, applied, commit_of
 from tests.services.races import race
 
@@ -124,6 +125,19 @@ def test_payload_files_go_that_nobody_else_names(
     assert shared_path.exists()
     assert not own_path.exists()
     assert default_storage.exists(fresh)  # somebody may be storing the same bytes: housekeeping looks later
+
+
+def test_a_bucket_that_fails_once_keeps_no_more_than_one_folder(
+    rested: TrainingRun,
+    settings: Settings,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
+    use_flaky_bucket(settings)
+    checkpoints = [rows.make_checkpoint(rested, name) for name in ("one", "two")]
+    with django_capture_on_commit_callbacks(execute=True):
+        run_deletion.delete(rested)
+    assert not TrainingRun.objects.filter(pk=rested.pk).exists()
+    assert not any(default_storage.listdir(checkpoint.directory)[1] for checkpoint in checkpoints)
 
 
 @pytest.mark.parametrize(

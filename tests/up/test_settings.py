@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.core.files.base import ContentFile
+from storages.backends.s3 import S3Storage
 
 from mintweb import addresses, environment, settings
+from tests.e2e.bucket import KEYS, Bucket, address
 
 from .instances import ROOT, clean_environment
 
@@ -167,3 +170,21 @@ def test_a_database_address_becomes_djangos_settings() -> None:
 def test_broker_and_channel_layer_use_two_redis_databases(address: str, broker: str, layer: str) -> None:
     assert addresses.broker_address(addresses.redis_database(address, 0)) == broker
     assert addresses.redis_database(address, 1) == layer
+
+
+def test_large_objects_of_a_bucket_are_read_by_way_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket()
+    try:
+        monkeypatch.setenv("SOME_STORAGE", address(bucket.port, prefix="x"))
+        storage = S3Storage(**settings.default_storage("SOME_STORAGE")["OPTIONS"])
+        storage.save("weights", ContentFile(bytes(9 << 20)))
+        with storage.open("weights") as file:
+            assert len(file.read(1 << 20)) == 1 << 20
+            assert file.file._rolled
+            place = os.readlink(f"/proc/self/fd/{file.file.fileno()}")
+        storage.connection.meta.client.close()
+    finally:
+        bucket.close()
+    assert place.startswith(str(settings.TEMP_DIR))
