@@ -10,19 +10,22 @@ from django.core.files.storage import default_storage
 from django.db import transaction
 from django.db.models.functions import Now
 
-from runs.models import Checkpoint
+from runs import events
+from runs.models import Checkpoint, TrainingRun
 from runs.services import loads
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
     """Let every user of this server read the checkpoint, or no longer; repeating it is no error."""
     Checkpoint.objects.filter(pk=checkpoint.pk).update(is_public=is_public)
+    _tell_pages(checkpoint)
 
 
 def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
     """Let the checkpoint end after some time from now; None keeps it for ever."""
     expires_at = None if ttl_seconds is None else Now() + timedelta(seconds=ttl_seconds)
     Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=expires_at)
+    _tell_pages(checkpoint)
 
 
 def delete(*chosen: Checkpoint) -> None:
@@ -33,6 +36,7 @@ def delete(*chosen: Checkpoint) -> None:
     """
     with transaction.atomic(savepoint=False):
         Checkpoint.objects.filter(pk__in=[one.pk for one in chosen]).delete()
+        _tell_pages(*chosen)
         for one in chosen:
             transaction.on_commit(_deletion_of(one.directory), robust=True)
 
@@ -51,6 +55,12 @@ def files(checkpoint: Checkpoint, *, with_optimizer: bool = True) -> Iterator[tu
         if with_optimizer or name in ("adapter_model.safetensors", "adapter_config.json"):
             with default_storage.open(f"{checkpoint.directory}/{name}") as file:
                 yield name, file
+
+
+def _tell_pages(*changed: Checkpoint) -> None:
+    runs = TrainingRun.objects.filter(pk__in={one.run_id for one in changed})
+    for pk, owner_pk, public_id in runs.values_list("pk", "owner_id", "public_id"):
+        events.run_changed(pk, owner_pk, public_id)
 
 
 def _deletion_of(folder: str) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from django.db import transaction
 from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, When
 from django.db.models.functions import Coalesce, Now
 
-from runs import ids
+from runs import events, ids
 from runs.exceptions import RequestInvalid
 from runs.models import (
     Checkpoint,
@@ -144,6 +144,7 @@ def create_run(
             _check_same(run, base_model, lora)
         if start is not None:
             access.lock(start.checkpoint)  # or its files could go before the log says that they are needed
+            _tell_parent(start)
         return run, operations.submit(run, _creation(start))
 
 
@@ -161,6 +162,7 @@ def made_before(
 def note_parent(run: TrainingRun, start: Start) -> None:
     """Enter where a run started from that was made bare and loaded a checkpoint before anything else."""
     TrainingRun.objects.filter(pk=run.pk).update(**_parentage(start))
+    _tell_parent(start)
 
 
 def lora_of(checkpoint: Checkpoint) -> Lora:
@@ -320,6 +322,12 @@ def _parentage(start: Start) -> dict[str, Any]:
         "parent_seq": checkpoint.seq,
         "continues_parent": start.with_optimizer and checkpoint.step > 0,
     }
+
+
+def _tell_parent(start: Start) -> None:
+    """Let the parent's page list the fork."""
+    parent = start.checkpoint.run
+    events.run_changed(parent.pk, parent.owner_id, parent.public_id)
 
 
 def _check_same(run: TrainingRun, base_model: str, lora: Lora) -> None:

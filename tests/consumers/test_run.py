@@ -13,9 +13,11 @@ from django.test import override_settings
 
 from runs import consumers, events
 from runs.models import TrainingRun, User
+from runs.services import checkpoints
 from tests.consumers.conftest import Open
 from tests.consumers.sockets import Socket, subscribed
 from tests.pages import seed
+from tests.services import rows
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -174,3 +176,23 @@ async def test_who_is_no_longer_signed_in_hears_nothing_more(
     else:
         await User.objects.filter(username="alice").aupdate(password="!another")
     assert await socket.closing_code() == consumers.NOT_SIGNED_IN
+
+
+async def test_a_page_hears_of_its_checkpoints_and_forks(
+    connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes them, and though nothing of the run itself changes."""
+    checkpoint = await sync_to_async(rows.make_checkpoint)(run)
+    monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 3600.0)
+    socket = await connect(path(run))
+    await socket.say_json({"after": 10})
+    await socket.hear()
+    await subscribed(events.run_group(run.pk))
+    for change in (
+        lambda: checkpoints.set_ttl(checkpoint, 3600),
+        lambda: checkpoints.set_public(checkpoint, is_public=True),
+        lambda: rows.make_fork(checkpoint, run.owner),
+        lambda: checkpoints.delete(checkpoint),
+    ):
+        await sync_to_async(change)()
+        assert (await socket.hear())["changed"] is True
