@@ -23,9 +23,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 # A unix socket's path has at most 107 bytes; PostgreSQL appends two file names to its directory.
-LONGEST_SOCKET_DIR_BYTES = 107 - len("/.s.PGSQL.5432.lock")
+SOCKET_LOCK = ".s.PGSQL.5432.lock"
+LONGEST_SOCKET_DIR_BYTES = 107 - len(f"/{SOCKET_LOCK}")
 START_TIMEOUT_S = 60.0  # crash recovery after a hard stop can take a while
 STOP_TIMEOUT_S = 30.0
+QUIT_TIMEOUT_S = 10.0  # a server that is told to stop at once gives its parts five seconds
 # Sized for a small machine; every commit is flushed before it is acknowledged.
 POSTGRES_SETTINGS = {
     "listen_addresses": "",
@@ -118,11 +120,15 @@ def running(data_dir: Path, *, durable: bool = True) -> Iterator[tuple[str, str]
 
 
 def prepare_postgres(data_dir: Path, *, durable: bool = True) -> list[str]:
-    """Make the cluster if there is none, end what an earlier crash left, and return the server's command line."""
+    """Make the cluster if there is none, end what an earlier crash left, and return the server's command line.
+
+    Raises:
+        EmbeddedServerError: the cluster cannot be made or used, or a server that is left over does not stop.
+    """
     cluster = data_dir / "postgres"
     _make_socket_dir(data_dir)
     _make_cluster(cluster, durable=durable)
-    _end_leftover(cluster)
+    _end_leftover(cluster, socket_dir(data_dir) / SOCKET_LOCK)
     settings = {**POSTGRES_SETTINGS, "unix_socket_directories": str(socket_dir(data_dir))}
     if not durable:
         settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -224,35 +230,48 @@ def _make_cluster(cluster: Path, *, durable: bool) -> None:
     draft.rename(cluster)
 
 
-def _end_leftover(cluster: Path) -> None:
-    """Stop server processes that outlived their supervisor, and drop a pid file that names another program.
+def _end_leftover(cluster: Path, socket_lock: Path) -> None:
+    """Stop server processes that outlived their supervisor, and drop the locks that name other programs.
 
     The second happens in containers, where process numbers repeat; PostgreSQL would refuse to start. A pid file
     whose process is gone stays: PostgreSQL finds by it whether the old shared memory is still in use.
     """
-    pid_file = cluster / "postmaster.pid"
-    if not Path("/proc/self").exists() or not pid_file.exists():
+    if not Path("/proc/self").exists():
         return
-    postmaster = int(pid_file.read_text(encoding="ascii").split("\n", 1)[0])
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while pids := _processes_in(cluster):
-        stop_signal = signal.SIGINT if postmaster in pids else signal.SIGTERM
-        if time.monotonic() > deadline:
-            stop_signal = signal.SIGQUIT
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(postmaster if postmaster in pids else pids[0], stop_signal)
-        time.sleep(0.1)
-    if Path(f"/proc/{postmaster}").exists():
+    pid_file = cluster / "postmaster.pid"
+    postmaster = pid_file.read_text(encoding="ascii").split("\n", 1)[0] if pid_file.exists() else ""
+    _stop_servers(cluster, postmaster)
+    socket_lock.unlink(missing_ok=True)
+    if postmaster and Path(f"/proc/{postmaster}").exists():
         pid_file.unlink(missing_ok=True)
 
 
-def _processes_in(cluster: Path) -> list[int]:
-    # Every process of a PostgreSQL server works in its cluster's folder.
+def _stop_servers(cluster: Path, postmaster: str) -> None:
+    quit_at = time.monotonic() + STOP_TIMEOUT_S
+    while pids := _servers_in(cluster):
+        is_whole = postmaster in map(str, pids)
+        pid = int(postmaster) if is_whole else pids[0]
+        stop_signal = signal.SIGINT if is_whole else signal.SIGTERM
+        if time.monotonic() > quit_at + QUIT_TIMEOUT_S:
+            raise EmbeddedServerError(
+                f"an earlier PostgreSQL still works in {cluster} and does not stop; end its process {pid}"
+            )
+        if time.monotonic() > quit_at:
+            stop_signal = signal.SIGQUIT
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, stop_signal)
+        time.sleep(0.1)
+
+
+def _servers_in(cluster: Path) -> list[int]:
+    # Every process of a PostgreSQL server works in its cluster's folder; so may a shell, or a backup.
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
-                if (entry / "cwd").readlink() == cluster:
+                program = (entry / "exe").readlink().name
+                is_server = program in {"postgres", "postgres (deleted)"}  # by an update since its start
+                if is_server and (entry / "cwd").readlink() == cluster:
                     found.append(int(entry.name))
     return found
 

@@ -12,9 +12,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
 from typing import Any, ClassVar, Final, TypeVar
+from uuid import uuid4
 
 import redis.exceptions
 from channels.generic.websocket import AsyncWebsocketConsumer
@@ -22,6 +24,7 @@ from channels.layers import get_channel_layer
 from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
 from django.db import DatabaseError, DataError, InterfaceError
+from django.db.models import Q
 from django.template.loader import render_to_string
 from django.utils import timezone
 from django.utils.crypto import constant_time_compare
@@ -44,7 +47,78 @@ TRY_AGAIN: Final = 4503
 MAX_NEW_ROWS: Final = 20
 _MAX_MESSAGE_CHARS: Final = 20_000
 _RESUBSCRIBE_S: Final = 5.0
+_LONGEST_JOIN_S: Final = 1.0
+_REDIS_ERRORS: Final = (OSError, redis.exceptions.RedisError)
 _threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pages-live")
+
+
+class Listener:
+    """What one page hears from its groups: in them from when Redis answers until `close`, then out of them.
+
+    The layer (channels_redis.pubsub) forgets by itself no group, and no channel whose subscription failed. So
+    each group has a task that enters and leaves it and is never cancelled: a page that goes cuts nothing short.
+    The channel is only put into the layer's table: it is in groups alone, and they are what Redis knows.
+    """
+
+    _stays: ClassVar[set[asyncio.Task[None]]] = set()  # or nobody would hold those of pages that are gone
+
+    def __init__(self) -> None:
+        layer: Any = get_channel_layer()
+        self._layer = layer
+        self._channel = f"page.{uuid4().hex}"
+        self._is_over = asyncio.Event()
+        self._layer.channels[self._channel] = asyncio.Queue()
+
+    async def join(self, group: str) -> None:
+        """Enter a group; returns when that is done, or while it goes on if Redis does not answer soon."""
+        is_in = asyncio.Event()
+        task = asyncio.ensure_future(self._stay(group, is_in))
+        self._stays.add(task)
+        task.add_done_callback(self._stays.discard)
+        await _wait_for(is_in, _LONGEST_JOIN_S)
+
+    async def receive(self) -> dict[str, Any]:
+        """Return the next message to one of the groups."""
+        message: dict[str, Any] = await self._layer.receive(self._channel)
+        return message
+
+    def close(self) -> None:
+        """Hear nothing more."""
+        self._is_over.set()
+        self._layer.channels.pop(self._channel, None)
+
+    async def _stay(self, group: str, is_in: asyncio.Event) -> None:
+        while not self._is_over.is_set():
+            try:
+                await self._layer.group_add(group, self._channel)
+            except _REDIS_ERRORS as error:
+                logger.info("no hints for a live page, it looks by itself: %s", error)
+                await _wait_for(self._is_over, _RESUBSCRIBE_S)
+            else:
+                is_in.set()
+                await self._is_over.wait()
+        while not await self._leave(group):
+            await asyncio.sleep(_RESUBSCRIBE_S)
+
+    async def _leave(self, group: str) -> bool:
+        """Leave a group; false when Redis did not hear of it, and would go on sending."""
+        try:
+            await self._layer.group_discard(group, self._channel)
+        except _REDIS_ERRORS:
+            # The layer has forgotten that we were in it, and lets only those out who are.
+            with suppress(*_REDIS_ERRORS):
+                self._layer.channels[self._channel] = asyncio.Queue()
+                await self._layer.group_add(group, self._channel)
+            self._layer.channels.pop(self._channel, None)
+            return False
+        return True
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event, but not longer than so long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 class LiveConsumer(AsyncWebsocketConsumer):
@@ -58,12 +132,20 @@ class LiveConsumer(AsyncWebsocketConsumer):
 
     user: User
 
+    async def __call__(self, *arguments: Any) -> None:
+        """Serve one socket, whose loops end with it, however it ends."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._listener = Listener()
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self._end()
+
     async def connect(self) -> None:
         """Take the owner in; everybody else is told why not by the code of the close.
 
         A socket that is closed before it is accepted gets no code: the browser hears of a failed handshake alone.
         """
-        self._tasks: list[asyncio.Task[None]] = []
         self._hinted: set[str] = set()
         self._news = asyncio.Event()
         self._checked_at = time.monotonic()
@@ -86,8 +168,7 @@ class LiveConsumer(AsyncWebsocketConsumer):
 
     async def disconnect(self, code: int) -> None:
         """End the loops."""
-        for task in self._tasks:
-            task.cancel()
+        self._end()
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Take what the page holds, and send it everything after that."""
@@ -116,6 +197,11 @@ class LiveConsumer(AsyncWebsocketConsumer):
     async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
         """Send what the page does not have yet."""
         raise NotImplementedError
+
+    def _hear(self, hint: dict[str, Any]) -> None:
+        """Take a message to the page's groups."""
+        self._hinted.add(str(hint.get("run", "")))
+        self._news.set()
 
     # Loops
 
@@ -150,18 +236,15 @@ class LiveConsumer(AsyncWebsocketConsumer):
         return True
 
     async def _listen(self, group: str) -> None:
-        layer: Any = get_channel_layer()
-        while layer is not None:
-            try:
-                channel = await layer.new_channel()
-                await layer.group_add(group, channel)
-                while True:
-                    hint = await layer.receive(channel)
-                    self._hinted.add(str(hint.get("run", "")))
-                    self._news.set()
-            except (OSError, redis.exceptions.RedisError) as error:
-                logger.info("no hints for a live page, it looks by itself: %s", error)
-                await asyncio.sleep(_RESUBSCRIBE_S)
+        if group:
+            await self._listener.join(group)
+        while True:
+            self._hear(await self._listener.receive())
+
+    def _end(self) -> None:
+        self._listener.close()
+        while self._tasks:
+            self._tasks.pop().cancel()
 
     def _is_signed_in(self) -> bool:
         """Look again: signed out, password changed or user switched off ends the socket."""
@@ -286,7 +369,7 @@ class RunListConsumer(LiveConsumer):
                 self._since = min([*moments, timezone.now()]) if moments else None
             later = runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)
             if self._since is not None:  # what did nothing since then is on a later page
-                later = later.filter(active_at__gte=self._since)
+                later = later.filter(Q(active_at__gte=self._since))
             # The oldest first, so that what does not fit comes with the next message.
             new = list(later.order_by("pk")[:MAX_NEW_ROWS])
             self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])

@@ -17,8 +17,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
-import redis.exceptions
-from channels.layers import get_channel_layer
 from django.db import DatabaseError, InterfaceError
 
 from runs import events
@@ -37,7 +35,6 @@ logger = logging.getLogger(__name__)
 MAX_OPEN: Final = 16
 WAITING_AFTER_S: Final = 2.0
 _MAX_MESSAGE_CHARS: Final = 1_000_000
-_RESUBSCRIBE_S: Final = 5.0
 _COMMIT_S: Final = 5.0
 _INCOMPLETE: Final = "\ufffd"
 
@@ -92,8 +89,6 @@ class PlaygroundConsumer(LiveConsumer):
         self._num_submitting = 0
         self._looks_now = False
         self._said_at = 0.0
-        self._groups: list[str] = []
-        self._channel = ""
         return ""
 
     async def disconnect(self, code: int) -> None:
@@ -187,7 +182,7 @@ class PlaygroundConsumer(LiveConsumer):
         sampling, seq = self._samplings.get(weights.key, (None, 0))
         if sampling is None:
             sampling = await in_thread(lambda: self._open_sampling(weights))
-            await self._subscribe(events.sampling_group(sampling.pk))
+            await self._listener.join(events.sampling_group(sampling.pk))
         self._samplings[weights.key] = (sampling, seq + 1)
         return sampling, seq
 
@@ -249,44 +244,18 @@ class PlaygroundConsumer(LiveConsumer):
 
     # -- tokens while they are drawn -----------------------------------------------------------------------
 
-    async def _subscribe(self, group: str) -> None:
-        self._groups.append(group)
-        if self._channel:
-            try:
-                await self._layer().group_add(group, self._channel)
-            except (OSError, redis.exceptions.RedisError) as error:
-                logger.info("no unfinished samples for a page: %s", error)
-
-    async def _listen(self, group: str) -> None:
-        layer = self._layer()
-        while layer is not None:
-            try:
-                channel = await layer.new_channel()
-                for known in self._groups:
-                    await layer.group_add(known, channel)
-                self._channel = channel
-                while True:
-                    self._take_partial(await layer.receive(channel))
-            except (OSError, redis.exceptions.RedisError) as error:
-                logger.info("no unfinished samples for a page: %s", error)
-                self._channel = ""
-                await asyncio.sleep(_RESUBSCRIBE_S)
-
-    def _take_partial(self, partial: dict[str, Any]) -> None:
-        talk = self._talks.get(partial["operation"])
-        if partial["is_last"]:
+    def _hear(self, hint: dict[str, Any]) -> None:
+        talk = self._talks.get(hint["operation"])
+        if hint["is_last"]:
             self._looks_now = True
             if talk is not None:
                 talk.ended_at = time.monotonic()
         elif talk is not None:
-            talk.take(partial["start"], partial["tokens"])
+            talk.take(hint["start"], hint["tokens"])
         elif self._num_submitting:
             # The worker may be at work before this page knows the operation's number.
-            self._early.setdefault(partial["operation"], []).append((partial["start"], partial["tokens"]))
+            self._early.setdefault(hint["operation"], []).append((hint["start"], hint["tokens"]))
         self._news.set()
-
-    def _layer(self) -> Any:
-        return get_channel_layer()
 
 
 def _last_words(talk: _Talk, answer: Answer) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Socket:
     """One browser's socket."""
 
     is_open = False
+    is_broken_off = False
     close_code = 0
 
     def __init__(self, path: str, *, headers: list[tuple[bytes, bytes]], scheme: str = "ws") -> None:
@@ -76,5 +77,11 @@ class Socket:
 
     async def leave(self) -> None:
         """Close from the browser's side, or tell that the server's closing has arrived."""
+        if self.is_broken_off:
+            return
         await self._end.send_input({"type": "websocket.disconnect", "code": 1000})
         await self._end.wait(timeout=PATIENCE_S)
+
+    def break_off(self) -> None:
+        """End the socket as the server does for itself, without telling its consumer."""
+        self.is_broken_off = self._end.future.cancel()

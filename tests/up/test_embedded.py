@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -81,17 +85,53 @@ def test_the_servers_end_with_a_killed_parent_and_start_again(tmp_path: Path) ->
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_a_pid_file_that_names_another_program_is_no_obstacle(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def another_program(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program as the owner of the cluster, to whom alone PostgreSQL pays heed."""
+    with subprocess.Popen(
+        [*embedded.as_cluster_owner(), *command], stdin=subprocess.PIPE, **options
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("file", ["postgres/postmaster.pid", "run/.s.PGSQL.5432.lock"])
+def test_a_pid_file_that_names_another_program_is_no_obstacle(tmp_path: Path, file: str) -> None:
+    with embedded.running(tmp_path, durable=False):
+        lines = (tmp_path / file).read_text().split("\n")
+    with another_program("sleep", "1000") as other:
+        (tmp_path / file).write_text("\n".join([str(other.pid), *lines[1:]]))
+        with (
+            embedded.running(tmp_path, durable=False) as (database_url, _),
+            psycopg.connect(database_url) as connection,
+        ):
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert other.poll() is None
+
+
+def test_a_program_that_only_works_in_the_cluster_s_folder_is_left_alone(tmp_path: Path) -> None:
     with embedded.running(tmp_path, durable=False):
         content = (tmp_path / "postgres" / "postmaster.pid").read_text()
-    lines = content.split("\n")
-    (tmp_path / "postgres" / "postmaster.pid").write_text("\n".join([str(os.getpid()), *lines[1:]]))
-    with (
-        embedded.running(tmp_path, durable=False) as (database_url, _),
-        psycopg.connect(database_url) as connection,
-    ):
-        assert connection.execute("SELECT 1").fetchone() == (1,)
-    assert os.getpid() in all_processes()
+    (tmp_path / "postgres" / "postmaster.pid").write_text(content)
+    with another_program("sleep", "1000", cwd=tmp_path / "postgres") as other:
+        with embedded.running(tmp_path, durable=False):
+            pass
+        assert other.poll() is None
+
+
+def test_a_server_that_cannot_be_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(embedded, "QUIT_TIMEOUT_S", 0.3, raising=False)
+    embedded.prepare_postgres(tmp_path, durable=False)
+    (tmp_path / "postgres" / "postmaster.pid").write_text("1\n")
+    stubborn = tmp_path / "postgres"
+    program = str(shutil.copy("/bin/sh", tmp_path / "run" / "postgres"))
+    deaf = "trap '' INT TERM QUIT; echo ready; read line"
+    with another_program(program, "-c", deaf, cwd=stubborn, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(embedded.EmbeddedServerError, match=f"process {other.pid}"):
+            embedded.prepare_postgres(tmp_path, durable=False)
 
 
 def test_an_initdb_that_was_cut_off_is_done_again(tmp_path: Path) -> None:

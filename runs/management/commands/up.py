@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -31,12 +32,18 @@ from runs.services import accounts, keys
 REMIND_EVERY_S = 15.0
 # supervisord notices that a program ended when it is asked something, else within two seconds.
 ASK_EVERY_S = 0.25
+# As long as supervisord's own tries take until it gives a program up.
+RETRY_AFTER_S = float(sum(range(1, programs.NUM_RETRIES + 1)))
 LOUD_LINE = re.compile(rb"^[\d:, -]{19,23} (WARNING |ERROR |CRITICAL |WARN exited: |WARN killing )")
 OPEN_FILES = 65_536  # one per websocket and long-poll
 
 
 class StartFailed(Exception):
     """Start-up cannot go on; the message is one sentence."""
+
+
+class Refused(probes.NotAnswering):
+    """supervisord has answered that it cannot do what it was asked to."""
 
 
 class Command(BaseCommand):
@@ -84,11 +91,11 @@ class Command(BaseCommand):
             self._wait_until_ready()
             self.stdout.write(welcome)
             self.stdout.flush()
+            restarts = Restarts()
             while True:
                 self._watch()
-                for name, reason in given_up().items():
-                    self._say(f"{reason}; starting it again")
-                    ask("startProcess", name, False)
+                for line in restarts.try_all():
+                    self._say(line)
         except KeyboardInterrupt:
             self._say(f"{self._signal_name}: stopping once current operations are finished (again: at once)")
             raise
@@ -151,11 +158,43 @@ class Command(BaseCommand):
         self.stderr.write(f"mintweb: {line}", self.style.NOTICE if self.stderr.isatty() else None)
 
 
+class Restarts:
+    """Starts again what supervisord has given up; what it cannot even start waits between two tries."""
+
+    def __init__(self) -> None:
+        self._not_before: dict[str, float] = {}
+
+    def try_all(self) -> Iterator[str]:
+        """Start what is due, and tell of each try what a person should know.
+
+        Raises:
+            NotAnswering: supervisord is gone.
+        """
+        for name, reason in given_up().items():
+            if time.monotonic() >= self._not_before.get(name, 0.0):
+                yield f"{reason}; starting it again"
+                yield from self._try(name)
+
+    def _try(self, name: str) -> Iterator[str]:
+        try:
+            ask("startProcess", name, False)
+        except Refused as error:
+            self._not_before[name] = time.monotonic() + RETRY_AFTER_S
+            yield f"{error}; trying again in {RETRY_AFTER_S:.0f} s"
+
+
 def ask(method: str, *arguments: object) -> Any:
-    """Call a method of supervisord; they are listed at http://supervisord.org/api.html."""
+    """Call a method of supervisord; they are listed at http://supervisord.org/api.html.
+
+    Raises:
+        Refused: it cannot do that.
+        NotAnswering: it is gone.
+    """
     try:
         with getRPCInterface({"SUPERVISOR_SERVER_URL": f"unix://{programs.control_socket()}"}) as server:
             return getattr(server.supervisor, method)(*arguments)
+    except xmlrpc.client.Fault as error:
+        raise Refused(f"supervisord cannot do {method} ({error.faultString})") from error
     except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
         raise probes.NotAnswering(
             f"supervisord does not answer ({error}); see {settings.LOG_DIR / 'supervisord.log'}"
@@ -174,12 +213,20 @@ def given_up() -> dict[str, str]:
     for info in ask("getAllProcessInfo"):
         if info["statename"] == "FATAL":
             log = settings.LOG_DIR / f"{info['name']}.log"
-            last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
             reasons[f"{info['group']}:{info['name']}"] = (
                 f"{info['name']} ended {programs.NUM_RETRIES + 1} times soon after its start, at last with: "
-                f"{last_line[:300]} (see {log})"
+                f"{last_line(log)[:300]} (see {log})"
             )
     return reasons
+
+
+def last_line(log: Path) -> str:
+    """Return the end of a log, which may be turned or removed at any time."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    return text.strip().rpartition("\n")[2] or "nothing in its log"
 
 
 def wait_for_supervisord(process: subprocess.Popen[bytes]) -> None:
