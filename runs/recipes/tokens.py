@@ -188,6 +188,7 @@ def key_of(version: DatasetVersion, renderer: Renderer, *, train_on: TrainOn, ma
         version.encoding,
         version.skip_bad_rows,
         version.num_rows,
+        str(version.checked_at),  # a file that is read once more may be read otherwise, as under another name
         renderer.digest,
         train_on,
         max_length,

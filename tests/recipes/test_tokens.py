@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from runs.exceptions import RequestInvalid
@@ -256,7 +257,13 @@ def test_the_limit_is_the_setting(cache: Path, tiny: Renderer, settings: Setting
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("digest", "other"), ("mapping", {"prompt": "q"}), ("skip_bad_rows", True), ("kind", "text")],
+    [
+        ("digest", "other"),
+        ("mapping", {"prompt": "q"}),
+        ("skip_bad_rows", True),
+        ("kind", "text"),
+        ("checked_at", timezone.now()),
+    ],
 )
 def test_what_changes_the_rows_makes_another_store(tiny: Renderer, field: str, value: Any) -> None:
     def key(version: DatasetVersion, max_length: int = 40) -> str:

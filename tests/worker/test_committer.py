@@ -223,7 +223,12 @@ def test_samples_that_end_together_are_stored_together_and_compute_does_not_wait
     monkeypatch.setattr(held.committer, "_commit", commit_later)
     held.committer.put(held.outcome(seq=held.seat.applied_seq))
     answers = [SampleOutcome(operation_pk=pk, answer=Result(body=b"{}")) for pk in samples]
-    putting = threading.Thread(target=lambda: [held.committer.put(answer) for answer in answers])
+
+    def put_all() -> None:
+        for answer in answers:
+            held.committer.put(answer)
+
+    putting = threading.Thread(target=put_all)
     putting.start()
     putting.join(30)
     assert not putting.is_alive()
