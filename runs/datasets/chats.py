@@ -40,6 +40,7 @@ _FOLLOWS: Final = {
 }
 _PAIRS: Final = frozenset((first, second) for first, seconds in _FOLLOWS.items() for second in seconds)
 _KNOWN_KEYS: Final = frozenset(("role", "content", "from", "value", "tool_calls", "tool_call_id", "name"))
+_ASSISTANT_KEYS: Final = _KNOWN_KEYS | {"weight"}
 _TRAINED: Final = "write the text the model should learn, or leave this row out"
 
 
@@ -73,7 +74,7 @@ def loaded(value: object) -> object:
 def canonical_messages(
     messages: object, field: str, notes: Notes, *, keys: tuple[str, str] = ("role", "content")
 ) -> list[Message]:
-    """Return the messages with known keys only.
+    """Return the messages with known keys only; `weight` only where it is 0, for an answer that is not learned.
 
     Args:
         keys: what role and content are called in the file, for the field of a problem.
@@ -109,13 +110,17 @@ def with_assistant(messages: list[Message], field: str, notes: Notes) -> list[Me
     """Return the messages of a row that is trained on.
 
     Raises:
-        RowRefused: no message is the assistant's.
+        RowRefused: no message is the assistant's, or all of those have weight 0.
     """
     if messages[-1]["role"] != "assistant":
         if not any(message["role"] == "assistant" for message in messages):
             reason = "there is no assistant message, so there is nothing to learn"
             raise RowRefused("no_assistant", reason, "add the assistant's answer", field=field)
         notes.add("unanswered_end")
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        reason = "every assistant message has weight 0, so there is nothing to learn"
+        fix = "give one of them weight 1, or leave this row out"
+        raise RowRefused("no_weight", reason, fix, field=field)
     return messages
 
 
@@ -144,9 +149,26 @@ def _full(message: Message, field: str, content_key: str, notes: Notes) -> Messa
     for name in ("tool_call_id", "name"):
         if isinstance(message.get(name), str):
             result[name] = message[name]
-    if any(name not in _KNOWN_KEYS and value is not None for name, value in message.items()):
+    known = _KNOWN_KEYS
+    if role == "assistant":
+        known = _ASSISTANT_KEYS
+        if _weight(message.get("weight"), f"{field}.weight") == 0:
+            result["weight"] = 0
+    if any(name not in known and value is not None for name, value in message.items()):
         notes.add("unused_message_keys")
     return result
+
+
+def _weight(weight: object, field: str) -> int:
+    """Return whether an answer is learned, 1 or 0; without a weight it is."""
+    if weight is None:
+        return 1
+    # True and False are numbers to Python; tables write whole numbers as 0.0 and 1.0.
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        reason = f"the weight is {quoted(weight)}, not 0 or 1"
+        fix = "write 0 for an answer that is not to be learned, 1 for one that is, or leave it out"
+        raise RowRefused("bad_weight", reason, fix, field=field)
+    return int(weight)
 
 
 def _content(message: Message, field: str, notes: Notes, *, may_be_empty: bool) -> str:

@@ -28,7 +28,8 @@ _EMPTY_CODES: Final = ("empty_messages", "empty_content", "null_content")
 _WARNINGS: Final = {
     "unanswered_end": "conversations end with a message that is not the assistant's; it is not trained on",
     "content_parts": "contents given as a list of texts were joined",
-    "unused_message_keys": "messages have keys that are not used (only role, content, name, tool_calls, tool_call_id)",
+    "unused_message_keys": "messages have keys that are not used (only role, content, name, tool_calls, tool_call_id, and weight "
+    "of the assistant's)",
     "replacement_characters": "texts hold the sign U+FFFD: letters were lost before the file was uploaded",
     "mojibake": "texts look as if UTF-8 had been read as Windows-1252 and saved again",
 }

@@ -136,16 +136,13 @@ def _turn(turn: object, field: str, keys: tuple[str, str]) -> object:
     if not isinstance(turn, dict):
         return turn
     speaker, value = turn.get(keys[0]), turn.get(keys[1])
+    rest = {name: one for name, one in turn.items() if name not in keys}
     if speaker == "function_call":
         calls = loaded(value)
         calls = calls if isinstance(calls, list) else [calls]
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": chats.canonical_calls(calls, f"{field}.value"),
-        }
+        called = chats.canonical_calls(calls, f"{field}.value")
+        return {**rest, "role": "assistant", "content": "", "tool_calls": called}
     role = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    rest = {name: one for name, one in turn.items() if name not in keys}
     return {"role": role, "content": value, **rest}
 
 
@@ -264,15 +261,21 @@ PARTS: Final = tuple(dict.fromkeys(part for one in FORMATS.values() for part in 
 
 def format_of(row: Row) -> Plan | None:
     """Return how a row is laid out by the names of its columns, None if it is unknown."""
-    by_name = {name.lower(): name for name in reversed(list(row))}
     for name, one in FORMATS.items():
-        columns = {}
-        for part, names in one.parts.items():
-            if found := next((by_name[alias] for alias in names if alias in by_name), None):
-                columns[part] = found
+        columns = columns_of(name, list(row))
         if all(part in columns for part in one.required) and _fits(name, row, columns):
             return Plan(format=name, columns=columns)
     return None
+
+
+def columns_of(format: str, names: Sequence[str]) -> dict[str, str]:
+    """Return which column is taken for each part of a format, whatever the case of its name."""
+    by_name = {name.lower(): name for name in reversed(names)}
+    columns = {}
+    for part, aliases in FORMATS[format].parts.items():
+        if found := next((by_name[alias] for alias in aliases if alias in by_name), None):
+            columns[part] = found
+    return columns
 
 
 def _fits(name: str, row: Row, columns: Mapping[str, str]) -> bool:

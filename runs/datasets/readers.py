@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import Final
 
 from runs.datasets import json_readers, parquet, tables, texts
+from runs.datasets.file_names import types_in
 from runs.datasets.formats import KNOWN_COLUMNS
 from runs.datasets.sources import Source
 
@@ -19,8 +19,6 @@ READERS: Final[dict[str, Reader]] = {
     "text": texts.read_text,
     "parquet": parquet.read_parquet,
 }
-_TABLE_NAMES: Final = (".csv", ".tsv", ".tab")
-_TEXT_NAMES: Final = (".txt", ".text", ".md", ".rst")
 # An object or array whose first line holds no more than its beginning.
 _PRETTY: Final = re.compile(rb'\s*[{\[]\s*\n\s*["{\[}]|\s*\[\s*[{"\[]')
 
@@ -32,15 +30,15 @@ def container_of(source: Source, filename: str) -> str:
     """
     if source.is_parquet:
         return "parquet"
-    suffixes = PurePath(filename.lower()).suffixes[-2:]
+    types = types_in(filename)
     start = source.head.lstrip()
-    if start.startswith((b"{", b"[")) and not any(one in _TEXT_NAMES + _TABLE_NAMES for one in suffixes):
+    if start.startswith((b"{", b"[")) and not types & {"table", "text"}:
         return "json" if _PRETTY.match(source.head) and not _is_array_a_line(start) else "jsonl"
-    if any(one in (".jsonl", ".json", ".ndjson") for one in suffixes):
+    if "json" in types:
         return "jsonl"
-    if any(one in _TABLE_NAMES for one in suffixes):
+    if "table" in types:
         return "csv"
-    if any(one in _TEXT_NAMES for one in suffixes):
+    if "text" in types:
         return "text"
     return "csv" if _names_known_columns(source.head) else "text"
 

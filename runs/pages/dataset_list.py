@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from runs.models import Dataset, DatasetVersion, Upload, User
 from runs.pages.policies import signed_in
-from runs.services import access, datasets, disk, uploads
+from runs.services import access, dataset_uses, datasets, disk, uploads
 
 PAGE_SIZE: Final = 100
 FILE_TYPES: Final = ".jsonl,.json,.csv,.tsv,.parquet,.txt,.gz,.zst,.ndjson"
@@ -113,7 +113,7 @@ def _by_change(user: User) -> Any:
 
 def _rows(page: Page[Dataset]) -> list[DatasetRow]:
     found = list(page)
-    num_runs = datasets.num_users([dataset.pk for dataset in found])
+    num_runs = dataset_uses.num_users([dataset.pk for dataset in found])
     return [_row(dataset, num_runs[dataset.pk]) for dataset in found]
 
 

@@ -20,42 +20,13 @@ from django.views.decorators.http import require_GET, require_POST
 from runs.datasets.problems import FileRefused
 from runs.exceptions import RequestInvalid
 from runs.models import Dataset, DatasetVersion, TrainingRun, User
-from runs.pages import dataset_preview, dataset_report
+from runs.pages import dataset_columns, dataset_preview, dataset_report
 from runs.pages.dataset_list import STATE_WORDS, upload_context
 from runs.pages.policies import signed_in
-from runs.services import access, datasets, run_rows
+from runs.services import access, dataset_uses, datasets, run_rows
 
-MAX_COLUMNS: Final = 200
 MAX_USERS: Final = 20
-# As many characters of a column's name does the report's sample keep.
-_NAME_CHARS: Final = 200
-# What a column may hold, by the format it belongs to.
-PARTS: Final = (
-    ("Prompt and completion", (("prompt", "prompt"), ("completion", "completion"))),
-    ("Conversation", (("messages", "messages (role, content)"), ("conversations", "turns (from, value)"))),
-    (
-        "Instruction",
-        (
-            ("instruction", "instruction"),
-            ("input", "input, added to the instruction"),
-            ("output", "output"),
-        ),
-    ),
-    ("Raw text", (("text", "text"),)),
-    ("Beside them", (("system", "system message"), ("tools", "tools"))),
-    ("Preferences", (("chosen", "chosen answer"), ("rejected", "rejected answer"))),
-    ("Prompts", (("reference", "reference answer"),)),
-)
 State = DatasetVersion.State
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column of a file whose layout is not known, with a few of its values."""
-
-    name: str
-    part: str
-    values: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +56,8 @@ def dataset_detail(request: HttpRequest, dataset_id: str) -> HttpResponseBase:
         "versions": [(one, *STATE_WORDS[one.state]) for one in versions],
         "size_bytes": sum(one.size_bytes for one in versions),
         "report": dataset_report.report_of(version) if version.state != State.CHECKING else None,
-        "columns": _columns(version) if version.state == State.NEEDS_MAPPING else [],
-        "parts": PARTS,
+        "mapper": dataset_columns.mapper_of(version),
+        "parts": dataset_columns.PARTS,
         "is_trainable": version.state == State.READY and version.kind in ("chat", "completion", "text"),
         **_users(dataset),
         **_preview(request, version),
@@ -179,26 +150,13 @@ def _wanted(request: HttpRequest, versions: Sequence[DatasetVersion]) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0
 
 
-def _columns(version: DatasetVersion) -> list[Column]:
-    report = version.report
-    parts = {column: part for part, column in (version.mapping or report["suggested_mapping"]).items()}
-    return [
-        Column(
-            name=name,
-            part=parts.get(name, ""),
-            values=[row.get(name[:_NAME_CHARS], "") for row in report["sample"]],
-        )
-        for name in report["columns"][:MAX_COLUMNS]
-    ]
-
-
 def _version(request: HttpRequest, dataset_id: str, number: int) -> DatasetVersion:
     return access.get_dataset_version(_user(request), dataset_id, number)
 
 
 def _users(dataset: Dataset) -> dict[str, Any]:
-    num_users = datasets.num_users([dataset.pk])[dataset.pk]
-    users = [_user_row(run) for run in datasets.users_of(dataset, limit=MAX_USERS)]
+    num_users = dataset_uses.num_users([dataset.pk])[dataset.pk]
+    users = [_user_row(run) for run in dataset_uses.users_of(dataset, limit=MAX_USERS)]
     return {"users": users, "num_users": num_users, "num_more_users": max(num_users - len(users), 0)}
 
 

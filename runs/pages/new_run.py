@@ -20,7 +20,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from runs.exceptions import RequestInvalid
 from runs.models import DatasetVersion, TrainingRun, User
-from runs.pages import run_form, run_origin, run_preview
+from runs.pages import dataset_choices, run_form, run_origin, run_preview
 from runs.pages.policies import signed_in
 from runs.pages.run_form import Field, Values
 from runs.pages.run_list import base_url
@@ -28,9 +28,8 @@ from runs.pages.run_origin import Origin
 from runs.recipes import config_files, defaults, estimates, trial
 from runs.recipes.estimates import Estimate
 from runs.schemas.recipes import MAX_PROMPT_CHARS, MAX_PROMPTS, SftConfig
-from runs.services import access, base_models, recipe_checks, recipes
+from runs.services import base_models, recipe_checks, recipes
 
-_MAX_DATASETS: Final = 500
 _SHORT_RULES: Final = ("learning_rate", "max_length", "eval_every", "save_every", "samples.every")
 Problem = tuple[str, str]
 
@@ -55,14 +54,6 @@ class Shown:
         """Return the default in the words of the page."""
         names = {"true": "yes", "false": "no", **dict(self.field.options)}
         return names.get(self.field.default, self.field.default)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetChoice:
-    """A dataset that can be trained on; `ref` names the version."""
-
-    ref: str
-    label: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +289,7 @@ def _page(
             "base_model": base_model.name if base_model is not None else "",
             "base_model_error": base_model.error if base_model is not None else "",
             "base_models": base_models.available(),
-            "datasets": _datasets(user, chosen),
+            "datasets": dataset_choices.choices_of(user, chosen),
             "dataset": (values.get("dataset") or [""])[-1],
             "validation_datasets": [ref for ref in values.get("validation.datasets", ()) if ref],
             "prompts": [text for text in values.get("samples.prompts", ()) if text.strip()],
@@ -315,30 +306,6 @@ def _page(
         },
         status=status,
     )
-
-
-def _datasets(user: User, chosen: Sequence[str]) -> list[DatasetChoice]:
-    """Return the newest ready version of each dataset that can be trained on, and every version that is chosen."""
-    ready = (
-        DatasetVersion.objects.filter(
-            dataset__in=access.datasets_of(user),
-            state=DatasetVersion.State.READY,
-            kind__in=recipe_checks.TRAINABLE,
-        )
-        .select_related("dataset")
-        .order_by("-dataset__created_at", "-dataset_id", "-number")
-    )
-    choices: dict[str, DatasetChoice] = {}
-    seen: set[int] = set()
-    for version in ready[:_MAX_DATASETS]:
-        ref = recipe_checks.ref_of(version)
-        is_newest = version.dataset_id not in seen
-        is_asked_for = ref in chosen or (is_newest and version.dataset.public_id in chosen)
-        seen.add(version.dataset_id)
-        if is_newest or is_asked_for:
-            label = f"{version.dataset.name} \u00b7 version {version.number}, {version.num_rows:,} rows"
-            choices[ref] = DatasetChoice(ref=ref, label=label)
-    return list(choices.values())
 
 
 # -- answers ---------------------------------------------------------------------------------------------

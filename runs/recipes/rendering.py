@@ -204,9 +204,12 @@ class Renderer:
         conversation = Conversation(
             template=template, messages=messages, tools=tools, specials=self._specials, ends=self._ends
         )
-        if train_on == "all":
+        unlearned = _unlearned(row["messages"])
+        if train_on == "all" and not unlearned:
             return _Text(text=conversation.text(), spans=(), is_all_trained=True)
-        text, spans = conversation.turns(only_last=train_on == "last")
+        text, spans = _spans(conversation, train_on, unlearned)
+        if train_on == "all":
+            return _Text(text=text, spans=tuple(spans), is_all_trained=False)
         suffix = self._files.eos if conversation.is_open(text, spans) else ()
         return _Text(text=text, spans=tuple(spans), is_all_trained=False, suffix=suffix)
 
@@ -297,6 +300,42 @@ def _string(row: Row, name: str) -> str:
     return value
 
 
+def _unlearned(messages: Sequence[Message]) -> frozenset[int]:
+    """Return the numbers of the answers that are not to be learned, counted among the answers alone."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return frozenset(number for number, answer in enumerate(answers) if answer.get("weight") == 0)
+
+
+def _spans(
+    conversation: Conversation, train_on: TrainOn, unlearned: frozenset[int]
+) -> tuple[str, list[Span]]:
+    """Return the text of a conversation and what of it is trained on, without the answers that are not learned.
+
+    Raises:
+        RequestInvalid: the template does not show where those answers are.
+    """
+    num_answers = sum(message["role"] == "assistant" for message in conversation.messages)
+    if train_on == "last" and num_answers - 1 in unlearned:
+        return conversation.text(), []
+    if train_on == "last" or not unlearned:
+        return conversation.turns(only_last=train_on == "last")
+    text, turns = conversation.turns(only_last=False)
+    if len(turns) != num_answers:
+        raise RequestInvalid(
+            f"the chat template of {conversation.template.model} does not mark each answer once, so that those of "
+            "weight 0 cannot be told from the others; leave the weights out, or this row"
+        )
+    if train_on == "all":
+        return text, _between([turns[number] for number in sorted(unlearned)], len(text))
+    return text, [turn for number, turn in enumerate(turns) if number not in unlearned]
+
+
+def _between(spans: Sequence[Span], end: int) -> list[Span]:
+    """Return what lies before, between and after some places in a text."""
+    edges = [0, *(edge for span in spans for edge in span), end]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 def _checked_messages(messages: object) -> list[dict[str, Any]]:
     """Return the messages as templates want them: content always text, arguments of calls as objects."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -314,6 +353,7 @@ def _checked_messages(messages: object) -> list[dict[str, Any]]:
                 f"the content of message {number} must be text, not {type(content).__name__}"
             )
         one = {**message, "content": content}
+        one.pop("weight", None)  # no word of any template
         if message.get("tool_calls"):
             one["tool_calls"] = [_call(call) for call in message["tool_calls"]]
         checked.append(one)

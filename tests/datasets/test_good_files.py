@@ -236,7 +236,7 @@ def test_tool_calls_are_kept_with_their_arguments_as_objects(check: Check, outpu
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": None, "tool_calls": [asked]},
         {"role": "tool", "tool_call_id": "c1", "content": ""},
-        {"role": "assistant", "content": "b", "weight": 1},
+        {"role": "assistant", "content": "b", "mood": 1},
     ]
     report = check(json.dumps({"messages": messages, "tools": json.dumps(TOOLS)}))
     assert [warned.code for warned in report.warnings] == ["unused_message_keys"]
