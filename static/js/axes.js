@@ -1,4 +1,4 @@
-// The range and the labels of a chart's y axis.
+// The range and the labels of a chart's y axis, and what a logarithmic one can show.
 export function yRange(min, max, isLog) {
   if (min === null || max === null) return isLog ? [0.1, 1] : [0, 1];
   // Rounding in the average makes a constant vary in its last digits; such a range has no ticks.
@@ -7,6 +7,16 @@ export function yRange(min, max, isLog) {
   const space = isConstant ? Math.abs(max) * 0.1 || 1 : (max - min) * 0.07;
   // Measures that cannot be negative do not get an axis below zero.
   return [min >= 0 ? Math.max(min - space, 0) : min - space, max + space];
+}
+
+// Columns as a logarithmic axis can show them, and the places where something is at or below its zero: there the
+// band goes down to the lowest positive value in view.
+export function aboveZero(x, [mean, smooth, high, low]) {
+  const lowest = [mean, smooth, high, low].flat().reduce((least, value) => (value > 0 ? Math.min(least, value) : least), Infinity);
+  const positive = (column) => column.map((value) => (value > 0 ? value : null));
+  const bottom = low.map((value, index) => (high[index] > 0 ? Math.max(value, lowest) : null));
+  const floored = x.filter((_, index) => [mean[index], low[index]].some((value) => value !== null && value <= 0));
+  return { columns: [positive(mean), positive(smooth), positive(high), bottom], floored };
 }
 
 export function niceTicks(min, max, isLog) {

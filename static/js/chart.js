@@ -1,6 +1,6 @@
 // One metric's chart: uPlot with an honest band, marks for what is not a number, and a table and words beside it.
 /* global uPlot */
-import { niceTicks, tickStep, yRange } from "./axes.js";
+import { aboveZero, niceTicks, tickStep, yRange } from "./axes.js";
 import { saveImage } from "./chart_image.js";
 import { EventsLane } from "./events_lane.js";
 import { readColors } from "./chart_colors.js";
@@ -120,14 +120,9 @@ export class Chart {
     const { x, mean, smooth, high, low } = this.view;
     const isSmooth = this.options.weight > 0;
     const drawn = [mean, isSmooth ? smooth : mean.map(() => null), high, low];
-    this.floored = [];
-    if (this.options.isLog) {
-      mean.forEach((value, index) => {
-        if (value !== null && value <= 0) this.floored.push(x[index]);
-      });
-      return [x, ...drawn.map((column) => column.map((value) => (value !== null && value > 0 ? value : null)))];
-    }
-    return [x, ...drawn];
+    const { columns, floored } = this.options.isLog ? aboveZero(x, drawn) : { columns: drawn, floored: [] };
+    this.floored = floored;
+    return [x, ...columns];
   }
 
   #build(data) {
@@ -215,7 +210,8 @@ export class Chart {
     u.ctx.save();
     this.overlays.forEach(({ view }, index) => drawOverlay(u, view, { color: colors[`overlay-${index + 1}`] ?? colors["overlay-1"], dash: DASHES[index % DASHES.length] }));
     this.#drawBest(u, colors);
-    drawNotFinite(u, this.view.bad.map(([x]) => x), colors.bad);
+    const bad = [this.view, ...this.overlays.map(({ view }) => view)].flatMap((view) => view.bad);
+    drawNotFinite(u, bad.map(([x]) => x), colors.bad);
     drawNotFinite(u, this.floored, colors.floor);
     u.ctx.restore();
     this.lane?.place(u, (event) => this.#placeOf(event));
@@ -312,7 +308,7 @@ export class Chart {
   }
 
   #say() {
-    const { first, last, lowest, lowestStep, numBad, firstBad, isRough } = this.series.facts;
+    const { first, last, lowest, lowestStep, isRough } = this.series.facts;
     const place = isRough ? "near" : "at";
     const words = [];
     if (first !== null) words.push(`${decimal(first)} \u2192 ${decimal(last)}, lowest ${decimal(lowest)} ${place} step ${count(lowestStep)}`);
@@ -326,11 +322,19 @@ export class Chart {
     this.part("summary").textContent = summary;
     this.part("summary").title = summary;
     this.holder.setAttribute("aria-label", `${this.part("title").textContent}: ${summary}`);
-    chip(this.part("bad"), numBad, `${count(numBad)} not finite, first ${place} step ${count(firstBad)}`);
-    chip(this.part("floor"), this.floored.length, `${count(this.floored.length)} at or below 0`);
+    this.#showChips();
     if (!this.plot || this.plot.cursor.left < 0) this.part("readout").textContent = this.#lastWords();
     if (!this.part("table").hidden) this.#fillTable();
     this.#showLegend();
+  }
+
+  #showChips() {
+    const bad = [this.series, ...this.overlays.map(({ series }) => series)].map(({ facts }) => facts).filter(({ numBad }) => numBad > 0);
+    const first = bad.reduce((a, b) => (b.firstBad < a.firstBad ? b : a), bad[0]);
+    const numBad = bad.reduce((sum, facts) => sum + facts.numBad, 0);
+    chip(this.part("bad"), numBad, `${count(numBad)} not finite, first ${first?.isRough ? "near" : "at"} step ${count(first?.firstBad)}`);
+    const { length: numFloored } = this.floored;
+    chip(this.part("floor"), numFloored, `${count(numFloored)} ${numFloored === 1 ? "point reaches" : "points reach"} 0 or below`);
   }
 
   #onKey(event) {

@@ -1,6 +1,7 @@
 // A chart as a table, the newest step first, for whoever reads numbers rather than lines.
 import { count, decimal } from "./format.js";
 import { valueBefore } from "./overlays.js";
+import { lowerBound } from "./series.js";
 
 const MAX_ROWS = 300;
 
@@ -23,9 +24,11 @@ export function tableOf(view, overlays) {
 // The other series' values at the step of a row, or in its bucket.
 function measuredAt(view, index, overlays) {
   const end = view.step[index + 1] ?? Infinity;
-  return overlays.map(({ series }) => {
+  return overlays.map(({ series, view: other }) => {
     const found = valueBefore(series, end - 1);
-    return found && found[0] >= view.step[index] ? decimal(found[1]) : "";
+    if (found && found[0] >= view.step[index]) return decimal(found[1]);
+    const place = lowerBound(other.step, view.step[index]);
+    return other.step[place] < end && other.mean[place] === null ? "not finite" : "";
   });
 }
 

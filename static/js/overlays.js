@@ -1,4 +1,5 @@
 // What the loss chart draws beside its own line: validation losses with their dots, and the runs it was forked from.
+export const VALIDATION = "validation_loss";
 const MAX_DOTS = 120;
 
 // The lowest and highest value of views, so that an axis has room for them; null without any.
@@ -65,9 +66,11 @@ export function valueBefore(series, step) {
   for (let index = series.step.length - 1; index >= 0; index -= 1) {
     if (series.step[index] <= step && Number.isFinite(series.value[index])) return [series.step[index], series.value[index]];
   }
-  const past = series.history;
-  for (let index = (past?.step.length ?? 0) - 1; index >= 0; index -= 1) {
-    if (past.step[index] <= step && past.mean[index] !== null) return [past.step[index], past.mean[index]];
+  // The finer part of the past may begin after the step.
+  for (const past of [series.history, series.whole]) {
+    for (let index = (past?.step.length ?? 0) - 1; index >= 0; index -= 1) {
+      if (past.step[index] <= step && past.mean[index] !== null) return [past.step[index], past.mean[index]];
+    }
   }
   return null;
 }
@@ -82,21 +85,30 @@ function inPlot(u, draw) {
   ctx.restore();
 }
 
+// A line has a gap where a value cannot be drawn.
 function strokeColumns(u, ctx, xs, values) {
   ctx.beginPath();
-  for (const [x, y] of places(u, xs, values)) ctx.lineTo(x, y);
+  let isGap = true;
+  xs.forEach((x, index) => {
+    const isShown = canShow(u, values[index]);
+    if (isShown) ctx[isGap ? "moveTo" : "lineTo"](...placeOf(u, x, values[index]));
+    isGap = !isShown;
+  });
   ctx.stroke();
 }
 
-function places(u, xs, values) {
+function canShow(u, value) {
   const isLog = u.scales.y.distr === 3;
-  const found = [];
-  xs.forEach((x, index) => {
-    const value = values[index];
-    if (value === null || !Number.isFinite(value) || (isLog && value <= 0)) return;
-    found.push([u.valToPos(x, "x", true), u.valToPos(value, "y", true)]);
-  });
-  return found;
+  return value !== null && Number.isFinite(value) && !(isLog && value <= 0);
+}
+
+function placeOf(u, x, value) {
+  return [u.valToPos(x, "x", true), u.valToPos(value, "y", true)];
+}
+
+function places(u, xs, values) {
+  const shown = [...xs.keys()].filter((index) => canShow(u, values[index]));
+  return shown.map((index) => placeOf(u, xs[index], values[index]));
 }
 
 function lonePlaces(u, { x, mean }) {

@@ -1,9 +1,13 @@
 // A run's page: its values over HTTP, then over the websocket from the last seq on; each counts once.
+import { Ancestors } from "./ancestors.js";
 import { getJson, parsePage, refreshParts, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
 import { count } from "./format.js";
 import { Loads } from "./loads.js";
+import { VALIDATION } from "./overlays.js";
 import { Series } from "./series.js";
+import { shownRange } from "./shown_range.js";
+import { keepWeight, keptWeight } from "./smoothing.js";
 import { connectSteering } from "./steering.js";
 import { TokenAxis } from "./token_axis.js";
 import { LiveSocket, showState } from "./socket.js";
@@ -14,6 +18,8 @@ const grid = document.querySelector("[data-chart-grid]");
 const tools = document.querySelector("[data-chart-tools]");
 const follow = document.querySelector("[data-follow]");
 const PANELS_INTERVAL_MS = 3000;
+// As many are held one by one, as many does the server send so (LARGE_RUN_VALUES).
+const MAX_LIVE_VALUES = 60_000;
 const ORDER = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "step_time_s"];
 const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
 
@@ -21,16 +27,18 @@ const options = { weight: 0.6, isLog: false, axis: "step", span: "all" };
 const charts = new Map();
 // Series that are drawn in the loss chart, by metric name.
 const overlays = new Map();
-const VALIDATION = "validation_loss";
 const AXES = ["step", "tokens", "time"];
-// The lines of ancestors, by the name of their chart.
-const ancestry = new Map();
+const ancestors = new Ancestors();
 let hasAncestors = false;
 const tokenAxis = new TokenAxis();
 let cursor = settings.isLarge ? settings.upToSeq : -1;
 let zoom = null;
 let numMissed = 0;
 let numValues = 0;
+// Those of them that are held one by one.
+let numLive = 0;
+// The past is being read anew, and the charts stay as they are until it is there.
+let isRestarting = false;
 
 // Values ------------------------------------------------------------------------------------------
 
@@ -43,74 +51,74 @@ function takePoints(points, next) {
   }
   cursor = Math.max(cursor, next);
   numValues += numNew;
+  numLive += numNew;
   grid.dataset.numValues = numValues;
   grid.dataset.cursor = cursor;
   if (!numNew) return;
-  if (allSeries().some((series) => series.isOutdated)) restart();
+  if (numLive > MAX_LIVE_VALUES || allSeries().some((series) => series.isOutdated)) restart();
   if (zoom) numMissed += numNew;
   scheduleDraw();
 }
 
 async function loadPast() {
-  if (settings.isLarge) await loadHistory(null);
+  if (settings.isLarge) await loadHistory();
   for (let more = !settings.isLarge; more;) {
     const page = await getJson(`${address}/metrics.json?after=${cursor}`);
     takePoints(page.points, page.cursor);
     more = page.more;
   }
   document.querySelector("[data-chart-empty]").hidden = charts.size > 0;
-  if (zoom) refineHistory();
 }
 
-// A long past comes in buckets; a closer look asks for finer ones.
-async function loadHistory(range) {
+// A long past comes in buckets, first all of it: a closer look asks for finer ones.
+async function loadHistory() {
   historyTurn += 1;
   const turn = historyTurn;
-  for (const name of [...settings.names].sort((a, b) => (rank(a) < rank(b) ? -1 : 1))) {
-    await loadHistoryOf(name, range, turn);
-    if (turn !== historyTurn) return;
+  const names = [...settings.names].sort((a, b) => (rank(a) < rank(b) ? -1 : 1));
+  const missing = names.filter((name) => !knownSeries(name)?.whole);
+  for (const name of missing) if (!(await loadHistoryOf(name, null, turn))) return;
+  isRestarting = false;
+  scheduleDraw();
+  const range = closerRange();
+  for (const name of range ? names : names.filter((one) => !missing.includes(one))) {
+    if (!(await loadHistoryOf(name, range, turn))) return;
   }
 }
 
+// Returns false when overtaken: another range is wanted by now, or the run went back.
 async function loadHistoryOf(name, range, turn) {
   const query = new URLSearchParams({ name, up_to: settings.upToSeq, weight: options.weight, buckets: 1500 });
-  if (range && options.axis === "step") {
-    query.set("from", Math.floor(range[0]));
-    query.set("to", Math.ceil(range[1]));
+  const steps = range && seriesOf(name).pastSteps(options.axis, ...range);
+  if (steps) {
+    query.set("from", steps[0]);
+    query.set("to", steps[1]);
   }
   const { series: [history] } = await getJson(`${address}/series.json?${query}`);
-  if (turn !== historyTurn) return; // overtaken: another range is wanted by now, or the run went back
+  if (turn !== historyTurn) return false;
   const series = seriesOf(name);
   const before = series.numValues;
-  series.setHistory(history);
+  series.setHistory(history, steps);
   numValues += series.numValues - before;
   grid.dataset.numValues = numValues;
   scheduleDraw();
+  return true;
 }
 
-// The run went back into the past that came in buckets: all of it is asked for again, up to now.
+// All of the past is asked for again in buckets, up to now: the run went back into it, or too much came since.
 function restart() {
   for (const series of allSeries()) series.clear();
   settings.isLarge = true;
   settings.upToSeq = cursor;
   settings.names = [...charts.keys(), ...overlays.keys()];
   numValues = 0;
-  loads.add(loadShown);
+  numLive = 0;
+  isRestarting = true;
+  loads.add(loadHistory);
 }
 
-// The curves of the runs that this one goes on from; its own first value may come later.
-async function loadAncestry() {
-  const { ancestors } = await getJson(`${address}/ancestry.json`);
-  for (const { series } of ancestors) {
-    for (const past of series) {
-      const line = new Series(past.name);
-      line.setWeight(options.weight);
-      past.step.forEach((step, index) => line.push(step, past.time_s[index], past.mean[index] ?? NaN));
-      const name = past.name === VALIDATION ? "loss" : past.name;
-      ancestry.set(name, [...(ancestry.get(name) ?? []), line]);
-      charts.get(name)?.ancestors.push(line);
-    }
-  }
+async function loadAncestors() {
+  await ancestors.load(address, options.weight);
+  for (const [name, chart] of charts) chart.ancestors = ancestors.of(name);
   scheduleDraw();
 }
 
@@ -118,18 +126,17 @@ async function loadAncestry() {
 function lookForAncestors({ dataset }) {
   if (hasAncestors || !("continues" in dataset)) return;
   hasAncestors = true;
-  loads.add(loadAncestry);
+  loads.add(loadAncestors);
 }
 
 const loads = new Loads(showProblem);
-const loadShown = () => loadHistory(zoom);
 let historyTimer = null;
 let historyTurn = 0;
 
 function refineHistory() {
   if (!settings.isLarge) return;
   clearTimeout(historyTimer);
-  historyTimer = setTimeout(() => loads.add(loadShown), 200);
+  historyTimer = setTimeout(() => loads.add(loadHistory), 200);
 }
 
 // Charts ------------------------------------------------------------------------------------------
@@ -145,6 +152,10 @@ const seen = new IntersectionObserver((entries) => {
 const resized = new ResizeObserver((entries) => {
   for (const { target } of entries) charts.get(target.closest("[data-metric]").dataset.metric)?.resize();
 });
+
+function knownSeries(name) {
+  return name.startsWith(VALIDATION) ? overlays.get(name) : charts.get(name)?.series;
+}
 
 function seriesOf(name) {
   if (!name.startsWith(VALIDATION)) return chartOf(name).series;
@@ -167,7 +178,7 @@ function chartOf(name) {
   const series = new Series(name);
   series.setWeight(options.weight);
   const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom });
-  chart.ancestors.push(...(ancestry.get(name) ?? []));
+  chart.ancestors = ancestors.of(name);
   charts.set(name, chart);
   if (name === "loss") chart.setMarks(readMarks());
   const place = rank(name);
@@ -196,40 +207,24 @@ function scheduleDraw() {
 }
 
 function drawAll() {
+  if (isRestarting) return;
   readTokens();
-  const range = zoom ?? shownRange();
+  const range = currentRange();
   for (const chart of charts.values()) chart.update(range);
   follow.hidden = !zoom;
   follow.textContent = numMissed ? `${count(numMissed)} new values \u2013 follow` : "Follow";
 }
 
-// All charts show the same range, so that a crosshair means the same place in each.
-function shownRange() {
-  let from = Infinity;
-  let to = -Infinity;
-  for (const series of shownSeries()) {
-    const extent = series.extent(options.axis);
-    if (!extent) continue;
-    from = Math.min(from, extent[0]);
-    to = Math.max(to, extent[1]);
-  }
-  if (from > to) return null;
-  if (options.span === "tenth") return [to - (to - from) / 10, to];
-  if (options.span === "all") return [from, to];
-  const first = options.axis === "step" ? to - Number(options.span) : placeOfLast(Number(options.span));
-  return [Math.max(from, first), to];
+function currentRange() {
+  // The tokens and the time of ancestors are not this run's.
+  return zoom ?? shownRange(allSeries(), options.axis === "step" ? ancestors.all : [], options);
 }
 
-// Where the last steps begin on an axis that does not count steps.
-function placeOfLast(numSteps) {
-  const series = allSeries().filter(({ isEmpty }) => !isEmpty);
-  const first = Math.max(...series.map((one) => one.extent("step")[1])) - numSteps;
-  return Math.min(...series.map((one) => one.placeOf(options.axis, first)));
-}
-
-function shownSeries() {
-  const ancestors = options.axis === "step" ? [...charts.values()].flatMap((chart) => chart.ancestors) : [];
-  return [...allSeries(), ...ancestors];
+// What is looked at closely, null where all is shown.
+function closerRange() {
+  if (!zoom && options.span === "all") return null;
+  readTokens();
+  return currentRange();
 }
 
 // Where each step is on the axis of tokens; without their metric there is no such axis.
@@ -276,19 +271,10 @@ function readAddress() {
   if (["1000", "tenth"].includes(view.get("span"))) options.span = view.get("span");
   const numbers = (view.get("zoom") ?? "").split(",").map(Number);
   if (numbers.length === 2 && numbers.every(Number.isFinite) && numbers[0] < numbers[1]) zoom = numbers;
-  options.weight = keptWeight();
+  options.weight = keptWeight(options.weight);
   for (const name of ["weight", "axis", "span"]) tools.elements[name].value = options[name];
   tools.elements.isLog.checked = options.isLog;
   showWeight();
-}
-
-function keptWeight() {
-  try {
-    const weight = Number(localStorage.getItem("smoothing") ?? options.weight);
-    return weight >= 0 && weight < 1 ? weight : options.weight;
-  } catch {
-    return options.weight;
-  }
 }
 
 function showWeight() {
@@ -302,12 +288,8 @@ function onWeight() {
   const was = options.weight;
   options.weight = Number(tools.elements.weight.value);
   showWeight();
-  try {
-    localStorage.setItem("smoothing", String(options.weight));
-  } catch {
-    // Kept for this page only.
-  }
-  for (const series of shownSeries()) series.setWeight(options.weight);
+  keepWeight(options.weight);
+  for (const series of [...allSeries(), ...ancestors.all]) series.setWeight(options.weight);
   if ((was > 0) !== (options.weight > 0)) rebuildAll();
   refineHistory();
   scheduleDraw();
@@ -327,7 +309,7 @@ function onTool(event) {
 }
 
 function rebuildAll() {
-  const range = zoom ?? shownRange();
+  const range = currentRange();
   for (const chart of charts.values()) {
     chart.range = range;
     chart.rebuild();

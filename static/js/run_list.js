@@ -1,5 +1,6 @@
-// The runs list: rows replaced as they change, new runs put first and the last ones let go, keys to move.
+// The runs list: rows brought up to date as they change, new runs put first and the last ones let go, keys to move.
 import { parsePage } from "./api.js";
+import { morph } from "./morph.js";
 import { LiveSocket, showState } from "./socket.js";
 
 const list = document.querySelector("[data-run-list]");
@@ -24,16 +25,13 @@ function apply({ rows: changed }) {
       current?.remove();
       continue;
     }
-    const fresh = document.adoptNode(rowOf(html));
+    const fresh = rowOf(html);
     if (current) {
       fresh.classList.toggle("is-selected", selected === run);
-      const focused = document.activeElement;
-      if (current.contains(focused)) queueMicrotask(() => fresh.querySelector(focused.localName).focus());
-      fresh.querySelector(".run-choice").checked = current.querySelector(".run-choice").checked;
-      current.replaceWith(fresh);
+      morph(current, fresh);
     } else if (isNew) {
       leaveFirstSteps();
-      body.prepend(fresh);
+      body.prepend(document.adoptNode(fresh));
     }
   }
   letGo();

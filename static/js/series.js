@@ -1,5 +1,7 @@
 // The values of one metric: every one kept in order, smoothed in full, and put into buckets to be drawn.
 
+const NO_PAST = { width: 1, step: [], last_step: [], time_s: [] };
+
 // Where a run went back to an earlier step, the values it left behind are kept apart.
 export class Series {
   constructor(name) {
@@ -11,9 +13,14 @@ export class Series {
   }
 
   clear() {
+    // The past that came in buckets: all of it, and what was asked for last, which may be a finer part of it.
+    this.whole = null;
     this.history = null;
-    // The last step of the past that came in buckets, whatever part of it is held now.
+    this.asked = null;
+    // Its last step, and the latest time of a value that is known of it.
     this.pastEnd = -Infinity;
+    this.pastEndTime = -Infinity;
+    this.numRewrites = (this.numRewrites ?? 0) + 1;
     this.leftBehind = [];
     this.numValues = 0;
     this.facts = noFacts();
@@ -41,6 +48,7 @@ export class Series {
   }
 
   #goBack(step) {
+    this.numRewrites += 1;
     if (step <= this.pastEnd) this.isOutdated = true;
     const cut = lowerBound(this.step, step);
     if (cut < this.step.length) this.leftBehind.push({ step: this.step.splice(cut), time: this.time.splice(cut), value: this.value.splice(cut) });
@@ -66,14 +74,20 @@ export class Series {
     this.smooth = this.step.map((step, index) => this.#averaged(step, this.value[index]));
   }
 
-  // The past up to the page's first cursor, in buckets made by the server.
-  setHistory(history) {
-    if (!this.history) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0) + history.num_abandoned;
-    const isFirst = !this.history;
+  // The past up to the page's first cursor, in buckets made by the server: all of it first, later also finer ones
+  // between two steps.
+  setHistory(history, steps = null) {
+    const isFirst = !this.whole;
+    if (isFirst) this.numValues += history.num_values.reduce((sum, n) => sum + n, 0) + history.num_abandoned;
+    if (isFirst || !steps) this.whole = history;
     this.history = history;
+    this.asked = steps;
     this.pastEnd = Math.max(this.pastEnd, history.last_step.at(-1) ?? -Infinity);
+    this.pastEndTime = Math.max(this.pastEndTime, history.time_s.at(-1) ?? -Infinity);
     this.setWeight(this.weight);
-    if (isFirst) this.#seeAgain();
+    if (!isFirst) return;
+    this.numRewrites += 1;
+    this.#seeAgain();
   }
 
   // What was left behind when the run went back, each stretch on an axis.
@@ -92,97 +106,115 @@ export class Series {
     return axis === "tokens" && this.tokensAt ? step.map(this.tokensAt) : step;
   }
 
-  #pastOnAxis(axis) {
-    const past = this.history;
-    return past?.step.length ? this.#onAxis(axis, past.step, past.time_s) : null;
+  // Where a value of the tail is on an axis.
+  #placeAt(axis, index) {
+    if (axis === "time") return this.time[index];
+    const step = this.step[index];
+    return axis === "tokens" && this.tokensAt ? this.tokensAt(step) : step;
   }
 
   get isEmpty() {
-    return this.step.length === 0 && !this.history?.step.length;
+    return this.step.length === 0 && !this.whole?.step.length;
   }
 
-  // The extent on an axis.
+  // The extent on an axis, whatever part of the past is held.
   extent(axis) {
-    const tail = this.#onAxis(axis, this.step, this.time);
-    const past = this.#pastOnAxis(axis);
-    if (!past && !tail.length) return null;
-    const end = past && (axis === "time" ? past.at(-1) : this.#onAxis(axis, [this.history.last_step.at(-1)], [])[0]);
-    return [past ? past[0] : tail[0], tail.length ? tail.at(-1) : end];
+    const last = this.step.length - 1;
+    const past = this.whole?.step.length ? this.whole : null;
+    if (!past && last < 0) return null;
+    const first = past ? this.#onAxis(axis, [past.step[0]], [past.time_s[0]])[0] : this.#placeAt(axis, 0);
+    return [first, last >= 0 ? this.#placeAt(axis, last) : this.#onAxis(axis, [this.pastEnd], [this.pastEndTime])[0]];
   }
 
   // Where the first value at a step or after it is on an axis; Infinity after the last one.
   placeOf(axis, step) {
-    const ends = this.history?.last_step ?? [];
-    const past = lowerBound(ends, step);
-    if (past < ends.length) return this.#pastOnAxis(axis)[past];
-    const index = lowerBound(this.step, step);
-    return this.#onAxis(axis, this.step, this.time)[index] ?? Infinity;
+    const past = this.#covering(step, step);
+    const index = lowerBound(past?.last_step ?? [], step);
+    if (index < (past?.step.length ?? 0)) return this.#onAxis(axis, [past.step[index]], [past.time_s[index]])[0];
+    const place = lowerBound(this.step, step);
+    return place < this.step.length ? this.#placeAt(axis, place) : Infinity;
+  }
+
+  // The first and last step of the past between two places on an axis, at least; null without a past.
+  pastSteps(axis, from, to) {
+    const past = this.whole;
+    if (!past?.step.length) return null;
+    if (axis === "step") return [Math.max(Math.floor(from), past.step[0]), Math.min(Math.ceil(to), this.pastEnd)];
+    const places = this.#onAxis(axis, past.step, past.time_s);
+    const bucketAt = (place) => Math.max(upperBound(places, place) - 1, 0);
+    return [past.step[bucketAt(from)], past.last_step[bucketAt(to)]];
+  }
+
+  // The past in the finest buckets that are held of all these steps.
+  #covering(first, last) {
+    if (!this.asked) return this.history;
+    return this.asked[0] <= first && last <= this.asked[1] ? this.history : this.whole;
   }
 
   // What to draw between two places on an axis, in at most `maxPoints` columns.
   view(axis, from, to, maxPoints) {
-    const tail = this.#onAxis(axis, this.step, this.time);
-    const first = Math.max(lowerBound(tail, from) - 1, 0);
-    const end = Math.min(upperBound(tail, to) + 1, tail.length);
-    if (!this.history && end - first <= maxPoints) return this.#rawView(tail, first, end);
-    const past = this.#pastInside(axis, from, to);
-    return this.#bucketView(tail, past, first, end, maxPoints);
+    const first = Math.max(bound(this.step.length, (index) => this.#placeAt(axis, index) < from) - 1, 0);
+    const end = Math.min(bound(this.step.length, (index) => this.#placeAt(axis, index) <= to) + 1, this.step.length);
+    if (!this.whole && end - first <= maxPoints) return this.#rawView(axis, first, end);
+    const steps = this.pastSteps(axis, from, to);
+    const past = steps ? this.#covering(...steps) : NO_PAST;
+    return this.#bucketView(axis, past, this.#inside(past, axis, from, to), first, end, maxPoints);
   }
 
-  // The buckets of the past that lie in a range, as [index, place on the axis].
-  #pastInside(axis, from, to) {
-    const places = this.#pastOnAxis(axis) ?? [];
+  // The buckets of a past that lie in a range, as [index, place on the axis].
+  #inside(past, axis, from, to) {
+    const places = this.#onAxis(axis, past.step, past.time_s);
     const inside = [];
     for (let index = 0; index < places.length && places[index] <= to; index += 1) {
-      const end = axis === "step" ? this.history.last_step[index] : places[index + 1] ?? places[index];
+      const end = axis === "step" ? past.last_step[index] : places[index + 1] ?? places[index];
       if (end >= from) inside.push([index, places[index]]);
     }
     return inside;
   }
 
-  #rawView(tail, first, end) {
+  #rawView(axis, first, end) {
     const view = emptyView();
     for (let index = first; index < end; index += 1) {
       const value = this.value[index];
       const isFinite = Number.isFinite(value);
-      view.x.push(tail[index]);
+      const x = this.#placeAt(axis, index);
+      view.x.push(x);
       view.step.push(this.step[index]);
       view.mean.push(isFinite ? value : null);
       view.smooth.push(isFinite ? this.smooth[index] : null);
       view.low.push(null);
       view.high.push(null);
       view.numValues.push(1);
-      if (!isFinite) view.bad.push([tail[index], 1]);
+      if (!isFinite) view.bad.push([x, 1]);
     }
     return view;
   }
 
   // Buckets are a power of two wide and start at its multiples, so they stay put as values arrive.
-  #bucketView(tail, past, first, end, maxPoints) {
-    const buckets = new Buckets(this.#width(past, first, end, maxPoints));
-    const { history } = this;
-    for (const [index, x] of past) {
-      const numBad = history.num_nonfinite[index];
-      buckets.add(history.step[index], x, history.num_values[index] - numBad, numBad,
-        history.mean[index], history.low[index], history.high[index], history.smooth[index]);
+  #bucketView(axis, past, inside, first, end, maxPoints) {
+    const buckets = new Buckets(this.#width(past, inside, first, end, maxPoints));
+    for (const [index, x] of inside) {
+      const numBad = past.num_nonfinite[index];
+      buckets.add(past.step[index], x, past.num_values[index] - numBad, numBad,
+        past.mean[index], past.low[index], past.high[index], past.smooth[index]);
     }
     for (let index = first; index < end; index += 1) {
       const value = this.value[index];
       const isFinite = Number.isFinite(value);
-      buckets.add(this.step[index], tail[index], isFinite ? 1 : 0, isFinite ? 0 : 1, value, value, value, this.smooth[index]);
+      buckets.add(this.step[index], this.#placeAt(axis, index), isFinite ? 1 : 0, isFinite ? 0 : 1, value, value, value, this.smooth[index]);
     }
     return buckets.view();
   }
 
-  #width(past, first, end, maxPoints) {
-    const { history } = this;
+  // The values after the past are not in buckets and may be shown one by one.
+  #width(past, inside, first, end, maxPoints) {
     let low = end > first ? this.step[first] : Infinity;
     let high = end > first ? this.step[end - 1] : -Infinity;
-    for (const [index] of past) {
-      low = Math.min(low, history.step[index]);
-      high = Math.max(high, history.last_step[index]);
+    for (const [index] of inside) {
+      low = Math.min(low, past.step[index]);
+      high = Math.max(high, past.last_step[index]);
     }
-    let width = history?.width ?? 1;
+    let width = inside.length ? past.width : 1;
     while (high - low > width * maxPoints) width *= 2;
     return width;
   }
@@ -199,7 +231,7 @@ export class Series {
 
   #seeAgain() {
     this.facts = noFacts();
-    const past = this.history;
+    const past = this.whole;
     for (let index = 0; past && index < past.step.length; index += 1) {
       this.#see(past.step[index], past.low[index], past.mean[index], past.num_nonfinite[index]);
     }
@@ -268,19 +300,19 @@ function emptyView() {
 
 // The first index whose value is not below / is above.
 export function lowerBound(sorted, value) {
-  return bound(sorted, (item) => item < value);
+  return bound(sorted.length, (index) => sorted[index] < value);
 }
 
 export function upperBound(sorted, value) {
-  return bound(sorted, (item) => item <= value);
+  return bound(sorted.length, (index) => sorted[index] <= value);
 }
 
-function bound(sorted, isBefore) {
+function bound(length, isBefore) {
   let low = 0;
-  let high = sorted.length;
+  let high = length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (isBefore(sorted[middle])) low = middle + 1;
+    if (isBefore(middle)) low = middle + 1;
     else high = middle;
   }
   return low;

@@ -2,12 +2,13 @@
 // Text from a model is only ever put into text nodes.
 import { getJson, postForm } from "./api.js";
 import { LiveSocket } from "./socket.js";
+import { messagesOf, textOf } from "./talk_turns.js";
 import { offerWeights } from "./talk_weights.js";
+import { factsOf, sentence, SIGNED_OUT } from "./talk_words.js";
 
 const SAVE_LOOK_MS = 1500;
 const SAVE_LOOKS = 60;
 const NEAR_END_PX = 60;
-const ENDS = { stop: "ended by itself", length: "reached the longest answer" };
 
 class Talk {
   #root;
@@ -23,6 +24,7 @@ class Talk {
   #looks = new Map();
   #socket = null;
   #isReady = false;
+  #isSignedOut = false;
   #number = 0;
   #numReads = 0;
 
@@ -78,7 +80,7 @@ class Talk {
     this.#part("clear").addEventListener("click", () => this.#clear());
     this.#part("add").addEventListener("click", () => this.#addColumn(this.#columns.at(-1)?.select.value));
     this.#part("copy").addEventListener("click", (event) => {
-      event.currentTarget.dataset.copyText = this.#asText();
+      event.currentTarget.dataset.copyText = textOf(this.#turns);
     });
     document.addEventListener("partchange", (event) => {
       if (event.target.dataset.part === "checkpoints") this.#refreshWeights();
@@ -139,7 +141,8 @@ class Talk {
       message.focus();
       return;
     }
-    this.#say("");
+    this.#say(this.#isSignedOut ? SIGNED_OUT : "");
+    if (this.#isSignedOut) return;
     const settings = {
       temperature: Number(temperature.value),
       max_tokens: Number(maxTokens.value),
@@ -148,7 +151,7 @@ class Talk {
     const turn = { said, isChat: mode.value === "chat", answers: new Map(), element: this.#clone("turn") };
     const asks = this.#columns.map((column) => {
       const words = turn.isChat
-        ? { messages: [...this.#history(column, system.value.trim()), { role: "user", content: said }] }
+        ? { messages: [...messagesOf(this.#turns, column.number, system.value.trim()), { role: "user", content: said }] }
         : { prompt: said };
       return { column, ask: { ...words, ...settings, targets: [JSON.parse(column.select.value)] } };
     });
@@ -160,17 +163,6 @@ class Talk {
     this.#log.scrollTop = this.#log.scrollHeight;
     message.value = "";
     message.focus();
-  }
-
-  // What this column has said so far; where it was not there, what the first one said.
-  #history(column, system) {
-    const messages = system ? [{ role: "system", content: system }] : [];
-    for (const turn of this.#turns) {
-      const answer = turn.answers.get(column.number) ?? [...turn.answers.values()][0];
-      if (!turn.isChat || !answer?.text) continue;
-      messages.push({ role: "user", content: turn.said }, { role: "assistant", content: answer.text });
-    }
-    return messages;
   }
 
   #ask(turn, column, ask) {
@@ -188,6 +180,10 @@ class Talk {
     answer.id = `${(this.#number += 1)}`;
     answer.isSent = false;
     this.#open.set(answer.id, answer);
+    if (this.#isSignedOut) {
+      this.#giveUp(answer);
+      return;
+    }
     this.#setState(answer, "waiting");
     this.#connect();
     this.#flush();
@@ -239,14 +235,26 @@ class Talk {
   #onState(state) {
     if (state === "live") return;
     this.#isReady = false;
+    this.#isSignedOut = state === "signed out";
+    if (this.#isSignedOut) this.#say(SIGNED_OUT);
     for (const answer of this.#open.values()) {
-      if (answer.isStopping) {
-        this.#finish(answer, "stopped");
-        continue;
-      }
-      answer.isSent = false; // The server stops what a closed page asked for; it is asked anew.
-      this.#note(answer, state === "waiting" ? "Reconnecting\u2026" : "You are signed out; reload the page.");
+      if (answer.isStopping) this.#finish(answer, "stopped");
+      else if (this.#isSignedOut) this.#giveUp(answer);
+      else this.#askAnew(answer);
     }
+  }
+
+  // The server stops what a closed page asked for.
+  #askAnew(answer) {
+    answer.isSent = false;
+    this.#note(answer, "Reconnecting\u2026");
+  }
+
+  #giveUp(answer) {
+    this.#open.delete(answer.id);
+    this.#setState(answer, "failed");
+    this.#note(answer, SIGNED_OUT);
+    this.#showBusy();
   }
 
   #take(message) {
@@ -374,26 +382,10 @@ class Talk {
   #showBusy() {
     const isBusy = this.#isBusy;
     const status = this.#part("status");
-    if (!isBusy && !this.#part("stop").hidden) status.textContent = "All answers are there.";
-    else if (isBusy) status.textContent = "";
+    if (isBusy || this.#isSignedOut) status.textContent = "";
+    else if (!this.#part("stop").hidden) status.textContent = "All answers are there.";
     this.#part("stop").hidden = !isBusy;
   }
-
-  #asText() {
-    const answersOf = (turn) =>
-      [...turn.answers.values()].map(({ element, text }) => `[${element.querySelector(".talk-by").textContent}]\n${text}`);
-    return this.#turns.map((turn) => [`[you]\n${turn.said}`, ...answersOf(turn)].join("\n\n")).join("\n\n");
-  }
-}
-
-function factsOf({ num_tokens: numTokens, seconds, stop_reason: reason }) {
-  const rate = seconds > 0 ? `, ${(numTokens / seconds).toFixed(numTokens / seconds < 10 ? 1 : 0)} a second` : "";
-  return `${numTokens} ${numTokens === 1 ? "token" : "tokens"}${rate}, ${ENDS[reason]}`;
-}
-
-function sentence(text) {
-  const first = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?\u2026]$/.test(first) ? first : `${first}.`;
 }
 
 for (const root of document.querySelectorAll("[data-talk]")) new Talk(root);

@@ -1,20 +1,35 @@
 // How many tokens a run had trained on at a step: the x axis "tokens".
 export class TokenAxis {
   constructor() {
+    this.series = null;
+    this.#clear();
+  }
+
+  #clear() {
+    this.numRewrites = this.series?.numRewrites;
+    this.numRead = 0;
     this.steps = [0];
     this.totals = [0];
   }
 
-  // Reads the series of tokens per step; a long past has them as the mean of each bucket.
+  // Reads on in the series of tokens per step; a long past has them as the mean of each bucket.
   read(series) {
-    this.steps = [0];
-    this.totals = [0];
-    const past = series.history;
+    if (series !== this.series || series.numRewrites !== this.numRewrites) {
+      this.series = series;
+      this.#clear();
+      this.#readPast(series.whole);
+    }
+    for (; this.numRead < series.step.length; this.numRead += 1) {
+      const value = series.value[this.numRead];
+      this.#add(series.step[this.numRead], Number.isFinite(value) ? value : 0);
+    }
+  }
+
+  #readPast(past) {
     for (let index = 0; past && index < past.step.length; index += 1) {
       const number = past.num_values[index] - past.num_nonfinite[index];
       this.#add(past.last_step[index], (past.mean[index] ?? 0) * number);
     }
-    series.step.forEach((step, index) => this.#add(step, Number.isFinite(series.value[index]) ? series.value[index] : 0));
   }
 
   #add(step, number) {

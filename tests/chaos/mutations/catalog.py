@@ -345,12 +345,4 @@ MUTATIONS: Final = (
         replace="        raise\n",
         red=("tests/services/test_storage_mark.py::test_without_a_mark_nothing_is_gone",),
     ),
-    Mutation(
-        name="limits of a bucket",
-        protects_from="a bucket that swallows everything holds the worker up for minutes",
-        file="mintweb/settings.py",
-        find='            "client_config": patience,\n',
-        replace="",
-        red=("tests/e2e/test_bucket.py::test_a_bucket_that_is_away_is_waited_for",),
-    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def shoot(tab: Page, name: str) -> None:
             tab.emulate_media(color_scheme=scheme)
             tab.set_viewport_size({"width": width, "height": 900})
             tab.screenshot(path=Path(_PICTURES) / f"{name}-{scheme}-{width}.png")
+
+
+def module_address(tab: Page, name: str) -> str:
+    """Return where a script is that the page in the tab could import, to try it by itself."""
+    address = tab.locator('script[src*="/js/app."]').get_attribute("src") or ""
+    return re.sub(r"app[^/]*\.js", name, address)

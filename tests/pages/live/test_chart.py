@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from datetime import timedelta
@@ -15,7 +16,7 @@ from runs import events
 from runs.models import User
 from runs.services import accounts
 from tests.pages import seed
-from tests.pages.live.browser import LIVE
+from tests.pages.live.browser import LIVE, module_address
 from tests.pages.live.run_page import add_steps, expect_values, open_run, shown_steps
 from tests.pages.live.server import Server
 
@@ -222,6 +223,7 @@ def test_a_page_that_comes_back_says_that_it_is_signed_out_or_its_run_gone(
     Session.objects.bulk_create(kept)
     open_run(tab, run)
     expect(status).to_have_text("Live")
+    server.refused = ("status of 404",)  # its panels are read again some seconds after it was opened
     server.kill()
     run.delete()
     server.start()
@@ -231,7 +233,6 @@ def test_a_page_that_comes_back_says_that_it_is_signed_out_or_its_run_gone(
 def test_a_zoomed_long_run_that_goes_back_is_read_anew(tab: Page, alice: User) -> None:
     """What is held of the past is the range alone, but the past ends where it did."""
     tab.goto("/runs/")
-    path = tab.locator('script[src*="run_list"]').get_attribute("src") or ""
     is_outdated = tab.evaluate(
         """async (path) => {
           const { Series } = await import(path);
@@ -241,10 +242,72 @@ def test_a_zoomed_long_run_that_goes_back_is_read_anew(tab: Page, alice: User) -
           });
           const series = new Series("loss");
           series.setHistory(part(1, 9000));
-          series.setHistory(part(1, 100));
+          series.setHistory(part(1, 100), [1, 100]);
           series.push(8000, 0, 1);
           return series.isOutdated;
         }""",
-        re.sub(r"run_list[^/]*\.js", "series.js", path),
+        module_address(tab, "series.js"),
     )
     assert is_outdated is True
+
+
+def test_a_validation_loss_that_is_not_finite_is_seen(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    values = [(2 * step, step, {"loss": 2 / step}) for step in range(1, 41)]
+    for _, step, named in values[9::10]:
+        named["validation_loss"] = math.nan if step == 20 else 3 / step
+    seed.add_values(run, values)
+    open_run(tab, run)
+    chart = tab.locator('[data-metric="loss"]')
+    expect(chart.locator(".chart-bad")).to_have_text("1 not finite, first at step 20")
+    shown_steps(tab)
+    assert chart.locator("tbody tr td:last-child").all_text_contents()[::10] == [
+        "0.07500",
+        "0.1000",
+        "not finite",
+        "0.3000",
+    ]
+    assert chart.locator("canvas").evaluate(
+        """(canvas) => {
+          const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+          for (let i = 0; i < data.length; i += 4) if (data[i] === 0xd4 && data[i + 1] === 0x2a && data[i + 2] === 0x2a) return true;
+          return false;
+        }"""
+    ), "no mark in the colour of what is not finite"
+    strokes = tab.evaluate(
+        """async (path) => {
+          const { drawFaint } = await import(path);
+          const calls = [];
+          const record = (_, name) => (...values) => { if (/^(move|line)To$/.test(name)) calls.push([name, values[0]]); };
+          const ctx = new Proxy({}, { get: record, set: () => true });
+          drawFaint({ ctx, bbox: {}, scales: { y: { distr: 1 } }, valToPos: (value) => value }, [1, 2, 3, 4, 5], [1, 2, null, 4, 5], "");
+          return calls;
+        }""",
+        module_address(tab, "overlays.js"),
+    )
+    assert strokes == [["moveTo", 1], ["lineTo", 2], ["moveTo", 4], ["lineTo", 5]]
+
+
+def test_a_logarithmic_axis_says_what_lies_below_it(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice)
+    seed.add_values(run, [(step, step, {"loss": -1.0 if step == 4 else 1 / step}) for step in range(1, 9)])
+    open_run(tab, run)
+    tab.get_by_label("Log y").check()
+    chip = tab.locator('[data-metric="loss"] .chart-floor')
+    expect(chip).to_have_text("1 point reaches 0 or below")
+    seed.add_values(run, [(9, 9, {"loss": 0.0})])
+    expect(chip).to_have_text("2 points reach 0 or below")
+    shown = tab.evaluate(
+        """async (path) => {
+          const { aboveZero } = await import(path);
+          return aboveZero([1, 2, 3, 4], [[5, 4, -2, null], [5, 4.5, 1, null], [6, 8, -1, null], [3, -2, -3, null]]);
+        }""",
+        module_address(tab, "axes.js"),
+    )
+    assert shown["floored"] == [2, 3]
+    assert shown["columns"] == [
+        [5, 4, None, None],
+        [5, 4.5, 1, None],
+        [6, 8, None, None],
+        [3, 1, None, None],
+    ]

@@ -11,6 +11,7 @@ from runs.services import run_deletion
 from runs.services.run_rows import MAX_WATCHED_ROWS
 from tests.pages import seed
 from tests.pages.live.browser import LIVE, shoot
+from tests.pages.live.run_page import add_steps, expect_live
 from tests.pages.live.server import Server
 
 pytestmark = LIVE
@@ -67,3 +68,30 @@ def test_a_run_that_is_deleted_elsewhere_leaves_the_list(tab: Page, alice: User)
     run_deletion.delete(goes)
     expect(rows).to_have_count(1)
     expect(rows).to_contain_text(stays.name)
+
+
+def test_a_row_that_changes_stays_the_one_that_is_pointed_at(tab: Page, alice: User) -> None:
+    """A run that trains changes its row twice a second, in the middle of a click too."""
+    run = seed.make_run(alice, name="busy")
+    tab.goto("/runs/")
+    expect_live(tab)
+    row = tab.locator(f'[data-run="{run.public_id}"]')
+    tab.get_by_role("button", name="Select").click()
+    tab.get_by_label("Choose busy").check()
+    tab.keyboard.press("Tab")
+    row.get_by_role("link").focus()
+    node = row.element_handle()
+    add_steps(run, range(1, 6))
+    expect(row).to_contain_text("0.4000")
+    assert node.evaluate("node => node.isConnected")
+    expect(row.get_by_role("link")).to_be_focused()
+    expect(tab.get_by_label("Choose busy")).to_be_checked()
+    row.get_by_role("link").blur()
+    tab.keyboard.press("j")
+    row.locator(".cell-step").hover()
+    tab.mouse.down()
+    add_steps(run, range(6, 11))
+    expect(row).to_contain_text("0.2000")
+    expect(row).to_have_class("run-row is-selected")
+    tab.mouse.up()
+    tab.wait_for_url(f"**/{run.public_id.replace(':', '*')}/")

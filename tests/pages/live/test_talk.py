@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from django.contrib.sessions.models import Session
 from playwright.sync_api import Page, expect
 
 from gpuworker.worker import GpuWorker
@@ -164,3 +165,16 @@ def test_an_answer_survives_a_restart_of_the_server(
     assert again.payload_digest
     answer("Back again")
     expect(box(tab).locator(".talk-text")).to_have_text("Back again")
+
+
+def test_a_question_stays_in_the_box_when_somebody_is_signed_out(tab: Page, alice: User) -> None:
+    tab.goto("/playground/")
+    say(tab, "Are you there?")
+    wait_for(lambda: Operation.objects.filter(kind="sample").exists(), what="the question")
+    Session.objects.all().delete()
+    expect(box(tab).get_by_role("alert")).to_have_text("You are signed out; reload the page.")
+    expect(box(tab).locator('.talk-answer[data-state="failed"] .talk-note')).to_contain_text("signed out")
+    say(tab, "And now?")
+    expect(box(tab).get_by_label("Message", exact=True)).to_have_value("And now?")
+    expect(box(tab).get_by_role("alert")).to_be_visible()
+    expect(box(tab).locator(".talk-answer")).to_have_count(1)
