@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from runs.schemas.recipes import Validation
+from runs.schemas.recipes import MIN_ROWS_TO_SPLIT, Validation
 
 Int64Array = npt.NDArray[np.int64]
 
-MIN_ROWS_TO_SPLIT: Final = 20
 _SPLIT_STREAM, _ORDER_STREAM = 1, 2
 
 

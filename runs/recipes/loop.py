@@ -21,7 +21,15 @@ from runs.recipes import defaults, materials, rendering, sft
 from runs.recipes.materials import Materials
 from runs.recipes.sft import Material
 from runs.schemas.recipes import MAX_STEPS, SftConfig
-from runs.services import active_recipes, base_models, blobs, holdups, recipe_rows, recipe_steps
+from runs.services import (
+    active_recipes,
+    base_models,
+    blobs,
+    holdups,
+    recipe_rows,
+    recipe_samples,
+    recipe_steps,
+)
 from runs.services.recipe_rows import State
 from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
 
@@ -45,7 +53,7 @@ class RecipeLoop:
         self._held_until: dict[int, float] = {}
 
     def turn(self) -> bool:
-        """Look after every active recipe once; false when there is none."""
+        """Look once after every recipe that needs it; false when none of them is active."""
         recipes = active_recipes.find()
         self.materials.keep_only(recipes)
         for recipe in recipes:
@@ -70,7 +78,7 @@ class RecipeLoop:
             except Exception as error:
                 logger.exception("run %s cannot go on", recipe.run.public_id)
                 _fail_badly(recipe, error)
-        return any(recipe.state != State.PAUSED for recipe in recipes)
+        return any(recipe.state in recipe_rows.ACTIVE for recipe in recipes)
 
     def _refused(self, recipe: Recipe, error: OperationalError | InterfaceError) -> None:
         """Fail what goes beyond a limit of the database; what else it refuses (a deadlock, a full disk) passes."""
@@ -98,6 +106,8 @@ class RecipeLoop:
             self._begin(recipe)
         elif recipe.state == State.DISCARDING:
             self._end(recipe)
+        elif recipe.state in recipe_rows.ENDED:
+            recipe_samples.drop_weights_of_ended(recipe)
         else:
             self._collect(recipe)
             if recipe.state == State.RUNNING:
@@ -151,15 +161,15 @@ class RecipeLoop:
         recipe_steps.prune(recipe, keep=SftConfig.model_validate(recipe.config).keep_checkpoints)
 
     def _ask_samples(self, recipe: Recipe) -> None:
-        waiting = recipe_steps.unasked_samples(recipe)
+        waiting = recipe_samples.unasked(recipe)
         if waiting:
             config = SftConfig.model_validate(recipe.config)
             renderer = rendering.renderer_of(config.base_model)
             is_chat = recipe.dataset_version.kind == DatasetVersion.Kind.CHAT
             for sample in waiting:
                 prompt = renderer.prompt(sample.prompt, as_chat=is_chat)
-                recipe_steps.ask(recipe, sample, prompt=prompt, config=config)
-        recipe_steps.drop_sampled_weights(recipe)
+                recipe_samples.ask(recipe, sample, prompt=prompt, config=config)
+        recipe_samples.drop_weights(recipe)
 
     # -- the next steps ------------------------------------------------------------------------------
 
@@ -201,17 +211,24 @@ class RecipeLoop:
 
     def _end(self, recipe: Recipe) -> None:
         """Enter the end once everything submitted is done."""
-        if recipe.run.applied_seq < recipe.next_seq - 1 and recipe.run.state == recipe.run.State.OPEN:
+        if _waits_for_worker(recipe):
             return
         if recipe.state == State.DISCARDING:
             recipe_steps.delete_weights(recipe)
             recipe_steps.end(recipe, State.DISCARDED)
         elif recipe.state == State.STOPPING:
             recipe_steps.end(recipe, State.STOPPED)
-        elif not recipe_steps.open_evaluations(recipe) and not recipe_steps.has_open_samples(recipe):
-            recipe_steps.drop_sampled_weights(recipe)
+        elif not recipe_steps.open_evaluations(recipe) and not recipe_samples.has_open(recipe):
+            recipe_samples.drop_weights(recipe)
             recipe_steps.end(recipe, State.FINISHED)
         self._paces.pop(recipe.pk, None)
+
+
+def _waits_for_worker(recipe: Recipe) -> bool:
+    """Say whether something submitted is still to be done; the creation alone of a run that never started is nothing."""
+    is_untouched = recipe.started_at is None and recipe.next_seq == 1
+    is_behind = recipe.run.applied_seq < recipe.next_seq - 1 and recipe.run.state == recipe.run.State.OPEN
+    return is_behind and not is_untouched
 
 
 def _fail(recipe: Recipe, error: MintError | OSError) -> None:

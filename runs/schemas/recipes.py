@@ -13,6 +13,8 @@ from runs.schemas.names import ModelName
 
 MAX_STEPS: Final = 1_000_000
 MAX_PROMPTS: Final = 8
+# A dataset of fewer rows is not split: too few would be left to train on, or to measure.
+MIN_ROWS_TO_SPLIT: Final = 20
 MAX_PROMPT_CHARS: Final = 8_000
 # Settings that may change while a run trains; the others would make it another run.
 STEERABLE: Final = (
@@ -121,7 +123,7 @@ class SftConfig(RecipeModel):
 
 
 class Changes(RecipeModel):
-    """Settings to change while a run trains; what is left out stays."""
+    """Settings to change while a run trains; what is left out stays, in `samples` too."""
 
     num_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None

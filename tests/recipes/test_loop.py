@@ -19,7 +19,15 @@ from pytest_django.fixtures import Settings
 from runs.models import Checkpoint, Evaluation, FixedSample, Metric, Operation, Recipe, RunEvent
 from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import MAX_PROMPT_CHARS
-from runs.services import active_recipes, holdups, recipe_status, recipe_steps, run_rows
+from runs.services import (
+    active_recipes,
+    holdups,
+    recipe_rows,
+    recipe_status,
+    recipe_steps,
+    recipes,
+    run_rows,
+)
 from runs.services.recipe_rows import State
 from tests.no_room import no_room
 from tests.recipes.conftest import Staff, ended, questions, read, turn_until
@@ -290,6 +298,25 @@ def test_only_the_newest_and_the_best_checkpoints_are_kept(begin: Begin) -> None
     assert kept == ["step-000008", "step-000009", "final"]
 
 
+def test_a_checkpoint_is_not_deleted_before_it_is_measured(begin: Begin, worker: Staff) -> None:
+    settings = {"num_steps": 4, "save_every": 2, "keep_checkpoints": 1}
+    recipe = turn_until(begin(**settings), lambda row: row.best_step == 2, what="the first best")
+    recipe = ended(recipe)
+    worker.stop()
+    run = recipe.run
+    Checkpoint.objects.filter(run=run, name="final").update(name="step-000004")
+    measured = Evaluation.objects.filter(run=run, step=4)
+    loss = measured.get().loss
+    measured.update(loss=None)
+    recipe.best_step = 2
+
+    recipe_steps.prune(recipe, keep=1)
+    assert Checkpoint.objects.filter(run=run).count() == 2
+    measured.update(loss=loss)
+    recipe_steps.prune(recipe, keep=1)
+    assert Checkpoint.objects.get(run=run).step == 2
+
+
 def test_several_held_out_datasets_have_losses_of_their_own(
     begin: Begin, add_dataset: Callable[..., Any]
 ) -> None:
@@ -345,6 +372,29 @@ def test_runs_beyond_the_slots_wait_in_order(begin: Begin, settings: Any) -> Non
     assert second.ended_at is not None
     assert third.started_at is not None
     assert second.ended_at <= third.started_at
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_run_that_is_stopped_before_it_starts_holds_no_slot_and_no_end_up(
+    begin: Begin, worker: Staff, settings: Settings, is_paused: bool
+) -> None:
+    settings.CONCURRENT_RUNS = 1
+    worker.stop()  # nobody creates the run
+    recipe = begin(num_steps=3)
+    if is_paused:
+        recipes.pause(recipe)
+    recipes.stop(recipe, keep=True)
+    assert recipe.state == State.STOPPING
+    assert recipe_rows.has_free_slot()
+
+    RecipeLoop().turn()
+
+    recipe.refresh_from_db()
+    assert recipe.state == State.STOPPED
+    worker.start()
+    recipes.resume(recipe)
+    recipe = ended(recipe)
+    assert (recipe.state, recipe.error, recipe.run.step) == (State.FINISHED, "", 3)
 
 
 def test_weights_saved_for_samples_only_are_deleted_after_them(begin: Begin) -> None:

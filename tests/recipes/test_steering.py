@@ -14,7 +14,7 @@ from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, FixedSample, Metric, Recipe, RunEvent, TrainingRun, User
 from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import Changes, SftConfig
-from runs.services import active_recipes, holdups, recipe_status, recipe_steps, recipes
+from runs.services import active_recipes, holdups, recipe_samples, recipe_status, recipe_steps, recipes
 from runs.services.recipe_rows import State
 from tests.recipes.conftest import Staff, ended, turn_until
 from tests.recipes.test_loop import break_a_step, series
@@ -70,7 +70,7 @@ def test_a_paused_run_with_nothing_left_to_do_is_not_looked_at(begin: Begin) -> 
     recipe.refresh_from_db()
     assert recipe.run.applied_seq == recipe.watched_seq == recipe.next_seq - 1
     assert recipe_steps.open_evaluations(recipe) == []
-    assert not recipe_steps.has_open_samples(recipe)
+    assert not recipe_samples.has_open(recipe)
     assert not Checkpoint.objects.filter(run=recipe.run, is_ephemeral=True).exists()
     with CaptureQueriesContext(connection) as queries:
         RecipeLoop().turn()
