@@ -32,7 +32,9 @@ def imported(page: Client, text: str) -> Any:
     return send(page, {"text": [text]}, action="import")
 
 
-def test_a_form_comes_back_from_its_file_as_it_was(page: Client, dataset: DatasetVersion) -> None:
+def test_a_form_comes_back_from_its_file_as_it_was(
+    page: Client, alice: User, dataset: DatasetVersion
+) -> None:
     form = filled(
         page,
         dataset=ref(dataset),
@@ -42,7 +44,7 @@ def test_a_form_comes_back_from_its_file_as_it_was(page: Client, dataset: Datase
         num_epochs="",
         learning_rate="3e-5",
         lora__train_mlp="false",
-        validation__datasets=[ref(dataset)],
+        validation__datasets=[ref(make_dataset(alice, number=2))],
         samples__prompts=["yes", "two\nlines", "- 1"],
         early_stopping="4",
     )

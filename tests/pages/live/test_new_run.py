@@ -39,13 +39,14 @@ def dataset(alice: User) -> DatasetVersion:
 
 
 def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVersion) -> None:
+    held_out = make_dataset(dataset.dataset.owner, number=2)
     tab.goto(NEW)
     choose(tab, dataset)
     field(tab, "Run name").fill("typed by hand")
     field(tab, "Another prompt").fill("Who are you?")
     field(tab, "Another prompt").fill("And who am I?")
     expect(tab.locator("textarea[name='samples.prompts']")).to_have_count(3)
-    tab.locator("select[name='validation.datasets']").first.select_option(ref(dataset))
+    tab.locator("select[name='validation.datasets']").first.select_option(ref(held_out))
     expect(tab.locator("select[name='validation.datasets']")).to_have_count(2)
     tab.get_by_text("More settings").click()
     field(tab, "Train MLP").uncheck()
@@ -59,7 +60,7 @@ def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVers
     config = run.recipe.config
     assert config["samples"]["prompts"] == ["Who are you?", "And who am I?"]
     assert config["lora"] == {"rank": 4, "train_attn": True, "train_mlp": False, "train_unembed": False}
-    assert (config["schedule"], config["validation"]["datasets"]) == ("linear", [ref(dataset)])
+    assert (config["schedule"], config["validation"]["datasets"]) == ("linear", [ref(held_out)])
 
 
 def test_the_card_follows_what_is_typed(tab: Page, dataset: DatasetVersion) -> None:
