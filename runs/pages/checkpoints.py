@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -122,6 +124,12 @@ def rows_of_run(run: TrainingRun) -> list[CheckpointRow]:
     """Return the rows of the checkpoints that a person named in this run."""
     named = Checkpoint.objects.filter(run=run, is_ephemeral=False).select_related("run")
     return _rows_of(named[:MAX_ROWS])
+
+
+def version_of(rows: Sequence[CheckpointRow]) -> str:
+    """Return a word that changes whenever a table of these rows does; once a minute for what it says of times."""
+    shown = hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
+    return f"{shown}-{int(time.time()) // 60}"
 
 
 def row_of(checkpoint: Checkpoint, facts: CheckpointFacts = checkpoint_facts.UNKNOWN) -> CheckpointRow:

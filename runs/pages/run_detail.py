@@ -82,8 +82,10 @@ def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
 @signed_in
 @require_GET
 def panels(request: HttpRequest, run_id: str) -> HttpResponseBase:
-    """Return the parts of the page that change beside the charts."""
-    return render(request, "runs/_panels.html", _panels(_run(request, run_id)))
+    """Return the parts of the page that change beside the charts; the checkpoints only if the page has others."""
+    context = _panels(_run(request, run_id))
+    context["has_checkpoints"] = request.GET.get("checkpoints") == context["checkpoints_version"]
+    return render(request, "runs/_panels.html", context)
 
 
 @signed_in
@@ -129,6 +131,7 @@ def _panels(run: TrainingRun) -> dict[str, Any]:
         "facts": facts,
         "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
         "checkpoints": saved,
+        "checkpoints_version": checkpoints.version_of(saved),
         "operations": [_operation_row(row) for row in operations.latest_of(run, limit=NUM_OPERATIONS)],
         "events": events[: run_events.NUM_SHOWN],
         "older_events": events[run_events.NUM_SHOWN :],

@@ -339,7 +339,8 @@ async function refreshNow() {
   panelsAt = performance.now();
   if (document.hidden) return;
   try {
-    await refreshParts(`${address}/panels/`);
+    const { version } = document.querySelector("[data-part='checkpoints']").dataset;
+    await refreshParts(`${address}/panels/?checkpoints=${version}`);
   } catch {
     // The next change tries again.
   }

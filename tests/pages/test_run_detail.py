@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from django.test import Client
 from tokenizers import Tokenizer
 
 from runs.models import Metric, RunEvent, TrainingRun, User
-from runs.services import metrics
+from runs.pages import checkpoints as checkpoint_table
+from runs.services import checkpoints, metrics
 from tests.pages import seed
+from tests.services import rows
 
 pytestmark = pytest.mark.django_db
 Counter = Callable[..., AbstractContextManager[object]]
@@ -68,6 +71,22 @@ def test_it_shows_the_run(page: Client, run: TrainingRun) -> None:
     ):
         assert expected in text
     assert f"tinker://{run.public_id}/weights/step-000030" in text
+
+
+def test_checkpoints_that_the_page_has_are_not_sent_again(
+    page: Client, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of hundreds would load them with every few steps."""
+    monkeypatch.setattr(checkpoint_table, "time", SimpleNamespace(time=lambda: 0.0))
+    checkpoint = rows.make_checkpoint(run)
+    panels = f"/runs/{run.public_id}/panels/"
+    version = page.get(f"/runs/{run.public_id}/").context["checkpoints_version"]
+    again = page.get(panels, {"checkpoints": version}).content.decode()
+    assert 'data-part="events"' in again
+    assert 'data-part="checkpoints"' not in again
+    checkpoints.set_ttl(checkpoint, 3600)
+    changed = page.get(panels, {"checkpoints": version}).content.decode()
+    assert 'data-part="checkpoints"' in changed
 
 
 def test_panels_are_the_same_parts_as_on_the_page(page: Client, run: TrainingRun) -> None:
