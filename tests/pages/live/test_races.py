@@ -70,10 +70,10 @@ def stop_the_clock(tab: Page) -> None:
 def test_facts_that_came_over_the_line_outlive_an_older_answer(tab: Page, run: TrainingRun) -> None:
     open_run(tab, run)
     expect_live(tab)
-    late = Late(tab, "**/panels/")
+    late = Late(tab, "**/panels/**")
     note(run, "saved", 50, checkpoint="step-000050")
     late.wait()
-    tab.route("**/panels/", lambda route: None)  # those after it are never answered
+    tab.route("**/panels/**", lambda route: None)  # those after it are never answered
     steps(run, [61], first_seq=1000, loss=0.125)
     facts = tab.locator("[data-part=facts]")
     expect(facts).to_contain_text("0.1250")

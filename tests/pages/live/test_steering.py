@@ -60,15 +60,15 @@ def test_an_answer_that_was_overtaken_is_not_shown(tab: Page, run: TrainingRun) 
     open_run(tab, run)
     expect_live(tab)
     late: list[tuple[Route, APIResponse]] = []
-    tab.route("**/panels/", lambda route: late.append((route, route.fetch())), times=1)
-    with tab.expect_request("**/panels/"):
+    tab.route("**/panels/**", lambda route: late.append((route, route.fetch())), times=1)
+    with tab.expect_request("**/panels/**"):
         note(run, "saved", 50, checkpoint="step-000050")
     while not late:
         tab.wait_for_timeout(50)
     tab.get_by_role("button", name="Pause", exact=True).click()
     expect(tab.get_by_role("button", name="Resume")).to_be_visible()
     route, overtaken = late[0]
-    with tab.expect_response("**/panels/"):
+    with tab.expect_response("**/panels/**"):
         route.fulfill(response=overtaken)
     tab.wait_for_timeout(300)
     assert tab.get_by_role("button", name="Resume").is_visible()
