@@ -13,8 +13,8 @@ from django.db import connection, connections
 
 from mintweb import embedded
 from runs.models import Operation, RunEvent, Snapshot, TrainingRun
-from runs.services import state_folders
-from tests.worker.conftest import Client, Start, finished
+from runs.services import state_folders, storage_mark
+from tests.worker.conftest import Client, Start, finished, wait_for
 
 NewClient = Callable[..., Client]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
@@ -114,7 +114,15 @@ def test_a_database_without_any_files_goes_on_from_the_log(
     for _ in range(2):
         train_one_worker(start_worker, client)
     shutil.rmtree(storage)
+    waits = train(client)
+    worker = start_worker()
+    run = TrainingRun.objects.filter(pk=client.run.pk)
+    told = wait_for(lambda: run.get().held_up, what="people are told")
+    assert storage_mark.AWAY in told  # it looks like a disk that is not mounted
 
-    assert train_one_worker(start_worker, client) == expected[2]
+    storage.mkdir()
+    (storage / storage_mark.NAME).touch()  # somebody says that it is not
 
+    assert result_of(waits) == expected[2]
+    worker.stop()
     assert RunEvent.objects.filter(run=client.run).latest("id").detail["from_seq"] == -1
