@@ -7,6 +7,7 @@ doorbell or a dead Redis costs no more than that.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -62,6 +63,7 @@ class Intake:
         self._has_company = False
         self._is_drained = False
         self._looked_at = 0.0
+        self._troubled_at = -math.inf
         self._worker = worker
         self._engines = engines
         self._may_judge = may_judge
@@ -114,7 +116,7 @@ class Intake:
             self._wake.clear()
             try:
                 if time.monotonic() - last_sweep > SWEEP_S:
-                    if self._may_judge():
+                    if self._may_find_dead:
                         workers.bury_dead(sparing=self._worker)
                     self._give_up_deleted()
                     self._balance()
@@ -122,9 +124,15 @@ class Intake:
                     last_sweep = time.monotonic()
                 self._collect()
             except (DatabaseError, InterfaceError, psycopg.Error) as error:
+                self._troubled_at = time.monotonic()
                 close_old_connections()
                 logger.warning("no work can be taken, the database does not answer: %s", error)
                 time.sleep(0.5)
+
+    @property
+    def _may_find_dead(self) -> bool:
+        """Whether the database is there for so long, as far as intake knows, too, that others must have found it again."""
+        return self._may_judge() and time.monotonic() - self._troubled_at > workers.RETURN_GRACE_S
 
     def _listen(self) -> None:
         while not self._stopping.is_set():

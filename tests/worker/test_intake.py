@@ -139,6 +139,24 @@ def test_what_waits_of_a_run_that_is_put_off_takes_no_room(
         assert len(held.seats[stuck.run.pk].queue) == 3
 
 
+def test_a_worker_that_lost_its_connections_waits_before_it_finds_others_dead(
+    start_worker: Callable[[], GpuWorker], other: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "SWEEP_S", 0.05)
+    worker = start_worker()
+    troubled_at = worker._intake._troubled_at
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", 3600)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+    wait_for(lambda: worker._intake._troubled_at > troubled_at, what="it is noticed")
+    assert not worker._intake._may_find_dead
+    monkeypatch.setattr(workers, "RETURN_GRACE_S", 0)
+    wait_for(lambda: worker._intake._may_find_dead, what="it is over")
+
+
 def test_others_are_found_dead_only_while_the_database_is_heard_steadily(
     start_worker: Callable[[], GpuWorker], other: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,7 +313,7 @@ MUTATIONS: Final = (
         name="steady witness",
         protects_from="a worker that was cut off finds all others dead when it is back",
         file="gpuworker/intake.py",
-        find="                    if self._may_judge():\n",
+        find="                    if self._may_find_dead:\n",
         replace="                    if True:\n",
         red=(
             "tests/worker/test_intake.py::test_others_are_found_dead_only_while_the_database_is_heard_steadily",
