@@ -193,7 +193,7 @@ def _no_padding(bench: Bench) -> AbstractContextManager[object]:
 
 
 def _sixteen_rows(bench: Bench) -> AbstractContextManager[object]:
-    return patch.object(bench.engine.engine.sampler, "_row_step", batching.MIN_BATCH_ROWS)
+    return patch.object(bench.engine.engine.sampler.weights, "row_step", batching.MIN_BATCH_ROWS)
 
 
 PARTS: Final = (
@@ -256,7 +256,7 @@ PARTS: Final = (
     Part(
         name="adapters side by side while decoding",
         work=_eight_sequences,
-        without=lambda bench: patch.object(bench.engine.engine.sampler, "_stacks", None),
+        without=lambda bench: patch.object(bench.engine.engine.sampler.weights, "stacks", None),
         kinds=_CPU,
     ),
     Part(

@@ -8,19 +8,16 @@ was written to storage before: only the commit is tried again. A run that anothe
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Final, cast
+from typing import Final
 
 from gpuworker import failpoints, payloads, snapshots
-from gpuworker.engine.adapters import AdapterState
-from gpuworker.engine.memory import available_bytes
 from gpuworker.engine.types import OptimStep, SampleResult
 from gpuworker.handlers import Outcome, PendingCheckpoint
+from gpuworker.outcomes import Item, OutcomeQueue, RunOutcome, SampleOutcome, SamplesTaken, SnapshotOutcome
 from gpuworker.seats import Seat
 from gpuworker.snapshots import StorageError
 from runs.models import TrainingRun
@@ -29,53 +26,10 @@ from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCo
 from runs.threads import database_thread, until_reachable
 
 logger = logging.getLogger(__name__)
-_MAX_WAITING: Final = 8
-_MAX_TOGETHER: Final = 64
-# Host copies of states that wait to be written may take so much together, and no more than a part of what is free.
-_MAX_STATE_BYTES: Final = 1 << 30
-_STATE_PART: Final = 8
 # What a snapshot that could not be written counts as in its seat's replay cost: half of what asks for the next one.
 _UNWRITTEN_COST_S: Final = 10.0
 # A file that was promised is tried again so often before its checkpoint is given up; others wait meanwhile.
 _WRITE_AGAIN_S: Final = (0.1, 0.5, 1.0, 2.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOutcome:
-    """What one cycle did to one seat, or a part of it; an early part is a save to be answered before its file is written."""
-
-    seat: Seat
-    from_seq: int
-    outcomes: Sequence[Outcome]
-    is_last: bool = True
-    is_early: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOutcome:
-    """The answer of one sample request, or its error."""
-
-    operation_pk: int
-    answer: SampleResult | Result
-    num_prompt_logprobs: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SnapshotOutcome:
-    """A seat's state to be kept for replay, and the seconds that copying it took."""
-
-    seat: Seat
-    seq: int
-    state: AdapterState
-    copy_s: float
-
-
-Item = Sequence[RunOutcome] | SampleOutcome | SnapshotOutcome
-
-
-def saved_bytes(outcomes: Iterable[Outcome]) -> int:
-    """Return what the states take that are to be written with these outcomes."""
-    return sum(one.checkpoint.state.num_bytes for one in outcomes if one.checkpoint is not None)
 
 
 class Committer:
@@ -94,23 +48,19 @@ class Committer:
     ) -> None:
         self._on_lost = on_lost
         self._on_sample_end = on_sample_end
-        self.state_bytes = _default_state_bytes() if state_bytes is None else state_bytes
+        self._queue = OutcomeQueue(state_bytes)
         self._unwritten: set[str] = set()
-        self._held_bytes = 0
-        self._changed = threading.Condition()
-        self._items: deque[Item] = deque()
-        self._is_busy = self._is_stopping = False
         self._thread = database_thread("committer", self._loop)
         self._thread.start()
 
     def put(self, item: Item) -> None:
         """Hand over an item; blocks while too many wait, or too large ones: compute cannot run away from the log."""
-        num_bytes = _state_bytes(item)
-        with self._changed:
-            self._changed.wait_for(lambda: isinstance(item, SampleOutcome) or self._has_room(num_bytes))
-            self._held_bytes += num_bytes
-            self._items.append(item)
-            self._changed.notify_all()
+        self._queue.put(item)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the states that wait to be written may take."""
+        return self._queue.state_bytes
 
     @property
     def unwritten(self) -> list[str]:
@@ -119,56 +69,23 @@ class Committer:
 
     def flush(self) -> None:
         """Wait until everything handed over is committed or given up."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._items or self._is_busy))
+        self._queue.flush()
 
     def stop(self) -> None:
         """Finish what waits and end the thread."""
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify_all()
+        self._queue.close()
         self._thread.join()
 
-    def _has_room(self, num_bytes: int) -> bool:
-        if sum(not isinstance(item, SampleOutcome) for item in self._items) >= _MAX_WAITING:
-            return False
-        return not (self._held_bytes and num_bytes) or self._held_bytes + num_bytes <= self.state_bytes
-
     def _loop(self) -> None:
-        while self._wait():
-            num_bytes = 0
+        while (taken := self._queue.take()) is not None:
             try:
-                num_bytes = self._commit_next()
+                if isinstance(taken, SamplesTaken):
+                    self._commit_samples(taken.samples)
+                else:
+                    self._commit(taken)
             finally:
-                with self._changed:
-                    self._is_busy = False
-                    self._held_bytes -= num_bytes
-                    self._changed.notify_all()
-
-    def _wait(self) -> bool:
-        """Return true once there is something to commit, false when it is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._is_stopping)
-            self._is_busy = bool(self._items)
-            return self._is_busy
-
-    def _commit_next(self) -> int:
-        """Commit the item that waits longest, samples with those right behind; returns what it held in copies.
-
-        While nothing comes no item, whose state would stay in memory, is held here.
-        """
-        with self._changed:
-            item = self._items.popleft()
-            samples = [item] if isinstance(item, SampleOutcome) else []
-            while samples and len(samples) < _MAX_TOGETHER and self._items:
-                if not isinstance(self._items[0], SampleOutcome):
-                    break
-                samples.append(cast(SampleOutcome, self._items.popleft()))
-        if isinstance(item, SampleOutcome):
-            self._commit_samples(samples)
-            return 0
-        self._commit(item)
-        return _state_bytes(item)
+                del taken  # while nothing comes its state would stay in memory
+                self._queue.end_taken()
 
     def _commit_samples(self, samples: Sequence[SampleOutcome]) -> None:
         if not self._attempt(lambda: _commit_samples(samples)):
@@ -226,17 +143,6 @@ class Committer:
             logger.exception("an outcome could not be committed")
             return False
         return True
-
-
-def _default_state_bytes() -> int:
-    return min(_MAX_STATE_BYTES, available_bytes() // _STATE_PART)
-
-
-def _state_bytes(item: Item) -> int:
-    """Return what an item holds in copies of adapters."""
-    if isinstance(item, SnapshotOutcome):
-        return item.state.num_bytes
-    return 0 if isinstance(item, SampleOutcome) else sum(saved_bytes(run.outcomes) for run in item)
 
 
 def _commit_samples(samples: Sequence[SampleOutcome]) -> None:

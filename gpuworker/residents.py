@@ -14,10 +14,11 @@ from typing import Final
 
 from gpuworker import device_loss, snapshots
 from gpuworker.busy import BusyMeter
-from gpuworker.committer import Committer, SnapshotOutcome
+from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, OutOfMemory
 from gpuworker.engine.memory import is_out_of_memory
+from gpuworker.outcomes import SnapshotOutcome
 from gpuworker.restore import restore
 from gpuworker.seats import PutOff, Seat
 from gpuworker.snapshots import StorageError
@@ -113,10 +114,8 @@ class Residents:
     def _restore(self, seat: Seat) -> None:
         until_reachable(partial(restores.begin, seat.run))
         try:
-            until_reachable(partial(restore, seat, beat=self._busy.beat))
-        except Exception as error:
-            device_loss.end_if_lost(error)  # which ends the worker, so that the try stays counted
-            raise
+            with device_loss.noticed():  # here, so that the try stays counted
+                until_reachable(partial(restore, seat, beat=self._busy.beat))
         finally:
             until_reachable(partial(restores.end, seat.run))
 

@@ -16,11 +16,12 @@ from typing import Final
 
 from gpuworker import device_loss, payloads, suspicion
 from gpuworker.cold_weights import ColdWeights, Found
-from gpuworker.committer import Committer, SampleOutcome
+from gpuworker.committer import Committer
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError, OutOfMemory
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.types import SampleRequest, SampleResult
+from gpuworker.outcomes import SampleOutcome
 from gpuworker.partials import Partials
 from gpuworker.sample_turns import SampleTurns
 from gpuworker.snapshots import StorageError

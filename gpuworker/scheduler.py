@@ -19,13 +19,14 @@ from typing import Final
 
 from gpuworker import device_loss, failpoints, handlers, suspicion
 from gpuworker.busy import BusyMeter
-from gpuworker.committer import Committer, RunOutcome, saved_bytes
+from gpuworker.committer import Committer
 from gpuworker.device_share import DeviceShare
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
 from gpuworker.engine.types import ForwardBackward, OptimStep
 from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
+from gpuworker.outcomes import RunOutcome, saved_bytes
 from gpuworker.residents import Residents, let_on, put_off
 from gpuworker.sample_desk import PARTIALS_S, SampleDesk
 from gpuworker.seats import Create, Load, PreparedOperation, Save, Seat
@@ -250,7 +251,7 @@ class Scheduler:
                 return
             outcomes = [self._failed_badly(turn.seat, turn.operation, error) for turn in turns]
         for turn, outcome in zip(turns, outcomes, strict=True):
-            _advance(turn.seat, turn.operation)
+            turn.seat.advance(turn.operation)
             done[turn.seat.run.pk].append(outcome)
 
     def _part(self, turns: Sequence[Turn]) -> None:
@@ -285,7 +286,7 @@ class Scheduler:
             put_off(seat, outcome.error, holdups.unread(str(outcome.error)))
             return
         let_on(seat)
-        _advance(seat, operation)
+        seat.advance(operation)
         done[seat.run.pk].append(outcome)
         request = operation.request
         if isinstance(request, Load) or (isinstance(request, Create) and request.load):
@@ -316,13 +317,11 @@ class Scheduler:
         if operation.is_poison:
             logger.error("operation %s of run %s is given up", operation.seq, seat.run.public_id)
             outcomes = [handlers.failed(seat, operation, suspicion.given_up(operation.taken))]
-            _advance(seat, operation)
+            seat.advance(operation)
             done[seat.run.pk] += outcomes
             return
         self._committer.flush()
-        if (
-            self._tried_alone != operation.taken.pk
-        ):  # else it waits for storage, and is tried by this worker still
+        if self._tried_alone != operation.taken.pk:  # else it waits for storage since
             self._tried_alone = operation.taken.pk
             until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
         self._apply_head(seat, done)
@@ -393,9 +392,3 @@ class Scheduler:
         seat.engine.drop_adapter(seat.adapter_id)
         until_reachable(partial(self._release, seat))
         self._intake.drop(seat)
-
-
-def _advance(seat: Seat, operation: PreparedOperation) -> None:
-    popped = seat.queue.popleft()
-    assert popped is operation
-    seat.applied_seq = operation.seq

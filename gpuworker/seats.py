@@ -254,6 +254,12 @@ class Seat:
         self.saved_names = {name: at for name, at in self.saved_names.items() if at > self.committed_seq}
         self.saved_names[save.kind, save.name] = seq
 
+    def advance(self, operation: PreparedOperation) -> None:
+        """Take the next operation, which is applied, from the queue."""
+        popped = self.queue.popleft()
+        assert popped is operation
+        self.applied_seq = operation.seq
+
     @property
     def head(self) -> PreparedOperation | None:
         """The next operation to apply."""

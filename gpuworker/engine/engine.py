@@ -281,7 +281,7 @@ class Engine:
 
     def has_sampler(self, sampler_id: str) -> bool:
         """Return whether the sampler is held."""
-        return self.sampler.holds(sampler_id)
+        return sampler_id in self.sampler.weights
 
     def use_sampler(self, sampler_id: str) -> bool:
         """Count a sampler as used now; false when it is not held and must be loaded."""
@@ -291,7 +291,7 @@ class Engine:
 
     def drop_sampler(self, sampler_id: str) -> None:
         """Forget a sampler; requests already submitted finish with it."""
-        self.sampler.drop(sampler_id)
+        self.sampler.weights.drop(sampler_id)
         self._sampler_bytes.pop(sampler_id, None)
         self._adapters.reserved_bytes = sum(self._sampler_bytes.values())
 
@@ -318,7 +318,7 @@ class Engine:
 
     def _hold_sampler(self, sampler_id: str, weights: LoraWeights, layout: Layout) -> None:
         """Hold sampler weights; those used longest ago go when all take more than a quarter of the device's room."""
-        self.sampler.hold(sampler_id, weights)
+        self.sampler.weights.hold(sampler_id, weights)
         self._sampler_bytes[sampler_id] = layout.num_parameters * self._base.dtype.itemsize
         self._sampler_bytes.move_to_end(sampler_id)
         limit = self._adapter_memory.device_bytes // 4

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpuworker.engine.adapters import UNEMBED, LoraWeights
+from gpuworker.engine.adapters import UNEMBED
 from gpuworker.engine.base_model import BaseModel
 from gpuworker.engine.batching import pack_rows
 from gpuworker.engine.decode_graphs import DecodeGraphs, NewToken, can_record
-from gpuworker.engine.decode_stack import DecodeStacks, is_exact, kind_of
+from gpuworker.engine.decode_stack import kind_of
 from gpuworker.engine.exceptions import (
-    AdapterNotLoaded,
     EngineError,
     NonFiniteError,
     OutOfMemory,
@@ -33,9 +32,10 @@ from gpuworker.engine.exceptions import (
 from gpuworker.engine.kv_cache import CachedAttention, Entry, KVCache
 from gpuworker.engine.logprobs import Head
 from gpuworker.engine.lora import SampledProduct
-from gpuworker.engine.lora_decode import SampledProducts, SampledRows, find_factor_step
+from gpuworker.engine.lora_decode import SampledProducts, SampledRows
 from gpuworker.engine.memory import available_bytes, is_out_of_memory
 from gpuworker.engine.prompt_scores import score_prompt
+from gpuworker.engine.sampler_weights import SamplerWeights
 from gpuworker.engine.sequences import (
     ActiveRequest,
     Continuation,
@@ -90,37 +90,11 @@ class Sampler:
             if grouped and can_record(base)
             else None
         )
-        self._row_step = base.row_step
-        self._stacks = DecodeStacks() if base.device.type == "cpu" else None
-        self._probed: set[torch.Size] = set()
-        self._weights: dict[str, tuple[int, LoraWeights]] = {}
-        self._num_held = 0
+        self.weights = SamplerWeights(base)
         self._actives: dict[str, ActiveRequest] = {}
         self._waiting: deque[ActiveRequest] = deque()
         self._running: list[Continuation] = []
         self._num_stuck = max_slots  # pools are not moved while so many run: there was no memory for it
-
-    def hold(self, sampler_id: str, weights: LoraWeights) -> None:
-        """Make weights known under an id; requests already submitted keep the weights they have."""
-        self._num_held += 1
-        self._weights[sampler_id] = self._num_held, weights
-        factors = {factor.shape: factor for pair in weights.pairs.values() for factor in pair}
-        unknown = [factor for shape, factor in factors.items() if shape not in self._probed]
-        self._probed.update(factors)
-        self._row_step = max(self._row_step, self._base.group.most(find_factor_step(unknown)))
-        if self._stacks is not None:
-            self._stacks.inexact.update(factor.shape for factor in unknown if not self._is_exact(factor))
-
-    def _is_exact(self, factor: Tensor) -> bool:
-        return bool(self._base.group.least(int(is_exact(factor))))
-
-    def holds(self, sampler_id: str) -> bool:
-        """Return whether an id is known."""
-        return sampler_id in self._weights
-
-    def drop(self, sampler_id: str) -> None:
-        """Forget an id; requests already submitted finish with its weights."""
-        self._weights.pop(sampler_id, None)
 
     @property
     def num_pending(self) -> int:
@@ -139,9 +113,7 @@ class Sampler:
             raise SamplingError(f"request {request.request_id} is already being sampled")
         order, weights = 0, None
         if request.sampler_id is not None:
-            if request.sampler_id not in self._weights:
-                raise AdapterNotLoaded(f"sampler {request.sampler_id} is not loaded")
-            order, weights = self._weights[request.sampler_id]
+            order, weights = self.weights.get(request.sampler_id)
         base = self._base
         check_request(request, vocab_size=base.vocab_size, max_context=base.max_context)
         self._decoder.check(request.params.stop_strings)
@@ -246,8 +218,7 @@ class Sampler:
         self._cache.release()
         if self._graphs is not None:
             self._graphs.release()
-        if self._stacks is not None:
-            self._stacks.clear()
+        self.weights.release_unused()
 
     def _begin(self, active: ActiveRequest) -> Group:
         """Return as many new continuations as slots and cache allow, possibly none."""
@@ -343,7 +314,7 @@ class Sampler:
     def _run_model(self, groups: list[Group]) -> tuple[Tensor, list[int]]:
         """Return the hidden states and each group's last row; fills the cache of every slot."""
         sequences = [(new_tokens(group), group[0].num_cached) for group in groups]
-        rows = pack_rows(sequences, row_step=self._row_step)
+        rows = pack_rows(sequences, row_step=self.weights.row_step)
         num_rows = len(rows.tokens_T)
         entries = [Entry(g[0].slot, g[0].num_cached, num_new_tokens(g)) for g in groups]
         attend = CachedAttention(self._cache, entries, num_rows, grouped=self._grouped)
@@ -361,7 +332,7 @@ class Sampler:
         """Return the next-token logits (S, V) of all continuations, in group order."""
         picked = [row for row, group in zip(last_rows, groups, strict=True) for _ in group]
         num_picked = len(picked)
-        picked += [0] * (-num_picked % self._row_step)
+        picked += [0] * (-num_picked % self.weights.row_step)
         hidden_SD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
         logits_SV = self._head.base_logits(hidden_SD)
         products = self._products(groups, [len(group) for group in groups], len(picked))
@@ -384,8 +355,8 @@ class Sampler:
             return banked
         # A prompt's rows go by themselves: its neighbours would be filled up to as many.
         is_decoding = all(group[0].tokens for group in groups)
-        stacks = self._stacks if is_decoding else None
-        return SampledProducts(segments, num_rows, row_step=self._row_step, stacks=stacks)
+        stacks = self.weights.stacks if is_decoding else None
+        return SampledProducts(segments, num_rows, row_step=self.weights.row_step, stacks=stacks)
 
     def _choose(self, logits_SV: Tensor, continuations: Sequence[Continuation]) -> list[SampleOutcome]:
         draws = [Draw(c.active.request.params, c.sample, len(c.tokens)) for c in continuations]

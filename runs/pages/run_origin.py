@@ -10,7 +10,7 @@ from runs import ids
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Recipe, TrainingRun, User
 from runs.pages import run_form
-from runs.services import access, base_models, datasets, recipe_checks, run_rows, sampling
+from runs.services import access, base_models, datasets, recipe_checks, recipes, run_rows, sampling
 
 OPTIMIZER: Final = "fork.optimizer"
 
@@ -37,7 +37,7 @@ class Fork:
     def bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with what the checkpoint decides."""
         run = self.checkpoint.run
-        return {**values, "base_model": run.base_model, "lora": _lora_of(run)}
+        return {**values, "base_model": run.base_model, "lora": recipes.adapter_of(run)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +114,10 @@ def _settings_of(run: TrainingRun, *, started: bool = True) -> dict[str, list[st
 def _shape_of(run: TrainingRun) -> dict[str, list[str]]:
     return {
         place: texts
-        for place, texts in run_form.flat({"base_model": run.base_model, "lora": _lora_of(run)}).items()
+        for place, texts in run_form.flat(
+            {"base_model": run.base_model, "lora": recipes.adapter_of(run)}
+        ).items()
         if place == "base_model" or place.startswith("lora.")
-    }
-
-
-def _lora_of(run: TrainingRun) -> dict[str, Any]:
-    return {
-        "rank": run.lora_rank,
-        "train_attn": run.train_attn,
-        "train_mlp": run.train_mlp,
-        "train_unembed": run.train_unembed,
     }
 
 

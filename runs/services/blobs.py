@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
+from django.db import transaction
 
 from runs.exceptions import DiskFull
 from runs.services import storage_mark
@@ -165,6 +166,15 @@ def delete_folder(directory: str) -> None:
     _, names = default_storage.listdir(directory)
     for name in names:
         default_storage.delete(f"{directory}/{name}")
+
+
+def delete_after_commit(delete: Callable[[], object]) -> None:
+    """Delete files once the current transaction is committed; what fails is logged and keeps nothing else from going."""
+
+    def delete_files() -> None:  # Django tells of one that failed by its name, which `partial` makes none of
+        delete()
+
+    transaction.on_commit(delete_files, robust=True)
 
 
 def has_room(name: str, size_bytes: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 
 from django.core.files.base import File
 from django.core.files.storage import default_storage
@@ -12,7 +13,7 @@ from django.db.models.functions import Now
 
 from runs import events
 from runs.models import Checkpoint, TrainingRun
-from runs.services import loads
+from runs.services import blobs, loads
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
@@ -38,7 +39,7 @@ def delete(*chosen: Checkpoint) -> None:
         Checkpoint.objects.filter(pk__in=[one.pk for one in chosen]).delete()
         _tell_pages(*chosen)
         for one in chosen:
-            transaction.on_commit(_deletion_of(one.directory), robust=True)
+            blobs.delete_after_commit(partial(loads.delete_files, one.directory))
 
 
 def delete_expired() -> int:
@@ -61,12 +62,3 @@ def _tell_pages(*changed: Checkpoint) -> None:
     runs = TrainingRun.objects.filter(pk__in={one.run_id for one in changed})
     for pk, owner_pk, public_id in runs.values_list("pk", "owner_id", "public_id"):
         events.run_changed(pk, owner_pk, public_id)
-
-
-def _deletion_of(folder: str) -> Callable[[], None]:
-    """Return what deletes it; Django tells of a callback that failed by a name, which `partial` makes none of."""
-
-    def delete_files() -> None:
-        loads.delete_files(folder)
-
-    return delete_files

@@ -79,7 +79,7 @@ def fork(
     held = dict(parent.config) if parent is not None else {}
     if "num_epochs" in changes:
         held.pop("num_steps", None)
-    held |= {"base_model": run.base_model, "lora": _lora_of(run)}
+    held |= {"base_model": run.base_model, "lora": adapter_of(run)}
     config = recipe_checks.parse_config(recipe_checks.merged(held, changes))
     _refuse_other_adapter(config, run)
     if with_optimizer and config.num_steps is not None and config.num_steps <= checkpoint.step:
@@ -323,7 +323,7 @@ def _refuse_other_adapter(config: SftConfig, run: TrainingRun) -> None:
     """Refuse a fork whose base model or adapter is not that of the run that it starts from."""
     problems = Problems()
     asked = {"base_model": config.base_model, **_placed(config.lora.model_dump())}
-    for place, held in {"base_model": run.base_model, **_placed(_lora_of(run))}.items():
+    for place, held in {"base_model": run.base_model, **_placed(adapter_of(run))}.items():
         if asked[place] != held:
             problems.add(
                 f"{show(asked[place])} is not {show(held)}, which the checkpoint has and a fork keeps",
@@ -336,7 +336,8 @@ def _placed(lora: Mapping[str, Any]) -> dict[str, Any]:
     return {f"lora.{name}": value for name, value in lora.items()}
 
 
-def _lora_of(run: TrainingRun) -> dict[str, Any]:
+def adapter_of(run: TrainingRun) -> dict[str, Any]:
+    """Return the `lora` settings that describe a run's adapter."""
     return {
         "rank": run.lora_rank,
         "train_attn": run.train_attn,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
@@ -105,16 +105,7 @@ def _folders(states: Manager[Checkpoint] | Manager[Snapshot]) -> Iterable[str]:
 def _delete_files(snapshots: list[str], weights: list[str], payloads: list[str]) -> None:
     """Delete files when the current transaction commits, each folder whatever becomes of the others."""
     for folder in snapshots:
-        transaction.on_commit(_deletion(partial(blobs.delete_folder, folder)), robust=True)
+        blobs.delete_after_commit(partial(blobs.delete_folder, folder))
     for folder in weights:
-        transaction.on_commit(_deletion(partial(loads.delete_files, folder)), robust=True)
-    transaction.on_commit(_deletion(partial(payload_files.delete_unused, payloads)), robust=True)
-
-
-def _deletion(delete_them: Callable[[], object]) -> Callable[[], None]:
-    """Return a function that does it; Django tells of one that failed by a name, which `partial` makes none of."""
-
-    def delete_files() -> None:
-        delete_them()
-
-    return delete_files
+        blobs.delete_after_commit(partial(loads.delete_files, folder))
+    blobs.delete_after_commit(partial(payload_files.delete_unused, payloads))

@@ -65,7 +65,7 @@ def test_an_ill_sampler_takes_no_other_along(
 ) -> None:
     """Its weights are no numbers, or one of the head's is infinite, which a prompt's first token may survive."""
     requests = mixed_requests(engine, ranks=(8, 8))[:3]
-    views = engine.sampler._weights[str(requests[2].sampler_id)][1].pairs
+    views = engine.sampler.weights._held[str(requests[2].sampler_id)][1].pairs
     if odd is None:
         views.flat_P.fill_(torch.nan)
     else:

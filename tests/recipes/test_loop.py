@@ -6,13 +6,12 @@ import hashlib
 import random
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from django.core.files.storage import default_storage
-from django.db import IntegrityError, OperationalError, close_old_connections, connection
+from django.db import IntegrityError, connection
 from django.test.utils import CaptureQueriesContext
 from pytest_django.fixtures import Settings
 
@@ -132,9 +131,6 @@ def test_a_new_loop_at_every_turn_makes_the_same_adapter(begin: Begin) -> None:
     assert series(disturbed, "validation_loss") == series(undisturbed, "validation_loss")
 
 
-END_CONNECTION = "SELECT pg_terminate_backend(pg_backend_pid())"
-
-
 class _Dies(BaseException):
     """The process ends here."""
 
@@ -179,21 +175,6 @@ def test_a_loop_that_dies_in_the_middle_of_its_writes_repeats_and_skips_nothing(
     assert FixedSample.objects.filter(run=recipe.run).count() == 3
 
 
-@contextmanager
-def at_query(of: str, sql: str) -> Iterator[list[str]]:
-    """Have the database run a statement of ours before the loop's next query that names `of`; yields a list of these."""
-    reached: list[str] = []
-
-    def execute(run: Any, query: str, params: Any, many: bool, context: Any) -> Any:
-        if not reached and of in query:
-            reached.append(query)
-            run(sql, None, False, context)
-        return run(query, params, many, context)
-
-    with connection.execute_wrapper(execute):
-        yield reached
-
-
 def test_a_long_prompt_is_sampled_like_any_other(begin: Begin) -> None:
     letters = random.Random(1)
     prompt = "".join(letters.choices(string.ascii_letters + string.digits, k=MAX_PROMPT_CHARS))
@@ -204,55 +185,6 @@ def test_a_long_prompt_is_sampled_like_any_other(begin: Begin) -> None:
     assert {sample.step for sample in strip} == {None, 2}
     with pytest.raises(IntegrityError, match="fixed_sample_of_prompt"):
         FixedSample.objects.create(run=recipe.run, step=None, prompt=prompt)
-
-
-def test_what_the_database_refuses_for_good_ends_one_run_and_holds_up_no_other(begin: Begin) -> None:
-    first, second = begin(num_steps=2), begin(num_steps=2)
-    too_many = ", ".join(["0"] * 1_700)  # targets of a list: PostgreSQL takes 1,664
-
-    with at_query('UPDATE "runs_recipe"', f"SELECT {too_many}") as reached:
-        second = ended(second)
-
-    assert reached
-    first.refresh_from_db()
-    assert (first.state, first.error) == (State.FAILED, "the server failed: OperationalError")
-    assert second.state == State.FINISHED
-
-
-def test_what_the_database_refuses_for_now_ends_no_run(begin: Begin) -> None:
-    recipe = begin(num_steps=2)
-
-    with at_query('UPDATE "runs_recipe"', "SELECT pg_cancel_backend(pg_backend_pid())") as reached:
-        recipe = turn_until(recipe, lambda row: row.run.held_up, what="the cancelled query")
-
-    assert reached
-    assert recipe.run.held_up == holdups.NO_DATABASE_FOR_STEP
-    recipe = ended(recipe)
-    assert (recipe.state, recipe.error, recipe.run.held_up) == (State.FINISHED, "", "")
-
-
-def test_a_connection_that_breaks_in_a_transaction_ends_no_run(begin: Begin) -> None:
-    recipe = begin(num_steps=2)
-
-    with at_query('UPDATE "runs_recipe"', END_CONNECTION) as reached:
-        recipe = ended(recipe)
-
-    assert reached
-    assert (recipe.state, recipe.error) == (State.FINISHED, "")
-
-
-def test_a_database_that_is_away_is_the_outage_of_all_and_holds_up_no_run(
-    begin: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = begin(num_steps=2)
-
-    with at_query('FROM "runs_evaluation"', END_CONNECTION), pytest.raises(OperationalError):
-        ended(recipe)
-
-    close_old_connections()
-    recipe = ended(recipe)
-    assert (recipe.state, recipe.error) == (State.FINISHED, "")
-    assert "is held up" not in caplog.text
 
 
 def test_two_loops_at_once_do_the_work_of_one(begin: Begin) -> None:

@@ -17,9 +17,10 @@ from django.core.files.storage import default_storage
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
-from gpuworker import committer as committer_module
-from gpuworker.committer import Committer, SampleOutcome, SnapshotOutcome
+from gpuworker import outcomes
+from gpuworker.committer import Committer
 from gpuworker.engine.adapters import AdapterState
+from gpuworker.outcomes import SampleOutcome, SnapshotOutcome
 from gpuworker.seats import Seat
 from gpuworker.worker import GpuWorker
 from runs.models import Operation, Snapshot, TrainingRun, User, Worker
@@ -88,7 +89,7 @@ def test_states_wait_for_those_before_them_to_be_written(held: Held) -> None:
             handed_over.append(seq)
 
     def is_stopped() -> bool:
-        does_producer_wait = held.committer._is_busy and held.committer._changed._waiters  # type: ignore[attr-defined]
+        does_producer_wait = held.committer._queue._is_taken and held.committer._queue._changed._waiters  # type: ignore[attr-defined]
         return bool(does_producer_wait) or len(handed_over) == 3
 
     producer = threading.Thread(target=produce)
@@ -100,12 +101,12 @@ def test_states_wait_for_those_before_them_to_be_written(held: Held) -> None:
     producer.join()
     held.committer.flush()
     assert handed_over == [100, 101, 102]
-    assert held.committer._held_bytes == 0
+    assert held.committer._queue._held_bytes == 0
     assert Snapshot.objects.filter(run_id=held.seat.run.pk, seq=102).exists()
 
 
 def test_what_has_no_state_does_not_wait_for_states(held: Held) -> None:
-    held.committer.state_bytes = 1
+    held.committer._queue.state_bytes = 1
     producer = threading.Thread(target=held.committer.put, args=[[]])
     with transaction.atomic():
         TrainingRun.objects.select_for_update().get(pk=held.seat.run.pk)
@@ -124,7 +125,7 @@ def test_a_state_that_is_written_is_forgotten(held: Held) -> None:
 
 
 def test_the_default_is_a_part_of_what_is_free() -> None:
-    assert 0 < committer_module._default_state_bytes() <= committer_module._MAX_STATE_BYTES
+    assert 0 < outcomes._default_state_bytes() <= outcomes._MAX_STATE_BYTES
 
 
 def test_a_cycle_copies_no_more_states_than_may_wait(
@@ -135,7 +136,7 @@ def test_a_cycle_copies_no_more_states_than_may_wait(
     for client in clients:
         finished(client.forward_backward(TOKENS))
     drive, seats = worker.scheduler, worker._intake.seats
-    drive._committer.state_bytes = 1
+    drive._committer._queue.state_bytes = 1
     with drive._draining:
         saves = [client.save("kept") for client in clients]
         wait_for(lambda: all(seat.queue for seat in list(seats.values())), what="every save is decoded")
@@ -212,7 +213,7 @@ def test_samples_that_end_together_are_stored_together_and_compute_does_not_wait
     held: Held, alice: User, base_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with transaction.atomic():  # no worker sees them
-        samples = [ask(alice, base_model, num_tokens=1) for _ in range(3 * committer_module._MAX_WAITING)]
+        samples = [ask(alice, base_model, num_tokens=1) for _ in range(3 * outcomes.MAX_WAITING)]
         Operation.objects.filter(pk__in=samples).update(worker=live_worker())
     may_go_on, commit = threading.Event(), held.committer._commit
 

@@ -26,6 +26,13 @@ def row(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Worker:
     return workers.register(device="cpu", dtype="float32")
 
 
+def lease_of(row: Worker, **callbacks: Callable[[], Any]) -> Lease:
+    """Return a lease; what is not said does nothing."""
+    nothing: dict[str, Callable[[], Any]] = dict.fromkeys(("on_lost", "on_stuck", "on_hung"), lambda: None)
+    unremarkable = {"busy_share": lambda: 1.0, "is_stuck": lambda: False}
+    return Lease(row, **{**nothing, **unremarkable, **callbacks})
+
+
 def test_it_is_stuck_only_while_something_takes_long() -> None:
     meter = BusyMeter()
     assert meter.stuck_s() == 0
@@ -40,14 +47,7 @@ def test_it_is_stuck_only_while_something_takes_long() -> None:
 
 def test_a_stuck_worker_is_ended_instead_of_renewed(row: Worker) -> None:
     stuck, ended, lost = threading.Event(), threading.Event(), threading.Event()
-    lease = Lease(
-        row,
-        busy_share=lambda: 1.0,
-        is_stuck=stuck.is_set,
-        on_lost=lost.set,
-        on_stuck=ended.set,
-        on_hung=lost.set,
-    )
+    lease = lease_of(row, is_stuck=stuck.is_set, on_lost=lost.set, on_stuck=ended.set, on_hung=lost.set)
     try:
         assert not ended.wait(0.2)
         stuck.set()
@@ -61,14 +61,7 @@ def test_a_stuck_worker_is_ended_instead_of_renewed(row: Worker) -> None:
 
 
 def test_connections_that_are_held_open_notice_a_vanished_server(row: Worker) -> None:
-    lease = Lease(
-        row,
-        busy_share=lambda: 1.0,
-        is_stuck=lambda: False,
-        on_lost=lambda: None,
-        on_stuck=lambda: None,
-        on_hung=lambda: None,
-    )
+    lease = lease_of(row)
     parameters = lease._lock_connection.info.get_parameters()
     lease.stop()
     assert parameters["tcp_user_timeout"] == "10000"
@@ -79,14 +72,7 @@ def test_a_worker_whose_database_was_away_waits_before_it_judges_others(
     row: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "RETURN_GRACE_S", 1.0)
-    lease = Lease(
-        row,
-        busy_share=lambda: 1.0,
-        is_stuck=lambda: False,
-        on_lost=lambda: None,
-        on_stuck=lambda: None,
-        on_hung=lambda: None,
-    )
+    lease = lease_of(row)
     try:
         assert lease.is_steady
         lease._lock_connection.close()
@@ -101,14 +87,7 @@ def test_a_worker_whose_database_was_away_waits_before_it_judges_others(
 def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "HUNG_S", 3.0)  # a busy machine may take long over a renewal
     hung, other = threading.Event(), threading.Event()
-    lease = Lease(
-        row,
-        busy_share=lambda: 1.0,
-        is_stuck=lambda: False,
-        on_lost=other.set,
-        on_stuck=other.set,
-        on_hung=hung.set,
-    )
+    lease = lease_of(row, on_lost=other.set, on_stuck=other.set, on_hung=hung.set)
     try:
         assert not hung.wait(4)  # renewals in time
         with transaction.atomic():

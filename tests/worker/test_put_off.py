@@ -49,6 +49,15 @@ def trained(client: Client) -> int:
     return client.optim_step()
 
 
+def begun(start_worker: Start, new_client: NewClient) -> tuple[GpuWorker, Client, Client]:
+    """Return a worker and two runs of it that are alike, each with a step; the second is not disturbed."""
+    client, undisturbed = new_client(), new_client()
+    worker = start_worker()
+    for one in (client, undisturbed):
+        finished(trained(one))
+    return worker, client, undisturbed
+
+
 def wait_until_put_off(worker: GpuWorker, client: Client, *, why: str) -> None:
     """Wait until it is tried again later, and people are told why: on its page, and its client in the terminal."""
     seats = worker._intake.seats
@@ -78,10 +87,7 @@ def end_as_undisturbed(client: Client, undisturbed: Client) -> None:
 
 
 def test_snapshots_that_cannot_be_read_do_not_end_the_run(start_worker: Start, new_client: NewClient) -> None:
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     worker.stop()
     kept = Snapshot.objects.get(run=client.run)
     TrainingRun.objects.filter(pk=client.run.pk).update(payloads_gone_seq=kept.seq)
@@ -115,10 +121,7 @@ def test_a_disk_that_is_not_mounted_does_not_end_the_run(
     start_worker: Start, new_client: NewClient, settings: Settings
 ) -> None:
     settings.INLINE_PAYLOAD_BYTES = 0
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     worker.stop()
     waits = client.forward_backward(TOKENS)
     with unmounted() as root:
@@ -140,10 +143,7 @@ def test_a_disk_that_is_not_mounted_does_not_end_the_run(
 def test_a_kept_state_on_a_disk_that_is_not_mounted_is_not_gone(
     start_worker: Start, new_client: NewClient
 ) -> None:
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     worker.stop()
     kept = Snapshot.objects.get(run=client.run)
     TrainingRun.objects.filter(pk=client.run.pk).update(payloads_gone_seq=kept.seq)
@@ -180,10 +180,7 @@ def test_an_operation_whose_payload_cannot_be_read_waits_for_it(
     start_worker: Start, new_client: NewClient, settings: Settings
 ) -> None:
     settings.INLINE_PAYLOAD_BYTES = 0
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     worker.stop()
     waits, step = client.forward_backward(TOKENS), client.optim_step()
     with unreadable(Operation.objects.get(pk=waits).payload_file):
@@ -323,10 +320,7 @@ def test_a_shelved_state_that_cannot_be_read_stays_the_runs_state(
 def test_a_state_without_room_waits_for_it(
     start_worker: Start, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     worker.stop()
     worker = start_worker()
     engine, has_room = worker.scheduler._engines[client.run.base_model], threading.Event()
@@ -349,10 +343,7 @@ def test_a_state_without_room_waits_for_it(
 def test_an_error_that_nobody_expects_keeps_one_run_out_and_no_other(
     start_worker: Start, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, undisturbed = new_client(), new_client()
-    worker = start_worker()
-    for one in (client, undisturbed):
-        finished(trained(one))
+    worker, client, undisturbed = begun(start_worker, new_client)
     is_repaired, latest = threading.Event(), claims.latest_snapshots
 
     def look(run_pk: int, *, up_to_seq: int) -> list[tuple[int, str]]:
