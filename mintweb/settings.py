@@ -6,6 +6,7 @@ sentence alone. Secrets may also come from a file: NAME_FILE=/run/secrets/name.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import logging
@@ -269,7 +270,8 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
 # Beside the storage, so that a finished file is moved and not copied.
 TEMP_DIR = DATA_DIR / "tmp"
-TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
+with contextlib.suppress(OSError):  # what needs the folder says why it cannot be made
+    TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
 FILE_UPLOAD_TEMP_DIR = TEMP_DIR
 # Datasets come in by pieces, so they may be far larger than other request bodies; disk space is checked first.
 MAX_UPLOAD_BYTES = env_int("MINTWEB_MAX_UPLOAD_BYTES", 50 * 1024**3, minimum=1024, maximum=1024**5)

@@ -129,8 +129,8 @@ def test_every_call_is_repeated_or_known_to_change_nothing() -> None:
     """A new method of the engine has to be put on one of the two sides."""
     asked_alone = {"has_adapter", "adapter_bytes", "has_sampler", "load", "watch"}
     assert methods_of(Engine) == set(group_module.ENGINE_CALLS) | asked_alone
-    called_by_those = {"release_unused", "hold", "drop"}
-    asked_alone = {"holds", "tokens_of"}
+    called_by_those = {"release_unused"}
+    asked_alone = {"tokens_of"}
     assert methods_of(Sampler) == set(group_module.SAMPLER_CALLS) | asked_alone | called_by_those
 
 

@@ -278,7 +278,7 @@ def test_hostile_texts_are_shown_as_text(page: Client, dataset: DatasetVersion, 
 
 def test_without_a_dataset_the_page_says_where_to_get_one(page: Client) -> None:
     html = page.get(NEW).content.decode()
-    assert "None is ready yet." in html
+    assert "None that can be trained on is ready yet." in html
     assert '<a href="/datasets/">Upload a dataset</a>' in html
     assert "Choose a dataset to see steps" in html
 

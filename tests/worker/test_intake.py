@@ -144,6 +144,7 @@ def test_a_worker_that_lost_its_connections_waits_before_it_finds_others_dead(
 ) -> None:
     monkeypatch.setattr(intake, "SWEEP_S", 0.05)
     worker = start_worker()
+    wait_for(lambda: worker._intake._looked_at, what="intake has a connection")
     troubled_at = worker._intake._troubled_at
     monkeypatch.setattr(workers, "RETURN_GRACE_S", 3600)
     with connection.cursor() as cursor:
