@@ -71,22 +71,30 @@ class Proxy:
             self._reset(client)
             return
         self._sockets.add(server)
-        threading.Thread(target=self._pass_on, args=(server, client, False), daemon=True).start()
+        back = threading.Thread(target=self._pass_on, args=(server, client, False), daemon=True)
+        back.start()
         self._pass_on(client, server, True)
+        back.join()
+        for one in (client, server):
+            self._sockets.discard(one)
+            one.close()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_clients: bool) -> None:
-        with contextlib.suppress(OSError):
+        """Pass on until the source ends, and that too: a reset would take what was not read yet with it."""
+        try:
             while data := source.recv(65536):
                 time.sleep(self.delay_s)
                 self._is_open.wait()
                 if self._random.random() < self.cut_share:
                     self.num_cut += 1
-                    break
+                    raise ConnectionResetError
                 if self._watch is not None:
                     self._watch(is_clients, data)
                 target.sendall(data)
-        self._reset(source)
-        self._reset(target)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._reset(source)
+            self._reset(target)
 
     def _reset(self, one: socket.socket) -> None:
         self._sockets.discard(one)
