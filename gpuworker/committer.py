@@ -189,8 +189,6 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
         size_bytes=size,
     )
     useless = until_reachable(register)
-    for folder in useless:
-        blobs.delete_folder(folder)
     kept = {item.seq: directory}
     if directory in useless:
         rows = until_reachable(partial(claims.latest_snapshots, seat.run.pk, up_to_seq=item.seq))
@@ -285,8 +283,7 @@ def _write_owed(seat: Seat, pending: PendingCheckpoint) -> None:
         logger.exception("weights of run %s to sample from are given up", seat.run.public_id)
         until_reachable(partial(early_answers.withdraw, directory))
         return
-    if not until_reachable(partial(early_answers.settle, directory, size)):
-        blobs.delete_folder(directory)
+    until_reachable(partial(early_answers.settle, directory, size))
 
 
 def _written_patiently(seat: Seat, pending: PendingCheckpoint) -> int:

@@ -6,7 +6,6 @@ that lost a run cannot overwrite its successor's files.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -48,8 +47,7 @@ def store(state: AdapterState, directory: str, seat: Seat) -> int:
     try:
         return _store(state, directory, seat)
     except (CheckpointError, OSError) as error:
-        with contextlib.suppress(OSError), blobs.away():
-            blobs.delete_folder(directory)
+        blobs.delete_folder(directory)  # not for good: the same name may be written again
         raise StorageError(f"the checkpoint cannot be written: {_reason(error)}") from error
 
 

@@ -3,6 +3,7 @@
 from runs.models.accounts import ApiKey, LoginLink, ServerClock, Session, SignInTries, User
 from runs.models.checkpoints import Checkpoint, SamplingSession, Snapshot
 from runs.models.datasets import Dataset, DatasetVersion, Upload
+from runs.models.deletions import PendingDeletion
 from runs.models.operations import Operation
 from runs.models.recipes import Evaluation, FixedSample, Recipe
 from runs.models.tallies import CatalogTally
@@ -23,6 +24,7 @@ __all__ = [
     "LoginLink",
     "Metric",
     "Operation",
+    "PendingDeletion",
     "Recipe",
     "RunEvent",
     "SamplingSession",

@@ -16,7 +16,6 @@ from typing import Final, TypeVar
 
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, default_storage, storages
-from django.db import transaction
 
 from runs.exceptions import DiskFull
 from runs.services import storage_mark
@@ -158,23 +157,19 @@ def link_in(path: Path, name: str) -> None:
     _flush_folder(target.parent)
 
 
-def delete_folder(directory: str) -> None:
-    """Remove a storage folder with its files."""
-    if isinstance(storages["default"], FileSystemStorage):
-        shutil.rmtree(default_storage.path(directory), ignore_errors=True)
-        return
-    _, names = default_storage.listdir(directory)
-    for name in names:
-        default_storage.delete(f"{directory}/{name}")
+def delete_folder(directory: str) -> bool:
+    """Remove a storage folder with all that is in it; false, with the reason logged, when the storage refuses.
 
-
-def delete_after_commit(delete: Callable[[], object]) -> None:
-    """Delete files once the current transaction is committed; what fails is logged and keeps nothing else from going."""
-
-    def delete_files() -> None:  # Django tells of one that failed by its name, which `partial` makes none of
-        delete()
-
-    transaction.on_commit(delete_files, robust=True)
+    One that is gone already counts as removed, unless the storage is another one than before.
+    """
+    try:
+        with away():
+            if not _remove(directory):
+                storage_mark.check()
+    except OSError as error:
+        logger.warning("the folder %s could not be deleted: %s", directory, error)
+        return False
+    return True
 
 
 def has_room(name: str, size_bytes: int) -> bool:
@@ -206,6 +201,29 @@ def away() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(str(error)) from error
+
+
+def _remove(directory: str) -> bool:
+    """Remove a folder; false if nothing of it is there."""
+    if isinstance(storages["default"], FileSystemStorage):
+        return _remove_here(Path(default_storage.path(directory)))
+    try:
+        folders, names = default_storage.listdir(directory)
+    except FileNotFoundError:
+        return False
+    for name in names:
+        default_storage.delete(f"{directory}/{name}")
+    return any([bool(names), *(_remove(f"{directory}/{folder}") for folder in folders)])
+
+
+def _remove_here(path: Path) -> bool:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        if path.exists():  # somebody else removes it at the same time, and may not get to its end
+            raise
+        return False
+    return True
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 
 from django.core.files.base import File
 from django.core.files.storage import default_storage
@@ -13,7 +12,7 @@ from django.db.models.functions import Now
 
 from runs import events
 from runs.models import Checkpoint, TrainingRun
-from runs.services import blobs, loads
+from runs.services import deletions
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:
@@ -32,14 +31,12 @@ def set_ttl(checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
 def delete(*chosen: Checkpoint) -> None:
     """Delete all of them or none: the rows, and the files once that is committed.
 
-    The files of one that a run has not loaded yet stay until it has (`services.loads`). What a crash or a
-    disk that is away leaves behind is found by `services.state_folders`; in a bucket it stays.
+    The files of one that a run has not loaded yet stay until it has (`services.loads`).
     """
     with transaction.atomic(savepoint=False):
         Checkpoint.objects.filter(pk__in=[one.pk for one in chosen]).delete()
         _tell_pages(*chosen)
-        for one in chosen:
-            blobs.delete_after_commit(partial(loads.delete_files, one.directory))
+        deletions.add(*(one.directory for one in chosen))
 
 
 def delete_expired() -> int:

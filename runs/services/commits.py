@@ -26,7 +26,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import checkpoints, webhooks
+from runs.services import checkpoints, deletions, webhooks
 
 NUM_SNAPSHOTS_KEPT: Final = 2
 EVENT_STEPS: Final = 100
@@ -161,20 +161,23 @@ def commit_all(runs: Sequence[RunCommit]) -> list[bool]:
 
 
 def register_snapshot(run_pk: int, *, fence: int, seq: int, directory: str, size_bytes: int) -> list[str]:
-    """Register a snapshot already in storage; returns the folders that are of no use (any more).
+    """Register a snapshot already in storage and delete what is of no use (any more); returns those folders.
 
     Under a fence that is no longer the run's, and beside another one after the same operation, that is the
     snapshot's own. Repeating it changes nothing.
     """
     with transaction.atomic():
         if not TrainingRun.objects.select_for_update().filter(pk=run_pk, fence=fence).exists():
+            deletions.add(directory)
             return [directory]
         values = {"directory": directory, "size_bytes": size_bytes}
         kept, _ = Snapshot.objects.get_or_create(run_id=run_pk, seq=seq, fence=fence, defaults=values)
         old = list(Snapshot.objects.filter(run_id=run_pk).order_by("-seq", "-fence")[NUM_SNAPSHOTS_KEPT:])
         Snapshot.objects.filter(pk__in=[row.pk for row in old]).delete()
-    loser = [] if kept.directory == directory else [directory]
-    return [*loser, *(row.directory for row in old)]
+        loser = [] if kept.directory == directory else [directory]
+        useless = [*loser, *(row.directory for row in old)]
+        deletions.add(*useless)
+    return useless
 
 
 def commit_samples(answers: Mapping[int, Result]) -> None:
@@ -285,7 +288,8 @@ def _register_checkpoints(run: RunCommit) -> None:
 
 def _withdraw_owed(run: RunCommit, op: AppliedOperation) -> None:
     """Give up weights that a former owner has promised with an early answer and that cannot be made any more."""
-    Checkpoint.objects.filter(run_id=run.run_pk, seq=op.seq, is_ephemeral=True, size_bytes=0).delete()
+    owed = Checkpoint.objects.filter(run_id=run.run_pk, seq=op.seq, is_ephemeral=True, size_bytes=0)
+    checkpoints.delete(*owed)
 
 
 def register_checkpoint(run: RunCommit, op: AppliedOperation, new: NewCheckpoint) -> None:

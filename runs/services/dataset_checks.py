@@ -14,7 +14,7 @@ from django.db.models.functions import Now
 from runs.datasets import checking
 from runs.datasets.checking import Outcome, Progress, Report
 from runs.models import DatasetVersion
-from runs.services import base_models, blobs
+from runs.services import base_models, blobs, deletions
 from runs.services.advisory_locks import LockClass, any_lock
 from runs.services.dataset_rows import INDEX, ROWS, drop_copies, local_copy
 
@@ -127,7 +127,7 @@ def _enter(version: DatasetVersion, report: Report) -> None:
     }
     is_entered = _waiting().filter(pk=version.pk).update(**values)
     if not is_entered and not DatasetVersion.objects.filter(pk=version.pk).exists():
-        blobs.delete_folder(version.directory)
+        deletions.add(version.directory)
 
 
 def _storable(value: Any) -> Any:

@@ -24,7 +24,7 @@ from runs.datasets import formats
 from runs.datasets.file_names import types_in
 from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Dataset, DatasetVersion, User
-from runs.services import access, blobs, dataset_uses
+from runs.services import access, blobs, dataset_uses, deletions
 from runs.services.dataset_checks import ORIGINAL
 from runs.services.dataset_rows import RowReader, drop_copies, open_rows
 
@@ -74,8 +74,8 @@ def create_version(
     """
     found = register(user, path=path, filename=filename, dataset=dataset, name=name, description=description)
     path.unlink()
-    if found.is_known and types_in(found.version.filename) != types_in(_stored(filename)):
-        raise _read_otherwise(found.version, filename)
+    if reason := misread(found.version, filename):
+        raise RequestInvalid(reason, place="filename")
     return found.version
 
 
@@ -119,7 +119,7 @@ def register(
         blobs.delete_folder(directory)
         raise
     if is_known:
-        blobs.delete_folder(directory)
+        deletions.add(directory)
     return Registered(version=version, is_known=is_known)
 
 
@@ -165,12 +165,14 @@ def _known(user: User, dataset: Dataset | None, digest: str, filename: str) -> D
     return next((one for one in of_type if not (one.mapping and dataset_uses.is_used(one))), None)
 
 
-def _read_otherwise(version: DatasetVersion, filename: str) -> RequestInvalid:
+def misread(version: DatasetVersion, filename: str) -> str:
+    """Return why a version is not what an upload of its content under a name asks for, and the way out; else nothing."""
+    if types_in(version.filename) == types_in(_stored(filename)):
+        return ""
     ref = f"{version.dataset.public_id}@{version.number}"
-    return RequestInvalid(
-        f"{ref} holds the same content, read as the type of file that its name {version.filename[:80]!r} says; "
-        f"to have it read as that of {filename[:80]!r}, upload it as a dataset of its own",
-        place="filename",
+    return (
+        f"the same content is here as {ref}, read as the type of file that its name {version.filename[:80]!r} says; "
+        f"to have it read as that of {filename[:80]!r}, upload it as a dataset of its own"
     )
 
 
@@ -343,8 +345,8 @@ def delete(dataset: Dataset) -> None:
             more = f" and {num - len(users)} more" if num > len(users) else ""
             raise RequestInvalid(f"used by {names}{more}; delete those runs first", place="dataset")
         Dataset.objects.filter(pk=dataset.pk).delete()
+        deletions.add(*(version.directory for version in versions))
     for version in versions:
-        blobs.delete_folder(version.directory)
         drop_copies(version.directory)
 
 

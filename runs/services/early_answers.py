@@ -12,7 +12,7 @@ from django.db.models.functions import Now
 
 from runs import events
 from runs.models import Checkpoint, Operation, TrainingRun
-from runs.services import commits
+from runs.services import commits, deletions
 from runs.services.commits import NewCheckpoint, RunCommit
 
 
@@ -40,6 +40,8 @@ def give(run: RunCommit, new: NewCheckpoint) -> bool:
             events.notify_done([op.pk])
         else:
             owed = Checkpoint.objects.filter(run_id=run.run_pk, seq=op.seq, is_ephemeral=True, size_bytes=0)
+            former = owed.exclude(directory=new.directory)
+            deletions.add(*former.values_list("directory", flat=True))
             owed.update(directory=new.directory)
     return True
 
@@ -50,10 +52,16 @@ def is_owed(directory: str) -> bool:
 
 
 def settle(directory: str, size_bytes: int) -> bool:
-    """Enter that the file is there; false when nobody wants it any more."""
-    return bool(Checkpoint.objects.filter(directory=directory).update(size_bytes=size_bytes))
+    """Enter that the file is there; false when nobody wants it any more, and it goes."""
+    with transaction.atomic():
+        is_wanted = bool(Checkpoint.objects.filter(directory=directory).update(size_bytes=size_bytes))
+        if not is_wanted:
+            deletions.add(directory)
+    return is_wanted
 
 
 def withdraw(directory: str) -> None:
     """Give up a checkpoint that storage will not take: its samples fail and say that the weights are gone."""
-    Checkpoint.objects.filter(directory=directory, size_bytes=0).delete()
+    with transaction.atomic():
+        Checkpoint.objects.filter(directory=directory, size_bytes=0).delete()
+        deletions.add(directory)

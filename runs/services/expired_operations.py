@@ -8,8 +8,8 @@ still known.
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timedelta
-from functools import partial
 from itertools import takewhile
 from typing import Final
 
@@ -18,13 +18,15 @@ from django.db.models import Exists, Min, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from runs.models import Evaluation, Operation, Recipe, Snapshot, TrainingRun
-from runs.services import blobs, payload_files
+from runs.services import deletions, payload_files
 from runs.services.commits import NUM_SNAPSHOTS_KEPT
 
 KEEP_RESULTS: Final = timedelta(hours=24)
 _BATCH: Final = 500
 _BATCHES_AT_ONCE: Final = 200
 _RUNS_AT_ONCE: Final = 500
+# A bucket that does not answer takes 20 s of each batch.
+_TURN_S: Final = 20.0
 
 _FLOORS: Final = """
 WITH kept AS (
@@ -39,8 +41,7 @@ WITH kept AS (
 )
 SELECT id, floor FROM floors WHERE floor > LEAST(payloads_gone_seq, results_gone_seq) ORDER BY random() LIMIT %s
 """
-# By chance: many runs whose results are too young to go must not keep others from their turn. So are snapshots taken,
-# for one whose files cannot be deleted.
+# By chance: many runs whose results are too young to go must not keep others from their turn.
 
 
 def forget() -> None:
@@ -50,25 +51,23 @@ def forget() -> None:
         floors: list[tuple[int, int]] = cursor.fetchall()
     before = timezone.now() - KEEP_RESULTS
     num_left = _BATCHES_AT_ONCE
+    until = time.monotonic() + _TURN_S
     for run_pk, floor in floors:
         while num_left and _forget_payloads(run_pk, floor):
-            num_left -= 1
+            num_left = num_left - 1 if time.monotonic() < until else 0
         while num_left and _forget_results(run_pk, floor, before):
             num_left -= 1
     _forget_snapshots()
 
 
 def _forget_snapshots() -> None:
-    """Delete the snapshots of runs that have ended with nothing left to do.
-
-    Raises:
-        OSError: the bucket fails, or what its client raises then; the rows of what is left stay for the next time.
-    """
+    """Delete the snapshots of runs that have ended with nothing left to do."""
     waiting = Operation.objects.filter(run=OuterRef("run"), state=Operation.State.QUEUED)
     ended = ~Exists(waiting) & ~Q(run__state=TrainingRun.State.OPEN)
-    for row in Snapshot.objects.filter(ended).order_by("?")[:_RUNS_AT_ONCE]:
-        blobs.delete_folder(row.directory)
-        Snapshot.objects.filter(pk=row.pk).delete()
+    with transaction.atomic():
+        chosen = dict(Snapshot.objects.filter(ended).values_list("pk", "directory")[:_RUNS_AT_ONCE])
+        Snapshot.objects.filter(pk__in=chosen).delete()
+        deletions.add(*chosen.values())
 
 
 def _forget_payloads(run_pk: int, floor: int) -> bool:
@@ -85,7 +84,7 @@ def _forget_payloads(run_pk: int, floor: int) -> bool:
         Operation.objects.filter(pk__in=[pk for pk, _, _ in batch]).update(payload=None, payload_file="")
         TrainingRun.objects.filter(pk=run_pk).update(payloads_gone_seq=last)
         names = {name for _, _, name in batch if name}
-        transaction.on_commit(partial(payload_files.delete_unused, names))
+        payload_files.delete_after_commit(names)
     return True
 
 

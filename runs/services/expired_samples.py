@@ -8,9 +8,9 @@ or for its fixed prompts, is shown on the run's page and goes with the run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from datetime import timedelta
-from functools import partial
 from typing import Final
 
 from django.db import connection, transaction
@@ -24,14 +24,17 @@ from runs.services.expired_operations import KEEP_RESULTS
 KEEP_SILENT: Final = timedelta(days=30)
 _BATCH: Final = 500
 _BATCHES_AT_ONCE: Final = 200
+# A bucket that does not answer takes 20 s of each batch.
+_TURN_S: Final = 20.0
 _KEPT: Final = Q(payload__isnull=False) | ~Q(payload_file="") | Q(result__isnull=False)
 
 
 def forget() -> None:
     """Delete what has become useless; what is more than some good batches waits for the next time."""
+    until = time.monotonic() + _TURN_S
     for step in (_forget_content, _forget_rows, _forget_sampling_sessions, _forget_sessions):
         for _ in range(_BATCHES_AT_ONCE):
-            if not step():
+            if not step() or time.monotonic() > until:
                 break
 
 
@@ -43,7 +46,7 @@ def _forget_content() -> bool:
         chosen = Operation.objects.filter(pk__in=[pk for pk, _ in batch])
         chosen.update(payload=None, payload_file="", result=None)
         names = {name for _, name in batch if name}
-        transaction.on_commit(partial(payload_files.delete_unused, names))
+        payload_files.delete_after_commit(names)
     return bool(batch)
 
 

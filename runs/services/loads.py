@@ -1,23 +1,22 @@
 """Operations that read the files of a checkpoint: the creation of a run from one, and a load into a run.
 
 Such an operation names the folder. The files stay, whatever becomes of the checkpoint's row and name, as long as a worker
-has still to read them, or may have to again after a crash.
+has still to read them, or may have to again after a crash (see `services.deletions`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import orjson
 from django.db.models import F, Q, QuerySet
 
 from runs.models import Checkpoint, Operation
-from runs.services import blobs, operations
+from runs.services import operations
 from runs.services.operations import Submission
 
 Kind = Operation.Kind
-_BATCH: Final = 500
 
 
 def submission(kind: str, *, seq: int, path: str, with_optimizer: bool, directory: str = "") -> Submission:
@@ -39,19 +38,9 @@ def to_come(folder: str) -> QuerySet[Operation]:
     return named.filter(Q(loads_from=folder) | Q(loads_from__startswith=f"{folder}/")).exclude(_is_over())
 
 
-def delete_files(folder: str) -> None:
-    """Delete a folder that no checkpoint has any more, unless it has still to be read: then `let_go` does so in time."""
-    if not to_come(folder).exists() and not _is_named(folder):
-        blobs.delete_folder(folder)
-
-
-def let_go() -> None:
-    """Forget which folders were read by loads that are over, and delete those that no checkpoint has any more."""
-    loads = Operation.objects.exclude(loads_from="").filter(_is_over())
-    over = dict(loads.values_list("pk", "loads_from")[:_BATCH])
-    for folder in set(over.values()):
-        delete_files(folder)
-    Operation.objects.filter(pk__in=over).update(loads_from="")
+def over() -> QuerySet[Operation]:
+    """Return the operations that name a folder still, but will never read it again."""
+    return Operation.objects.exclude(loads_from="").filter(_is_over())
 
 
 def waiting_saves(run_pk: int, *, kind: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,8 +56,3 @@ def waiting_saves(run_pk: int, *, kind: str, name: str) -> Iterator[tuple[int, d
 def _is_over() -> Q:
     """The payload of a load goes when no replay can need it, and so may the files (see `expired_operations`)."""
     return Q(state=Operation.State.FAILED) | Q(run__payloads_gone_seq__gte=F("seq"))
-
-
-def _is_named(folder: str) -> bool:
-    run_pk = folder.split("/")[1]  # see `gpuworker.snapshots.new_directory`
-    return Checkpoint.objects.filter(run_id=int(run_pk), directory=folder).exists()

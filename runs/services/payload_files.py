@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Final
+
+from django.db import transaction
 
 from runs.models import Operation
 from runs.services import blobs
@@ -25,6 +27,19 @@ def delete_unused(names: Iterable[str]) -> int:
         used = set(named.values_list("payload_file", flat=True))
         num_deleted += sum(blobs.delete_if_old(name) for name in batch if name not in used)
     return num_deleted
+
+
+def delete_after_commit(names: Collection[str]) -> None:
+    """Delete those of the files that no operation names once the current transaction is committed.
+
+    What fails is logged and keeps nothing else from going: `delete_orphans` finds it. Unlike folders (`services.deletions`)
+    they are not entered as to be deleted, since the same names may be written again at any time.
+    """
+
+    def delete_files() -> None:  # Django tells of one that failed by its name, which `partial` makes none of
+        delete_unused(names)
+
+    transaction.on_commit(delete_files, robust=True)
 
 
 def delete_orphans(*, minute: int | None = None) -> int:

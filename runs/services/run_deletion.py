@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Final
 
 from django.db import connection, transaction
@@ -21,7 +20,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import blobs, loads, payload_files
+from runs.services import deletions, payload_files
 
 _ENDED: Final = (
     Recipe.State.FINISHED,
@@ -39,8 +38,7 @@ def delete(run: TrainingRun) -> None:
     """Delete a run with all that it left: checkpoints, metrics, events, samples, operations, and their files.
 
     Forks keep the path they started from, and the files that they have still to load. A worker that still holds the
-    run cannot commit to it any more. The files go once the rows are gone; what fails then is found in a folder by
-    `services.state_folders`, payloads in a bucket by `services.payload_files`. Of states in a bucket nobody knows then.
+    run cannot commit to it any more. The files go once the rows are gone.
 
     Raises:
         RequestInvalid: the run trains or waits to.
@@ -62,7 +60,8 @@ def delete(run: TrainingRun) -> None:
         if row.source != TrainingRun.Source.SDK:
             Session.objects.filter(pk=row.session_id).delete()
         events.run_changed(run.pk, run.owner_id, run.public_id)
-        _delete_files(snapshots, weights, payloads)
+        deletions.add(*snapshots, *weights)
+        payload_files.delete_after_commit(payloads)
 
 
 def obstacle_to_deletion(run: TrainingRun, recipe: Recipe | None) -> str:
@@ -100,12 +99,3 @@ def _delete_operations(run: TrainingRun) -> list[str]:
 
 def _folders(states: Manager[Checkpoint] | Manager[Snapshot]) -> Iterable[str]:
     return states.values_list("directory", flat=True)
-
-
-def _delete_files(snapshots: list[str], weights: list[str], payloads: list[str]) -> None:
-    """Delete files when the current transaction commits, each folder whatever becomes of the others."""
-    for folder in snapshots:
-        blobs.delete_after_commit(partial(blobs.delete_folder, folder))
-    for folder in weights:
-        blobs.delete_after_commit(partial(loads.delete_files, folder))
-    blobs.delete_after_commit(partial(payload_files.delete_unused, payloads))

@@ -2,9 +2,8 @@
 
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
 higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
-holds gets a higher one here, if its last owner left something. So do folders go whose rows were deleted: at once,
-as a rule, but by this when somebody died in between or a run had still to read the weights. In a bucket nothing is
-looked for: a deletion that failed there is not done again.
+holds gets a higher one here, if its last owner left something. Folders whose rows were deleted are not this module's:
+`services.deletions` knows them. In a bucket nothing is looked for.
 """
 
 from __future__ import annotations
@@ -61,12 +60,11 @@ def _delete_orphans(kind: str, folder: Path) -> int:
         orphans = {name for name in orphans - _named(kind, run_pk) if _fence_of(name) < fence}
     # Last the loads: whoever asked for one of a row that is gone by now has entered it.
     orphans -= set(loads.to_come(f"{kind}/{run_pk}").values_list("loads_from", flat=True))
-    for name in orphans:
-        blobs.delete_folder(name)
+    num_removed = sum(blobs.delete_folder(name) for name in orphans)
     if fence is None:
         with contextlib.suppress(OSError):  # something is left in it
             folder.rmdir()
-    return len(orphans)
+    return num_removed
 
 
 def _named(kind: str, run_pk: int) -> set[str]:

@@ -19,6 +19,7 @@ from runs.services import (
     blobs,
     checkpoints,
     commits,
+    deletions,
     expired_operations,
     loads,
     operations,
@@ -103,12 +104,14 @@ def test_files_stay_until_a_fork_has_loaded_them(
     with django_capture_on_commit_callbacks(execute=True):
         take_away(checkpoint, how, worker)
     state_folders.delete_orphans()
-    loads.let_go()
+    deletions.add_loaded()
+    deletions.delete_due()
     assert not Checkpoint.objects.filter(run=run, directory=checkpoint.directory).exists()
     assert len(list(folder_of(checkpoint).iterdir())) == len(rows.FILES)
     assert folder_of(other).exists() == Checkpoint.objects.filter(pk=other.pk).exists()
     keep_states(fork, worker)
-    loads.let_go()
+    deletions.add_loaded()
+    deletions.delete_due()
     assert not folder_of(checkpoint).exists()
     assert not Operation.objects.exclude(loads_from="").exists()
 
@@ -165,14 +168,16 @@ def test_files_do_not_wait_for_a_fork_that_will_not_load_them(
         Operation.objects.filter(run=fork).update(state=Operation.State.DONE)
         TrainingRun.objects.filter(pk=fork.pk).update(state=end, applied_seq=0)
     expired_operations.forget()
-    loads.let_go()
+    deletions.add_loaded()
+    deletions.delete_due()
     assert not folder_of(checkpoint).exists()
 
 
 def test_a_loaded_checkpoint_keeps_its_files(run: TrainingRun, alice: User, worker: HandWorker) -> None:
     checkpoint = rows.make_checkpoint(run, "one")
     keep_states(rows.make_fork(checkpoint, alice), worker)
-    loads.let_go()
+    deletions.add_loaded()
+    deletions.delete_due()
     assert folder_of(checkpoint).exists()
 
 
@@ -197,11 +202,13 @@ def test_a_load_into_a_run_needs_its_files_until_two_later_states_are_kept(
         checkpoints.delete(checkpoint)
     for kept_seq in (seq - 1, seq, seq + 1):  # the newest may turn out to be torn
         expired_operations.forget()
-        loads.let_go()
+        deletions.add_loaded()
+        deletions.delete_due()
         assert folder_of(checkpoint).exists()
         commits.register_snapshot(run.pk, fence=fence, seq=kept_seq, directory="snapshots/0/x", size_bytes=1)
     expired_operations.forget()
-    loads.let_go()
+    deletions.add_loaded()
+    deletions.delete_due()
     assert not folder_of(checkpoint).exists()
 
 

@@ -327,8 +327,13 @@ def test_applied_operations_come_back_for_replay_without_an_attempt(
 def test_snapshots_are_offered_newest_first_up_to_what_was_applied(run: TrainingRun) -> None:
     for seq, fence in ((10, 1), (20, 1), (20, 2)):
         TrainingRun.objects.filter(pk=run.pk).update(fence=fence)
-        commits.register_snapshot(run.pk, fence=fence, seq=seq, directory=f"s/{seq}-{fence}", size_bytes=1)
-    assert claims.latest_snapshots(run.pk, up_to_seq=25) == [(20, "s/20-2"), (20, "s/20-1")]
+        commits.register_snapshot(
+            run.pk, fence=fence, seq=seq, directory=f"snapshots/1/{seq}-{fence}", size_bytes=1
+        )
+    assert claims.latest_snapshots(run.pk, up_to_seq=25) == [
+        (20, "snapshots/1/20-2"),
+        (20, "snapshots/1/20-1"),
+    ]
     assert claims.latest_snapshots(run.pk, up_to_seq=15) == []
 
 

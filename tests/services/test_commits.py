@@ -38,7 +38,7 @@ METRICS = {"loss": 1.5, "grad_norm": 0.25}
 def new_checkpoint(name: str = "one", **changes: Any) -> NewCheckpoint:
     fields: dict[str, Any] = {
         "kind": "weights",
-        "directory": f"checkpoints/{name}",
+        "directory": f"checkpoints/1/{name}",
         "size_bytes": 9,
     } | changes
     return NewCheckpoint(name=name, **fields)
@@ -231,12 +231,12 @@ def test_overwriting_replaces_the_row(run: TrainingRun, worker: HandWorker) -> N
     commit = full_commit(run, worker)
     commits.commit_all([commit])
     pk = rows.optim_step(run, 3)
-    new = new_checkpoint("one", directory="checkpoints/new", overwrite=True, user_metadata={"a": "b"})
+    new = new_checkpoint("one", directory="checkpoints/1/new", overwrite=True, user_metadata={"a": "b"})
     held = worker.hold(run)
     assert commits.commit_all([commit_of(held, [applied(pk, 3, checkpoint=new)], from_seq=2)]) == [True]
     checkpoint = Checkpoint.objects.get(run=run)
     assert (checkpoint.directory, checkpoint.seq, checkpoint.user_metadata) == (
-        "checkpoints/new",
+        "checkpoints/1/new",
         3,
         {"a": "b"},
     )
@@ -324,32 +324,39 @@ def test_a_request_that_arrives_after_its_seq_was_given_up_is_answered(
 def test_two_snapshots_are_kept(run: TrainingRun) -> None:
     TrainingRun.objects.filter(pk=run.pk).update(fence=1)
     removed = [
-        commits.register_snapshot(run.pk, fence=1, seq=seq, directory=f"s/{seq}", size_bytes=1)
+        commits.register_snapshot(run.pk, fence=1, seq=seq, directory=f"snapshots/1/{seq}", size_bytes=1)
         for seq in (10, 20, 30, 40, 40)
     ]
-    assert removed == [[], [], ["s/10"], ["s/20"], []]
-    assert list(Snapshot.objects.filter(run=run).values_list("directory", flat=True)) == ["s/40", "s/30"]
+    assert removed == [[], [], ["snapshots/1/10"], ["snapshots/1/20"], []]
+    assert list(Snapshot.objects.filter(run=run).values_list("directory", flat=True)) == [
+        "snapshots/1/40",
+        "snapshots/1/30",
+    ]
 
 
 def test_of_two_snapshots_after_one_operation_the_first_stands(run: TrainingRun) -> None:
     TrainingRun.objects.filter(pk=run.pk).update(fence=1)
     register = partial(commits.register_snapshot, run.pk, fence=1, seq=10, size_bytes=1)
-    assert [register(directory=name) for name in ("s/one", "s/two", "s/one")] == [[], ["s/two"], []]
-    assert Snapshot.objects.get(run=run).directory == "s/one"
+    assert [
+        register(directory=name) for name in ("snapshots/1/one", "snapshots/1/two", "snapshots/1/one")
+    ] == [[], ["snapshots/1/two"], []]
+    assert Snapshot.objects.get(run=run).directory == "snapshots/1/one"
 
 
 def test_a_snapshot_that_comes_late_does_not_push_out_newer_ones(run: TrainingRun) -> None:
     TrainingRun.objects.filter(pk=run.pk).update(fence=2)
     for seq in (20, 30):
-        commits.register_snapshot(run.pk, fence=2, seq=seq, directory=f"s/{seq}", size_bytes=1)
-    assert commits.register_snapshot(run.pk, fence=1, seq=10, directory="s/late", size_bytes=1) == ["s/late"]
+        commits.register_snapshot(run.pk, fence=2, seq=seq, directory=f"snapshots/1/{seq}", size_bytes=1)
+    assert commits.register_snapshot(run.pk, fence=1, seq=10, directory="snapshots/1/late", size_bytes=1) == [
+        "snapshots/1/late"
+    ]
 
 
 def test_a_snapshot_of_a_former_owner_is_not_entered(run: TrainingRun) -> None:
     TrainingRun.objects.filter(pk=run.pk).update(fence=2)
-    assert commits.register_snapshot(run.pk, fence=1, seq=99, directory="s/stale", size_bytes=1) == [
-        "s/stale"
-    ]
+    assert commits.register_snapshot(
+        run.pk, fence=1, seq=99, directory="snapshots/1/stale", size_bytes=1
+    ) == ["snapshots/1/stale"]
     assert not Snapshot.objects.filter(run=run).exists()
 
 

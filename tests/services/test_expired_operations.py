@@ -11,8 +11,8 @@ from django.core.files.storage import default_storage
 from django.db.models.functions import Now
 from pytest_django.fixtures import DjangoCaptureOnCommitCallbacks, Settings
 
-from runs.models import Evaluation, Operation, Recipe, Snapshot, TrainingRun, User
-from runs.services import claims, commits, expired_operations, operations, payload_files
+from runs.models import Evaluation, Operation, PendingDeletion, Recipe, Snapshot, TrainingRun, User
+from runs.services import claims, commits, deletions, expired_operations, operations, payload_files
 from runs.services.operations import Submission
 from tests.services import rows
 from tests.services.flaky_bucket import use_flaky_bucket
@@ -129,18 +129,22 @@ def test_a_refused_operation_does_not_keep_the_young_results_before_it(
 
 
 def test_a_snapshot_whose_files_a_bucket_keeps_is_deleted_later(
-    run: TrainingRun, worker: HandWorker, settings: Settings
+    run: TrainingRun,
+    worker: HandWorker,
+    settings: Settings,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
 ) -> None:
     use_flaky_bucket(settings)
     worker.finish(Operation.objects.get(run=run, seq=0).pk)
     snapshot(run, worker, 0)
     TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.CLOSED)
-    with pytest.raises(OSError, match="away"):
+    with django_capture_on_commit_callbacks(execute=True):
         expired_operations.forget()
     assert with_payload(run) == []
-    assert Snapshot.objects.filter(run=run).exists()
-    expired_operations.forget()
     assert not Snapshot.objects.filter(run=run).exists()
+    assert PendingDeletion.objects.update(due_at=Now()) == 1
+    deletions.delete_due()
+    assert not PendingDeletion.objects.exists()
 
 
 def test_results_stay_until_the_loop_has_read_them(applied: TrainingRun, worker: HandWorker) -> None:

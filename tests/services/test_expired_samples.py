@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from django.core.files.storage import default_storage
@@ -20,7 +21,7 @@ from runs.models import (
     TrainingRun,
     User,
 )
-from runs.services import expired_samples, sessions
+from runs.services import expired_samples, payload_files, sessions
 from runs.services.expired_operations import KEEP_RESULTS
 from tests.services import rows
 
@@ -132,6 +133,28 @@ def test_a_payload_file_goes_too(
         expired_samples.forget()
     assert not default_storage.exists(sample.payload_file)
     assert left_of(sample) == "nothing"
+
+
+def test_a_payload_file_that_cannot_be_deleted_holds_up_nothing(
+    alice: User,
+    settings: Settings,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings.INLINE_PAYLOAD_BYTES = 4
+    sample = asked(alice)
+    close(sample)
+    path = Path(default_storage.path(sample.payload_file))
+    os.utime(path, (0, 0))
+    in_the_way = path.with_name(f".old-{path.name}")
+    in_the_way.mkdir()
+    with django_capture_on_commit_callbacks(execute=True):
+        expired_samples.forget()
+    assert "delete_files" in caplog.text
+    assert left_of(sample) == "nothing"
+    in_the_way.rmdir()
+    assert payload_files.delete_orphans(minute=int(path.name[:2], 16) // 8) >= 1
+    assert not path.exists()
 
 
 def test_many_go_in_batches(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:

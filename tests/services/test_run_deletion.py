@@ -208,7 +208,7 @@ def test_a_worker_that_holds_it_cannot_bring_it_back(rested: TrainingRun, worker
 
     late = commit_of(held, [applied(pk, 2)], from_seq=1)
     assert commits.commit_all([late]) == [False]
-    folder = "snapshots/late"
+    folder = f"snapshots/{held.pk}/late"
     kept = commits.register_snapshot(held.pk, fence=held.fence, seq=2, directory=folder, size_bytes=1)
     assert kept == [folder]  # to be deleted
     claims.enter_replay(held, num_replayed=1, num_to_replay=2)
