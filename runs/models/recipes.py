@@ -45,6 +45,8 @@ class Recipe(models.Model):
     preparation = models.JSONField(default=dict)
     progress = models.FloatField(default=0.0)
     first_step = models.PositiveIntegerField(default=0)
+    data_step = models.PositiveIntegerField(default=0)
+    data_row = models.PositiveBigIntegerField(default=0)
     next_step = models.PositiveIntegerField(default=0)
     num_steps = models.PositiveIntegerField(default=0)
     next_seq = models.PositiveBigIntegerField(default=1)

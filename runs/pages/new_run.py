@@ -29,6 +29,7 @@ from runs.recipes import config_files, defaults, estimates, trial
 from runs.recipes.estimates import Estimate
 from runs.schemas.recipes import MAX_PROMPT_CHARS, MAX_PROMPTS, SftConfig
 from runs.services import base_models, recipe_checks, recipes
+from runs.services.data_starts import BEGINNING
 
 _SHORT_RULES: Final = ("learning_rate", "max_length", "eval_every", "save_every", "samples.every")
 Problem = tuple[str, str]
@@ -177,8 +178,13 @@ def _sent(request: HttpRequest) -> Sent:
     problems += _prompt_problems(settings, checked.problems)
     estimate = None
     if checked.config is not None:
-        first_step = origin.fork.first_step if origin.fork is not None else 0
-        estimate = estimates.estimate(checked.config, checked.versions, first_step=first_step)
+        first_step, data_start = 0, BEGINNING
+        if origin.fork is not None:
+            first_step = origin.fork.first_step
+            data_start = origin.fork.data_start(checked.config, checked.versions[0])
+        estimate = estimates.estimate(
+            checked.config, checked.versions, first_step=first_step, data_start=data_start
+        )
         if not estimate.amounts.num_steps:
             problems.append(_ends_too_soon(checked.config, first_step))
     is_good = not problems

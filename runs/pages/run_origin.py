@@ -8,9 +8,20 @@ from typing import Any, Final
 
 from runs import ids
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, Recipe, TrainingRun, User
+from runs.models import Checkpoint, DatasetVersion, Recipe, TrainingRun, User
 from runs.pages import run_form
-from runs.services import access, base_models, datasets, recipe_checks, recipes, run_rows, sampling
+from runs.schemas.recipes import SftConfig
+from runs.services import (
+    access,
+    base_models,
+    data_starts,
+    datasets,
+    recipe_checks,
+    recipes,
+    run_rows,
+    sampling,
+)
+from runs.services.data_starts import BEGINNING, DataStart
 
 OPTIMIZER: Final = "fork.optimizer"
 
@@ -33,6 +44,10 @@ class Fork:
     def first_step(self) -> int:
         """Return the step at which the new run starts to count."""
         return self.checkpoint.step if self.with_optimizer else 0
+
+    def data_start(self, config: SftConfig, version: DatasetVersion) -> DataStart:
+        """Return where the new run begins in its data."""
+        return data_starts.of_fork(self.checkpoint, config, version) if self.with_optimizer else BEGINNING
 
     def bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with what the checkpoint decides."""

@@ -1,5 +1,7 @@
-"""Which rows a step trains on: a pure function of seed and step, so that a loop that starts again agrees with itself.
+"""Which rows are held out, and which rows a step trains on: pure functions, so that a loop that starts again agrees with itself.
 
+Whether a row is held out depends on what is in it, not on its place or a seed: runs on one dataset, and on a longer or
+sorted copy of it, are measured on the same rows, and hardly any of them was trained on by the run that another goes on from.
 Rows come in one endless stream, epoch after epoch, each epoch in an order of its own.
 """
 
@@ -12,14 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from runs.schemas.recipes import MIN_ROWS_TO_SPLIT, Validation
+from runs.services.data_starts import BEGINNING, DataStart
 
 Int64Array = npt.NDArray[np.int64]
 
-_SPLIT_STREAM, _ORDER_STREAM = 1, 2
+UInt64Array = npt.NDArray[np.uint64]
+
+_ORDER_STREAM = 2
+# 2**64 over the golden ratio: its multiples lie evenly spread around the circle of 64-bit numbers.
+_COPY_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split(
-    num_trained: npt.NDArray[np.int32], validation: Validation, *, seed: int
+    num_trained: npt.NDArray[np.int32], digests: UInt64Array, validation: Validation
 ) -> tuple[Int64Array, Int64Array]:
     """Return the rows to train on and those held out for validation, both sorted.
 
@@ -27,12 +34,11 @@ def split(
 
     Shapes:
         num_trained: (rows,), trained tokens of each row.
+        digests: (rows,), of each row's tokens.
     """
     usable = np.flatnonzero(num_trained > 0).astype(np.int64)
+    mixed = _mixed(usable, digests)
     num_out = num_held_out(len(usable), validation)
-    if num_out == 0:
-        return usable, usable[:0]
-    mixed = _generator(seed, _SPLIT_STREAM).permutation(usable)
     return np.sort(mixed[num_out:]), np.sort(mixed[:num_out])
 
 
@@ -43,10 +49,10 @@ def num_held_out(num_usable: int, validation: Validation) -> int:
     return min(validation.max_rows, math.ceil(validation.share * num_usable))
 
 
-def some_of(num_trained: npt.NDArray[np.int32], *, max_rows: int, seed: int) -> Int64Array:
-    """Return at most `max_rows` of the rows with a trained token, chosen by the seed, sorted."""
+def some_of(num_trained: npt.NDArray[np.int32], digests: UInt64Array, *, max_rows: int) -> Int64Array:
+    """Return at most `max_rows` of the rows with a trained token, chosen by what is in them, sorted."""
     usable = np.flatnonzero(num_trained > 0).astype(np.int64)
-    return np.sort(_generator(seed, _SPLIT_STREAM).permutation(usable)[:max_rows])
+    return np.sort(_mixed(usable, digests)[:max_rows])
 
 
 class BatchPlan:
@@ -56,6 +62,7 @@ class BatchPlan:
         rows: row numbers to train on.
         lengths: tokens of every row of the dataset.
         batch_tokens: fill each batch up to this many tokens instead; one longer row is a batch of its own.
+        start: the step whose batch is the first, and where in the stream it begins.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class BatchPlan:
         seed: int,
         batch_size: int,
         batch_tokens: int | None,
+        start: DataStart = BEGINNING,
     ) -> None:
         assert len(rows) > 0
         self._rows = rows
@@ -73,7 +81,8 @@ class BatchPlan:
         self._seed = seed
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
-        self._starts = [0]
+        self._first_step = start.step
+        self._starts = [start.row]
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def rows_of(self, step: int) -> Int64Array:
@@ -82,21 +91,22 @@ class BatchPlan:
         return np.array([self._row_at(position) for position in range(start, end)], dtype=np.int64)
 
     def num_steps(self, num_epochs: float) -> int:
-        """Return how many steps it takes to see the rows `num_epochs` times, at least one."""
+        """Return after which step the rows were seen `num_epochs` times, each at least once in a run from the start."""
         end = max(1, math.ceil(num_epochs * len(self._rows)))
         if self._batch_tokens is None:
-            return math.ceil(end / self._batch_size)
+            return self._first_step + max(math.ceil((end - self._starts[0]) / self._batch_size), 0)
         while self._starts[-1] < end:
             self._extend()
-        return int(np.searchsorted(self._starts, end))
+        return self._first_step + int(np.searchsorted(self._starts, end))
 
     def _start_of(self, step: int) -> int:
         """Return where in the stream a step's batch begins."""
+        number = step - self._first_step
         if self._batch_tokens is None:
-            return step * self._batch_size
-        while len(self._starts) <= step:
+            return self._starts[0] + number * self._batch_size
+        while len(self._starts) <= number:
             self._extend()
-        return self._starts[step]
+        return self._starts[number]
 
     def _extend(self) -> None:
         """Find where the next batch by tokens ends."""
@@ -116,6 +126,15 @@ class BatchPlan:
 
     def _order_of(self, epoch: int) -> Int64Array:
         return _generator(self._seed, _ORDER_STREAM, epoch).permutation(self._rows)
+
+
+def _mixed(rows: Int64Array, digests: UInt64Array) -> Int64Array:
+    """Return the rows in an order that only their digests decide; equal rows are spread like any others."""
+    digests = digests[rows]
+    order = np.argsort(digests, kind="stable")
+    _, firsts, counts = np.unique(digests[order], return_index=True, return_counts=True)
+    copies = np.arange(len(rows), dtype=np.uint64) - np.repeat(firsts, counts).astype(np.uint64)
+    return rows[order[np.argsort(digests[order] + copies * _COPY_STEP, kind="stable")]]
 
 
 def _generator(*key: int) -> np.random.Generator:

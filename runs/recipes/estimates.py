@@ -26,6 +26,7 @@ from runs.recipes.paces import Pace
 from runs.schemas.recipes import LoraSettings, SftConfig
 from runs.services import base_models, recipe_status, workers
 from runs.services.base_models import BaseModelInfo
+from runs.services.data_starts import BEGINNING, DataStart
 
 # What a chat template writes around each message: two marks, the role, a line end.
 TOKENS_PER_MESSAGE: Final = 5
@@ -110,15 +111,21 @@ class Estimate:
         return self.amounts.total_tokens / self.pace.high, self.amounts.total_tokens / self.pace.low
 
 
-def estimate(config: SftConfig, versions: Sequence[DatasetVersion], *, first_step: int = 0) -> Estimate:
+def estimate(
+    config: SftConfig,
+    versions: Sequence[DatasetVersion],
+    *,
+    first_step: int = 0,
+    data_start: DataStart = BEGINNING,
+) -> Estimate:
     """Return what a run with checked settings would come to.
 
     Args:
         versions: the training dataset and those for validation.
-        first_step: where a fork with optimizer state goes on.
+        first_step: where a fork with optimizer state goes on; there it is `data_start` in its data.
     """
     info = base_models.get(config.base_model)
-    amounts = amounts_of(config, versions, info, first_step=first_step)
+    amounts = amounts_of(config, versions, info, first_step=first_step, data_start=data_start)
     completed = defaults.completed(config, info=info, num_steps=first_step + amounts.num_steps)
     return Estimate(
         config=completed,
@@ -134,7 +141,12 @@ def estimate(config: SftConfig, versions: Sequence[DatasetVersion], *, first_ste
 
 
 def amounts_of(
-    config: SftConfig, versions: Sequence[DatasetVersion], info: BaseModelInfo, *, first_step: int = 0
+    config: SftConfig,
+    versions: Sequence[DatasetVersion],
+    info: BaseModelInfo,
+    *,
+    first_step: int = 0,
+    data_start: DataStart = BEGINNING,
 ) -> Amounts:
     """Return how much a run with checked settings trains on."""
     version, *others = versions
@@ -147,8 +159,8 @@ def amounts_of(
         num_epochs = num_steps * batch_rows / num_train
     else:
         num_epochs = config.num_epochs or defaults.NUM_EPOCHS
-        all_steps = math.ceil(max(1, math.ceil(num_epochs * num_train)) / batch_rows)
-        num_steps = max(all_steps - first_step, 0)
+        num_rows_left = max(1, math.ceil(num_epochs * num_train)) - data_start.row
+        num_steps = max(data_start.step + math.ceil(num_rows_left / batch_rows) - first_step, 0)
     return Amounts(
         num_rows=version.num_rows,
         num_train_rows=num_train,

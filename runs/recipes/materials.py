@@ -24,6 +24,7 @@ from runs.recipes.sft import HeldOut, Material
 from runs.recipes.tokens import TokenStore
 from runs.schemas.recipes import SftConfig
 from runs.services import base_models, recipe_steps
+from runs.services.data_starts import DataStart
 from runs.services.recipe_rows import State
 
 _NUM_OPENING: Final = 2
@@ -170,7 +171,7 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
     """Read the recipe's datasets as tokens and divide them."""
     config = SftConfig.model_validate(recipe.config)
     store = store_of(recipe.dataset_version, config)
-    rows, held_out_rows = split(store.num_trained, config.validation, seed=config.seed)
+    rows, held_out_rows = split(store.num_trained, store.digests, config.validation)
     if len(rows) == 0:
         raise DataError(
             f"none of the {len(store)} rows has a token to train on; choose another train_on or a longer max_length",
@@ -185,6 +186,7 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
         seed=config.seed,
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
+        start=DataStart(step=recipe.data_step, row=recipe.data_row),
     )
     return Material(store=store, rows=rows, plan=plan, held_out=held_out)
 
@@ -213,8 +215,8 @@ def _max_length(config: SftConfig) -> int:
 
 
 def _other(version: DatasetVersion, config: SftConfig, store: TokenStore) -> list[HeldOut]:
-    """Return a dataset given for validation, or a seeded part of a large one."""
-    rows = some_of(store.num_trained, max_rows=config.validation.max_rows, seed=config.seed)
+    """Return a dataset given for validation, or a part of a large one."""
+    rows = some_of(store.num_trained, store.digests, max_rows=config.validation.max_rows)
     label = version.dataset.name[:_MAX_LABEL] or version.dataset.public_id
     return [HeldOut(label=label, store=store, rows=rows)] if len(rows) else []
 

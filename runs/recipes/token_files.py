@@ -1,16 +1,18 @@
 """A dataset version's tokens on disk: written in one pass, read by memory map.
 
-A store is a folder of four little-endian arrays and a description:
+A store is a folder of five little-endian arrays and a description:
 
     tokens.bin     uint32, all rows end to end; the highest bit says that the token is trained on
     offsets.bin    int64, where each row begins, and the end of the last
     trained.bin    int32, trained tokens of each row
     truncated.bin  int32, tokens cut off each row
+    digests.bin    uint64, of each row's tokens: equal for equal rows
     store.json     format, counts, the first problems
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -25,11 +27,11 @@ import numpy.typing as npt
 
 from runs.recipes.rendering import TokenRow
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_PROBLEMS: Final = 100
 DESCRIPTION: Final = "store.json"
 _TRAINED_BIT: Final = np.uint32(1 << 31)
-_ARRAYS: Final = {"tokens": "<u4", "offsets": "<i8", "trained": "<i4", "truncated": "<i4"}
+_ARRAYS: Final = {"tokens": "<u4", "offsets": "<i8", "trained": "<i4", "truncated": "<i4", "digests": "<u8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class TokenStore:
         self._offsets = _mapped(folder, "offsets")
         self._truncated = _mapped(folder, "truncated")
         self.num_trained: npt.NDArray[np.int32] = np.array(_mapped(folder, "trained"), dtype=np.int32)
+        self.digests: npt.NDArray[np.uint64] = np.array(_mapped(folder, "digests"), dtype=np.uint64)
         self.lengths: npt.NDArray[np.int32] = np.diff(self._offsets).astype(np.int32)
 
     def __len__(self) -> int:
@@ -127,6 +130,7 @@ class StoreWriter:
         self._write("offsets", ends)
         self._write("trained", trained)
         self._write("truncated", truncated)
+        self._write("digests", [_digest_of(row) for row in good])
         for place, error in failed[: MAX_PROBLEMS - len(self._problems)]:
             self._problems.append(Problem(row=self._counts.num_rows + place, reason=str(error)))
         self._counts = Counts(
@@ -163,6 +167,11 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest_of(row: TokenRow) -> int:
+    tokens = row.tokens.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
 
 
 def _flush(file: BinaryIO) -> None:

@@ -69,7 +69,7 @@ class LoraSettings(RecipeModel):
 
 
 class Validation(RecipeModel):
-    """What the validation loss is measured on: a seeded share of the rows, or other datasets, or both."""
+    """What the validation loss is measured on: a share of the rows, or other datasets, or both."""
 
     share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     max_rows: Annotated[int, Field(ge=1, le=2_000)] = 200

@@ -21,6 +21,7 @@ from runs.schemas.problems import Problems, show
 from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
 from runs.services import (
     access,
+    data_starts,
     recipe_checks,
     recipe_rows,
     recipe_samples,
@@ -28,6 +29,7 @@ from runs.services import (
     sessions,
     training_runs,
 )
+from runs.services.data_starts import BEGINNING
 from runs.services.recipe_rows import State
 from runs.services.training_runs import Lora, Start
 
@@ -244,7 +246,9 @@ def _start(
 ) -> TrainingRun:
     version, validation = recipe_checks.check_config(user, config)
     held = recipe_checks.pinned(config, version, validation).model_dump(mode="json")
-    first_step = checkpoint.step if checkpoint is not None and with_optimizer else 0
+    first_step, data_start = 0, BEGINNING
+    if checkpoint is not None and with_optimizer:
+        first_step, data_start = checkpoint.step, data_starts.of_fork(checkpoint, config, version)
     with transaction.atomic():
         run = _make_run(user, config, name, source, checkpoint, with_optimizer)
         recipe = Recipe.objects.create(
@@ -254,6 +258,8 @@ def _start(
             started_config=held,
             dataset_version=version,
             first_step=first_step,
+            data_step=data_start.step,
+            data_row=data_start.row,
             next_step=first_step,
             num_steps=config.num_steps or 0,
         )

@@ -9,24 +9,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runs.recipes.batches import BatchPlan, some_of, split
+from runs.recipes.batches import BatchPlan, UInt64Array, some_of, split
 from runs.schemas.recipes import Validation
+from runs.services.data_starts import BEGINNING, DataStart
 
 LENGTHS = np.array([5, 9, 3, 14, 7, 2, 8, 6, 4, 30], dtype=np.int32)
 
 
-def plan(*, rows: int = 10, seed: int = 1, batch_size: int = 4, batch_tokens: int | None = None) -> BatchPlan:
+def plan(
+    *,
+    rows: int = 10,
+    seed: int = 1,
+    batch_size: int = 4,
+    batch_tokens: int | None = None,
+    start: DataStart = BEGINNING,
+) -> BatchPlan:
     return BatchPlan(
         np.arange(rows, dtype=np.int64),
         LENGTHS,
         seed=seed,
         batch_size=batch_size,
         batch_tokens=batch_tokens,
+        start=start,
     )
 
 
-def stream(made: BatchPlan, num_steps: int) -> list[int]:
-    return [int(row) for step in range(num_steps) for row in made.rows_of(step)]
+def stream(made: BatchPlan, num_steps: int, *, first: int = 0) -> list[int]:
+    return [int(row) for step in range(first, first + num_steps) for row in made.rows_of(step)]
+
+
+def random_digests(num_rows: int) -> UInt64Array:
+    return np.random.default_rng(7).integers(0, 2**64, num_rows, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 20])
@@ -76,26 +89,74 @@ def test_steps_by_tokens_cover_the_epochs_and_no_more(num_epochs: float, batch_t
     assert len(stream(made, num_steps - 1)) < wanted
 
 
+@pytest.mark.parametrize("batch_tokens", [None, 20])
+def test_a_plan_that_starts_later_begins_at_its_row(batch_tokens: int | None) -> None:
+    whole = plan(batch_tokens=batch_tokens)
+    behind = len(stream(whole, 3))
+    anew = plan(batch_tokens=batch_tokens, start=DataStart(step=30))
+    on = plan(batch_tokens=batch_tokens, start=DataStart(step=30, row=behind))
+
+    assert stream(anew, 6, first=30) == stream(whole, 6)
+    assert stream(on, 6, first=30) == stream(whole, 6, first=3)
+    assert anew.num_steps(2) == 30 + whole.num_steps(2)
+    assert on.num_steps(2) == 30 + whole.num_steps(2) - 3
+    assert on.num_steps(0.1) == 30
+
+
 def test_held_out_rows_are_never_trained_on() -> None:
     num_trained = np.full(200, 3, dtype=np.int32)
     num_trained[::7] = 0
-    rows, held_out = split(num_trained, Validation(share=0.1, max_rows=200), seed=4)
+    rows, held_out = split(num_trained, random_digests(200), Validation(share=0.1, max_rows=200))
 
     assert not set(rows) & set(held_out)
     assert set(rows) | set(held_out) == set(np.flatnonzero(num_trained))
     assert len(held_out) == 18
-    again = split(num_trained, Validation(share=0.1, max_rows=200), seed=4)
-    assert held_out.tolist() == again[1].tolist()
+    assert sorted(rows) == rows.tolist()
+    assert sorted(held_out) == held_out.tolist()
+
+
+def test_what_is_held_out_is_so_wherever_it_stands() -> None:
+    digests = random_digests(1000)
+    every = np.ones(1000, dtype=np.int32)
+    validation = Validation(share=0.1)
+    shuffled = np.random.default_rng(1).permutation(digests)
+    held_out = set(digests[split(every, digests, validation)[1]])
+
+    assert set(shuffled[split(every, shuffled, validation)[1]]) == held_out
+
+
+@pytest.mark.parametrize(("max_rows", "most"), [(200, 15), (50, 0)])
+def test_of_a_longer_dataset_hardly_a_row_is_held_out_that_was_trained_on(max_rows: int, most: int) -> None:
+    digests = random_digests(1500)
+    every = np.ones(1500, dtype=np.int32)
+    validation = Validation(share=0.1, max_rows=max_rows)
+    trained = set(split(every[:1000], digests[:1000], validation)[0])
+    held_out = split(every, digests, validation)[1]
+
+    assert len(held_out) == min(max_rows, 150)
+    assert len(trained & set(held_out)) <= most
+
+
+def test_equal_rows_are_spread_as_others_are() -> None:
+    digests = np.repeat(random_digests(40), 100)
+    held_out = split(np.ones(4000, dtype=np.int32), digests, Validation(share=0.1, max_rows=2000))[1]
+
+    assert len(held_out) == 400
+    per_row = Counter(digests[held_out].tolist())
+    assert len(per_row) == 40
+    assert max(per_row.values()) < 20
 
 
 def test_few_rows_are_all_trained_on() -> None:
-    rows, held_out = split(np.full(19, 1, dtype=np.int32), Validation(), seed=1)
+    rows, held_out = split(np.full(19, 1, dtype=np.int32), random_digests(19), Validation())
 
     assert (len(rows), len(held_out)) == (19, 0)
 
 
-def test_some_rows_are_chosen_by_the_seed() -> None:
+def test_some_rows_are_chosen_by_what_is_in_them() -> None:
     num_trained = np.array([1, 0, 1, 1, 1, 0, 1], dtype=np.int32)
 
-    assert len(some_of(num_trained, max_rows=3, seed=1)) == 3
-    assert Counter(some_of(num_trained, max_rows=9, seed=1).tolist()) == Counter([0, 2, 3, 4, 6])
+    digests = np.array([5, 0, 9, 1, 7, 2, 3], dtype=np.uint64)
+
+    assert some_of(num_trained, digests, max_rows=3).tolist() == [0, 3, 6]
+    assert some_of(num_trained, digests, max_rows=9).tolist() == [0, 2, 3, 4, 6]

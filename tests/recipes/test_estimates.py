@@ -16,6 +16,7 @@ from runs.recipes import batches, estimates, paces, tokens
 from runs.schemas.recipes import SftConfig
 from runs.services import base_models
 from runs.services.base_models import BaseModelInfo
+from runs.services.data_starts import BEGINNING, DataStart
 from tests.pages import recipe_seed, seed
 from tests.recipes.conftest import BASE_MODEL, questions
 
@@ -49,9 +50,16 @@ def prepared(version: DatasetVersion, *, max_length: int = 4096) -> tokens.Token
 
 
 def amounts(
-    version: DatasetVersion, info: BaseModelInfo, *, first_step: int = 0, **values: Any
+    version: DatasetVersion,
+    info: BaseModelInfo,
+    *,
+    first_step: int = 0,
+    data_start: DataStart = BEGINNING,
+    **values: Any,
 ) -> estimates.Amounts:
-    return estimates.amounts_of(config(version, **values), [version], info, first_step=first_step)
+    return estimates.amounts_of(
+        config(version, **values), [version], info, first_step=first_step, data_start=data_start
+    )
 
 
 def test_the_doctors_sample_comes_near_what_the_tokens_are(
@@ -118,6 +126,10 @@ def test_a_fork_does_what_is_left(version: DatasetVersion, info: BaseModelInfo) 
     assert amounts(version, info, num_steps=50, first_step=60).num_steps == 0
     whole = amounts(version, info)
     assert amounts(version, info, first_step=5).num_steps == whole.num_steps - 5
+    anew = DataStart(step=5)
+    assert amounts(version, info, first_step=5, data_start=anew).num_steps == whole.num_steps
+    behind = DataStart(step=5, row=3 * 8)
+    assert amounts(version, info, first_step=5, data_start=behind).num_steps == whole.num_steps - 3
 
 
 def test_a_dataset_that_nobody_measured_is_guessed_from_its_size(

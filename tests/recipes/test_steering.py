@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from django.core.files.storage import default_storage
@@ -11,12 +12,12 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, FixedSample, Metric, Recipe, RunEvent, TrainingRun, User
+from runs.models import Checkpoint, DatasetVersion, FixedSample, Metric, Recipe, RunEvent, TrainingRun, User
 from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import Changes, SftConfig
 from runs.services import active_recipes, holdups, recipe_samples, recipe_status, recipe_steps, recipes
 from runs.services.recipe_rows import State
-from tests.recipes.conftest import Staff, ended, turn_until
+from tests.recipes.conftest import Staff, ended, questions, turn_until
 from tests.recipes.test_loop import break_a_step, series
 
 Begin = Callable[..., Recipe]
@@ -217,6 +218,54 @@ def test_a_fork_goes_on_where_its_checkpoint_was(begin: Begin, alice: User) -> N
     assert fork.state == State.FINISHED, fork.error
     assert series(fork, "loss") == series(parent, "loss")[4:]
     assert event(fork, "forked").detail["optimizer"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "start"),
+    [
+        ({"num_epochs": 1}, 9, (0, 0)),
+        ({"num_epochs": 1, "learning_rate": 1e-4}, 9, (0, 0)),
+        ({"num_epochs": 1, "batch_size": 2}, 14, (4, 16)),
+        ({"num_epochs": 1, "seed": 5}, 13, (4, 0)),
+        ({"num_epochs": 1, "validation": {"share": 0.2}}, 12, (4, 0)),
+        ({"num_epochs": 1, "batch_tokens": 2_000}, 5, (4, 16)),
+    ],
+)
+def test_a_fork_goes_on_in_its_data_or_begins_other_data(
+    begin: Begin, alice: User, changes: dict[str, Any], num_steps: int, start: tuple[int, int]
+) -> None:
+    parent = ended(begin(num_steps=4, batch_size=4, save_every=4))
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
+
+    run = recipes.fork(alice, checkpoint, with_optimizer=True, changes=changes, source="rest")
+    fork = turn_until(Recipe.objects.get(run=run), lambda row: row.num_steps, what="its data is there")
+    recipes.stop(fork, keep=False)
+
+    assert (fork.data_step, fork.data_row) == start
+    assert fork.num_steps == num_steps, (fork.preparation, fork.error)
+
+
+def test_a_fork_onto_other_data_sees_all_of_it(
+    begin: Begin, alice: User, add_dataset: Callable[..., DatasetVersion]
+) -> None:
+    parent = ended(begin(num_steps=6, batch_size=4))
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
+    other = add_dataset(questions(19, start=500), name="other")
+    changes = {"dataset": other.dataset.public_id, "num_epochs": 1}
+
+    run = recipes.fork(alice, checkpoint, with_optimizer=True, changes=changes, source="rest")
+    fork = ended(Recipe.objects.get(run=run))
+    again = recipes.fork(
+        alice,
+        Checkpoint.objects.get(run=run, name="final"),
+        with_optimizer=True,
+        changes={"num_epochs": 2},
+        source="rest",
+    )
+
+    assert [step for step, _ in series(fork, "loss")] == [7, 8, 9, 10, 11]
+    assert Recipe.objects.get(run=again).data_step == 6
+    recipes.stop(Recipe.objects.get(run=again), keep=False)
 
 
 def test_a_fork_without_optimizer_state_starts_to_count_again(begin: Begin, alice: User) -> None:
