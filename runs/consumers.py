@@ -32,7 +32,7 @@ from django.utils.crypto import constant_time_compare
 from runs import events
 from runs.exceptions import MintError
 from runs.models import User
-from runs.services import access, metrics, run_rows
+from runs.services import access, metrics, run_rows, run_versions
 from runs.services.run_rows import MAX_WATCHED_ROWS
 from runs.threads import with_connection
 
@@ -257,10 +257,11 @@ class LiveConsumer(AsyncWebsocketConsumer):
 
 
 class RunConsumer(LiveConsumer):
-    """One run's page: `{"after": seq}` from the page, then `{"points", "cursor", "facts"?}` to it.
+    """One run's page: `{"after": seq}` from the page, then `{"points", "cursor", "changed", "facts"?, "version"?}` to it.
 
     A point is `[seq, step, seconds since 1970, name, value]`; values that JSON lacks are strings.
     A message without points tells that the run changed otherwise, or only that the socket lives.
+    The version comes when no hint did for a while: a page that shows another one has missed something.
     """
 
     max_points: ClassVar[int] = metrics.MAX_POINTS
@@ -279,7 +280,8 @@ class RunConsumer(LiveConsumer):
 
     async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
         cursor = self._cursor
-        points, facts = await in_thread(lambda: self._read(cursor))
+        is_quiet = is_self_check and not hinted
+        points, facts, version = await in_thread(lambda: self._read(cursor, is_quiet=is_quiet))
         if self._cursor != cursor:  # the page has just told another cursor; what was read may be a gap to it
             self._news.set()
             return
@@ -290,16 +292,19 @@ class RunConsumer(LiveConsumer):
         message["changed"] = bool(hinted) or facts != self._facts
         if facts != self._facts:
             self._facts = message["facts"] = facts
+        if version:
+            message["version"] = version
         await self.send(json.dumps(message, separators=(",", ":"), allow_nan=False))
         if len(points) >= self.max_points // 2:
             self._news.set()
 
-    def _read(self, cursor: int) -> tuple[list[metrics.Point], str]:
+    def _read(self, cursor: int, *, is_quiet: bool) -> tuple[list[metrics.Point], str, str]:
         run = run_rows.with_facts(self.user).filter(pk=self.run.pk).first()
         if run is None:
             raise MintError
         facts = render_to_string("runs/_facts.html", {"facts": run_rows.facts_of(run)})
-        return metrics.points_after(run, cursor, limit=self.max_points), facts
+        version = run_versions.version_of(run.pk) if is_quiet else ""
+        return metrics.points_after(run, cursor, limit=self.max_points), facts, version
 
 
 class RunListConsumer(LiveConsumer):

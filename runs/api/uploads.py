@@ -39,7 +39,7 @@ from runs.api.decorators import (
 )
 from runs.exceptions import MethodNotAllowed, RequestInvalid, UnsupportedMedia, UploadBusy
 from runs.models import Upload, User
-from runs.services import access, uploads
+from runs.services import access, datasets, uploads
 from runs.services.upload_files import CHECKSUMS, Checksum
 
 Result = TypeVar("Result")
@@ -253,6 +253,7 @@ def _described(upload: Upload) -> dict[str, Any]:
             "number": version.number,
             "state": version.state,
             "is_known": upload.metadata.get("is_known", False),
+            "problem": datasets.misread(version, upload.filename),
             "url": f"/datasets/{dataset}/?version={version.number}",
         }
     return {

@@ -17,7 +17,16 @@ from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.pages import checkpoints, film_strip, lineage, playground, run_events, sample_texts, steering
 from runs.pages.policies import signed_in
-from runs.services import access, metrics, operations, run_deletion, run_rows, sampling, training_runs
+from runs.services import (
+    access,
+    metrics,
+    operations,
+    run_deletion,
+    run_rows,
+    run_versions,
+    sampling,
+    training_runs,
+)
 from runs.services.run_rows import RunFacts
 
 NUM_OPERATIONS: Final = 20
@@ -57,13 +66,12 @@ class Deletion:
 @require_GET
 def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Show the run's page."""
-    run = _run(request, run_id)
+    panels = _panels(request, run_id)
+    run: TrainingRun = panels["run"]
     is_large = metrics.is_large(run)
     recipe = getattr(run, "recipe", None)
-    panels = _panels(run)
     context = {
         **panels,
-        "run": run,
         "title": run_rows.title_of(run),
         "talk": playground.talk_of_run(run, panels["checkpoints"]),
         "chart_settings": {
@@ -83,7 +91,7 @@ def run_detail(request: HttpRequest, run_id: str) -> HttpResponseBase:
 @require_GET
 def panels(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Return the parts of the page that change beside the charts; the checkpoints only if the page has others."""
-    context = _panels(_run(request, run_id))
+    context = _panels(request, run_id)
     context["has_checkpoints"] = request.GET.get("checkpoints") == context["checkpoints_version"]
     return render(request, "runs/_panels.html", context)
 
@@ -115,12 +123,12 @@ def rename(request: HttpRequest, run_id: str) -> HttpResponseBase:
     return redirect("run-detail", run_id=run.public_id)
 
 
-def _run(request: HttpRequest, run_id: str) -> TrainingRun:
+def _panels(request: HttpRequest, run_id: str) -> dict[str, Any]:
     user: User = request.user  # type: ignore[assignment]
-    return run_rows.with_facts(user).get(pk=access.get_run(user, run_id).pk)
-
-
-def _panels(run: TrainingRun) -> dict[str, Any]:
+    pk = access.get_run(user, run_id).pk
+    # Before what it is the version of: a change in between is read once too often, not missed.
+    version = run_versions.version_of(pk)
+    run = run_rows.with_facts(user).get(pk=pk)
     samples = sampling.samples_of(run, limit=_NUM_SAMPLES_READ)
     events = run_events.rows_of(run)
     recipe = getattr(run, "recipe", None)
@@ -128,6 +136,7 @@ def _panels(run: TrainingRun) -> dict[str, Any]:
     saved = checkpoints.rows_of_run(run)
     return {
         "run": run,
+        "version": version,
         "facts": facts,
         "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
         "checkpoints": saved,

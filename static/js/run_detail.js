@@ -346,6 +346,11 @@ async function refreshNow() {
   }
 }
 
+// Another word than that of what is shown: something changed of which no message told.
+function isOutdated(version) {
+  return version !== undefined && version !== document.querySelector("[data-part='version']").dataset.version;
+}
+
 function readMarks() {
   return JSON.parse(document.getElementById("run-marks").dataset.marks);
 }
@@ -355,10 +360,10 @@ async function copyView(button) {
   button.dataset.copyText = location.href;
 }
 
-function onMessage({ points, cursor: next, changed, facts }) {
+function onMessage({ points, cursor: next, changed, facts, version }) {
   takePoints(points, next);
   if (facts) replaceParts(parsePage(facts));
-  if (changed) refreshPanels();
+  if (changed || isOutdated(version)) refreshPanels();
 }
 
 // ----------------------------------------------------------------------------------------------------

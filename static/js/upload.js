@@ -130,7 +130,8 @@ export class FileUpload {
     forget(idOf(this.#upload.url));
     try {
       const { version } = await getJson(this.#upload.url);
-      if (version.is_known) this.#link("This file was uploaded before: ", "see it", version.url);
+      if (version.problem) this.#refuse(version.problem);
+      else if (version.is_known) this.#link("This file was uploaded before: ", "see it", version.url);
       else this.#link("The file is here: ", "see what was found in it", version.url);
       this.#onEnd({ url: version.url, isKnown: version.is_known });
     } catch {
@@ -160,10 +161,13 @@ export class FileUpload {
   }
 
   #link(before, text, url) {
-    const link = document.createElement("a");
-    link.href = url;
-    link.textContent = text;
-    this.#part("said").replaceChildren(before, link);
+    this.#part("said").replaceChildren(before, linkTo(url, text));
+  }
+
+  // The dataset holds the content, but reads it in another way than somebody wants.
+  #refuse(problem) {
+    this.#say(sentence(problem), true);
+    this.#part("said").append(" ", linkTo("/datasets/", "Go to the datasets"));
   }
 
   #part(name) {
@@ -176,10 +180,21 @@ function reasonOf(response) {
   if (response.getStatus() === 401) return "You are signed out. Sign in again and choose the file again to go on.";
   try {
     const { detail } = JSON.parse(response.getBody());
-    return `${detail.charAt(0).toUpperCase()}${detail.slice(1)}.`;
+    return sentence(detail);
   } catch {
     return `The server answered ${response.getStatus()}.`;
   }
+}
+
+function sentence(text) {
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
+}
+
+function linkTo(url, text) {
+  const link = document.createElement("a");
+  link.href = url;
+  link.textContent = text;
+  return link;
 }
 
 function idOf(url) {

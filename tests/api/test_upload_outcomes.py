@@ -111,7 +111,20 @@ async def test_the_same_content_is_told_to_be_there_already(tus: Tus, data: byte
     told = (await tus.send("GET", again)).json()["version"]
     assert told["is_known"] is True
     assert told["dataset"] == (await tus.send("GET", first)).json()["version"]["dataset"]
+    assert told["problem"] == ""
     assert not part_of(again).exists()
+
+
+async def test_content_that_is_read_as_another_type_is_told_with_the_way_out(tus: Tus, data: bytes) -> None:
+    first = await tus.begin(len(data))
+    await tus.patch(first, 0, data)
+    dataset = (await tus.send("GET", first)).json()["version"]["dataset"]
+    again = await tus.begin(len(data), dataset=dataset, filename="rows.txt")
+    await tus.patch(again, 0, data)
+    told = (await tus.send("GET", again)).json()["version"]
+    assert (told["dataset"], told["number"], told["is_known"]) == (dataset, 1, True)
+    for words in (f"{dataset}@1", "'rows.jsonl'", "'rows.txt'", "upload it as a dataset of its own"):
+        assert words in told["problem"]
 
 
 async def test_a_file_becomes_the_next_version_of_a_dataset(tus: Tus, data: bytes) -> None:

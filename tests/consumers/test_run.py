@@ -13,7 +13,7 @@ from django.test import override_settings
 
 from runs import consumers, events
 from runs.models import TrainingRun, User
-from runs.services import checkpoints
+from runs.services import checkpoints, run_versions
 from tests.consumers.conftest import Open
 from tests.consumers.sockets import Socket, subscribed
 from tests.pages import seed
@@ -109,6 +109,37 @@ async def test_without_redis_it_still_looks_by_itself(
         await socket.hear()
         await sync_to_async(seed.add_values)(run, [(20, 10, {"loss": 0.5})])
         assert [point[0] for point in await hear_points(socket, 1)] == [20]
+
+
+async def test_without_hints_it_tells_the_version_of_what_its_page_shows(
+    connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 0.2)
+    socket = await connect(path(run))
+    await socket.say_json({"after": 10})
+    assert "version" not in await socket.hear()
+    before = await socket.hear()
+    assert before["version"] == await sync_to_async(run_versions.version_of)(run.pk)
+    assert (await socket.hear())["version"] == before["version"]
+    await sync_to_async(seed.add_checkpoint)(run, "unheard")
+    while (after := await socket.hear())["version"] == before["version"]:
+        pass
+    assert after["version"] == await sync_to_async(run_versions.version_of)(run.pk)
+
+
+async def test_a_hint_spares_the_look(
+    connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 3600.0)
+    socket = await connect(path(run))
+    await socket.say_json({"after": 10})
+    await socket.hear()
+    await subscribed(events.run_group(run.pk))
+    for first in (6, 9):
+        await sync_to_async(add_steps)(run, first, first + 2)
+        message = await socket.hear()
+        assert message["changed"] is True
+        assert "version" not in message
 
 
 async def test_asking_again_from_an_older_cursor_sends_it_again(connect: Open, run: TrainingRun) -> None:

@@ -273,6 +273,26 @@ def test_a_new_version_is_uploaded_on_the_datasets_page(
     )
 
 
+def test_a_file_that_the_dataset_reads_as_another_type_names_the_way_out(
+    tab: Page,
+    tmp_path: Path,
+    alice: User,
+) -> None:
+    row = '{"prompt": "a", "completion": "b"}\n'
+    known = add_checked(alice, row, filename="data.txt").dataset
+    file = tmp_path / "data.jsonl"
+    file.write_text(row)
+    tab.goto(f"/datasets/{known.public_id}/")
+    choose(tab, file)
+    told = tab.get_by_role("alert")
+    expect(told).to_contain_text(f"The same content is here as {known.public_id}@1")
+    expect(told).to_contain_text("upload it as a dataset of its own.")
+    told.get_by_role("link", name="Go to the datasets").click()
+    choose(tab, file)
+    tab.wait_for_url(DATASET)
+    assert sorted(Dataset.objects.values_list("versions__filename", flat=True)) == ["data.jsonl", "data.txt"]
+
+
 def test_bad_rows_are_skipped_without_leaving_the_page(tab: Page, alice: User) -> None:
     version = add_checked(alice, chats(3) + BAD + chat_line(HOSTILE, HOSTILE))
     tab.goto(f"/datasets/{version.dataset.public_id}/")
