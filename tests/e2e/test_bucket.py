@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from runs.services import storage_mark
 from tests.e2e import bucket
 from tests.e2e.bucket import Bucket
 from tests.e2e.disturbed import Loop, Outcome, ask, disturbed, exports, rows, to_port
@@ -116,7 +117,7 @@ def test_from_a_dataset_to_an_adapter_and_nothing_is_left(
         assert store.names(f"{PREFIX}/datasets/")
         for row in rest.get(kind).json()["items"]:
             assert rest.delete(f"{kind}/{row['id']}").status_code == 204
-    wait_for(lambda: set(kinds_of(store)) <= {"payloads"}, 60, lambda: str(store.names()))
+    wait_for(lambda: set(kinds_of(store)) <= {"payloads", storage_mark.NAME}, 60, lambda: str(store.names()))
 
 
 def kinds_of(store: Bucket) -> list[str]:

@@ -15,6 +15,7 @@ from django.conf import settings as django_settings
 from django.core.files.storage import default_storage
 from django.test import Client
 from django.utils import timezone
+from pytest_django import DjangoCaptureOnCommitCallbacks
 from pytest_django.fixtures import Settings
 
 from runs.models import Dataset, DatasetVersion, Upload, User
@@ -337,11 +338,16 @@ def test_deleting_names_what_uses_the_dataset_first(page: Client, alice: User) -
     assert Dataset.objects.filter(pk=dataset.pk).exists()
 
 
-def test_a_dataset_that_nobody_uses_is_deleted_with_its_files(page: Client, talk: DatasetVersion) -> None:
+def test_a_dataset_that_nobody_uses_is_deleted_with_its_files(
+    page: Client,
+    talk: DatasetVersion,
+    django_capture_on_commit_callbacks: DjangoCaptureOnCommitCallbacks,
+) -> None:
     address = f"/datasets/{talk.dataset.public_id}/"
     assert "No run uses" in page.get(address).content.decode()
     assert default_storage.exists(f"{talk.directory}/rows.jsonl")
-    reply = page.post(f"{address}delete", headers={"accept": "application/json"})
+    with django_capture_on_commit_callbacks(execute=True):
+        reply = page.post(f"{address}delete", headers={"accept": "application/json"})
     assert reply.json() == {"url": "/datasets/"}
     assert not Dataset.objects.exists()
     assert not default_storage.exists(f"{talk.directory}/rows.jsonl")
