@@ -34,6 +34,12 @@ class Recipe(models.Model):
         DISCARDED = "discarded"
         FAILED = "failed"
 
+    class HeldOutBy(models.TextChoices):
+        """What decides which rows are held out: of runs from earlier versions and their forks, the seed."""
+
+        SEED = "seed"
+        CONTENT = "content"
+
     run = models.OneToOneField(TrainingRun, on_delete=models.CASCADE, related_name="recipe")
     name = models.CharField(max_length=40)
     config = models.JSONField()
@@ -45,8 +51,11 @@ class Recipe(models.Model):
     preparation = models.JSONField(default=dict)
     progress = models.FloatField(default=0.0)
     first_step = models.PositiveIntegerField(default=0)
-    data_step = models.PositiveIntegerField(default=0)
-    data_row = models.PositiveBigIntegerField(default=0)
+    data_step = models.PositiveIntegerField(db_default=0, default=0)
+    data_row = models.PositiveBigIntegerField(db_default=0, default=0)
+    held_out_by = models.CharField(
+        max_length=10, choices=HeldOutBy.choices, db_default=HeldOutBy.SEED, default=HeldOutBy.CONTENT
+    )
     next_step = models.PositiveIntegerField(default=0)
     num_steps = models.PositiveIntegerField(default=0)
     next_seq = models.PositiveBigIntegerField(default=1)

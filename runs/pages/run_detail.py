@@ -29,7 +29,6 @@ from runs.services import (
 )
 from runs.services.run_rows import RunFacts
 
-NUM_OPERATIONS: Final = 20
 NUM_SAMPLES: Final = 8
 # Looked through for the latest samples; most of the rest only asked for log-probabilities.
 _NUM_SAMPLES_READ: Final = 24
@@ -141,7 +140,9 @@ def _panels(request: HttpRequest, run_id: str) -> dict[str, Any]:
         "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
         "checkpoints": saved,
         "checkpoints_version": checkpoints.version_of(saved),
-        "operations": [_operation_row(row) for row in operations.latest_of(run, limit=NUM_OPERATIONS)],
+        "operations": [
+            _operation_row(row) for row in operations.latest_of(run, limit=run_versions.NUM_OPERATIONS)
+        ],
         "events": events[: run_events.NUM_SHOWN],
         "older_events": events[run_events.NUM_SHOWN :],
         "marks": run_events.marks_of(events, best_step=None if recipe is None else recipe.best_step),

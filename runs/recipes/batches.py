@@ -2,12 +2,14 @@
 
 Whether a row is held out depends on what is in it, not on its place or a seed: runs on one dataset, and on a longer or
 sorted copy of it, are measured on the same rows, and hardly any of them was trained on by the run that another goes on from.
+In runs from earlier versions it depends on the seed and the row's place.
 Rows come in one endless stream, epoch after epoch, each epoch in an order of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -19,26 +21,27 @@ from runs.services.data_starts import BEGINNING, DataStart
 Int64Array = npt.NDArray[np.int64]
 
 UInt64Array = npt.NDArray[np.uint64]
+Mix = Callable[[Int64Array], Int64Array]
 
-_ORDER_STREAM = 2
+_SPLIT_STREAM, _ORDER_STREAM = 1, 2
 # 2**64 over the golden ratio: its multiples lie evenly spread around the circle of 64-bit numbers.
 _COPY_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split(
-    num_trained: npt.NDArray[np.int32], digests: UInt64Array, validation: Validation
+    num_trained: npt.NDArray[np.int32], validation: Validation, mix: Mix
 ) -> tuple[Int64Array, Int64Array]:
     """Return the rows to train on and those held out for validation, both sorted.
 
     Rows without a trained token are in neither. Fewer than 20 rows are all trained on.
 
+    Args:
+        mix: `by_content` or `by_seed`; the first of the rows that it returns are held out.
     Shapes:
         num_trained: (rows,), trained tokens of each row.
-        digests: (rows,), of each row's tokens.
     """
-    usable = np.flatnonzero(num_trained > 0).astype(np.int64)
-    mixed = _mixed(usable, digests)
-    num_out = num_held_out(len(usable), validation)
+    mixed = mix(np.flatnonzero(num_trained > 0).astype(np.int64))
+    num_out = num_held_out(len(mixed), validation)
     return np.sort(mixed[num_out:]), np.sort(mixed[:num_out])
 
 
@@ -49,10 +52,27 @@ def num_held_out(num_usable: int, validation: Validation) -> int:
     return min(validation.max_rows, math.ceil(validation.share * num_usable))
 
 
-def some_of(num_trained: npt.NDArray[np.int32], digests: UInt64Array, *, max_rows: int) -> Int64Array:
-    """Return at most `max_rows` of the rows with a trained token, chosen by what is in them, sorted."""
-    usable = np.flatnonzero(num_trained > 0).astype(np.int64)
-    return np.sort(_mixed(usable, digests)[:max_rows])
+def some_of(num_trained: npt.NDArray[np.int32], mix: Mix, *, max_rows: int) -> Int64Array:
+    """Return at most `max_rows` of the rows with a trained token, as `split` holds them out, sorted."""
+    return np.sort(mix(np.flatnonzero(num_trained > 0).astype(np.int64))[:max_rows])
+
+
+def by_content(rows: Int64Array, *, digests: UInt64Array) -> Int64Array:
+    """Return the rows in an order that only their digests decide; equal rows are spread like any others.
+
+    Shapes:
+        digests: (rows of the dataset,), equal for equal rows.
+    """
+    digests = digests[rows]
+    order = np.argsort(digests, kind="stable")
+    _, firsts, counts = np.unique(digests[order], return_index=True, return_counts=True)
+    copies = np.arange(len(rows), dtype=np.uint64) - np.repeat(firsts, counts).astype(np.uint64)
+    return rows[order[np.argsort(digests[order] + copies * _COPY_STEP, kind="stable")]]
+
+
+def by_seed(rows: Int64Array, *, seed: int) -> Int64Array:
+    """Return the rows in an order that the seed decides, and how many they are."""
+    return _generator(seed, _SPLIT_STREAM).permutation(rows)
 
 
 class BatchPlan:
@@ -91,7 +111,7 @@ class BatchPlan:
         return np.array([self._row_at(position) for position in range(start, end)], dtype=np.int64)
 
     def num_steps(self, num_epochs: float) -> int:
-        """Return after which step the rows were seen `num_epochs` times, each at least once in a run from the start."""
+        """Return after which step the rows were seen `num_epochs` times; a run from the start has at least one."""
         end = max(1, math.ceil(num_epochs * len(self._rows)))
         if self._batch_tokens is None:
             return self._first_step + max(math.ceil((end - self._starts[0]) / self._batch_size), 0)
@@ -126,15 +146,6 @@ class BatchPlan:
 
     def _order_of(self, epoch: int) -> Int64Array:
         return _generator(self._seed, _ORDER_STREAM, epoch).permutation(self._rows)
-
-
-def _mixed(rows: Int64Array, digests: UInt64Array) -> Int64Array:
-    """Return the rows in an order that only their digests decide; equal rows are spread like any others."""
-    digests = digests[rows]
-    order = np.argsort(digests, kind="stable")
-    _, firsts, counts = np.unique(digests[order], return_index=True, return_counts=True)
-    copies = np.arange(len(rows), dtype=np.uint64) - np.repeat(firsts, counts).astype(np.uint64)
-    return rows[order[np.argsort(digests[order] + copies * _COPY_STEP, kind="stable")]]
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -19,7 +19,7 @@ from django.db import connections
 from runs.exceptions import MintError
 from runs.models import DatasetVersion, Recipe
 from runs.recipes import defaults, tokens
-from runs.recipes.batches import BatchPlan, some_of, split
+from runs.recipes.batches import BatchPlan, Mix, by_content, by_seed, some_of, split
 from runs.recipes.sft import HeldOut, Material
 from runs.recipes.tokens import TokenStore
 from runs.schemas.recipes import SftConfig
@@ -171,7 +171,7 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
     """Read the recipe's datasets as tokens and divide them."""
     config = SftConfig.model_validate(recipe.config)
     store = store_of(recipe.dataset_version, config)
-    rows, held_out_rows = split(store.num_trained, store.digests, config.validation)
+    rows, held_out_rows = split(store.num_trained, config.validation, _mix_of(recipe, store))
     if len(rows) == 0:
         raise DataError(
             f"none of the {len(store)} rows has a token to train on; choose another train_on or a longer max_length",
@@ -179,7 +179,7 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
         )
     held_out = [HeldOut(label="split", store=store, rows=held_out_rows)] if len(held_out_rows) else []
     for version in recipe.validation_versions.select_related("dataset"):
-        held_out += _other(version, config, store_of(version, config))
+        held_out += _other(recipe, version, store_of(version, config))
     plan = BatchPlan(
         rows,
         store.lengths,
@@ -214,11 +214,18 @@ def _max_length(config: SftConfig) -> int:
     return config.max_length or defaults.max_length(base_models.get(config.base_model))
 
 
-def _other(version: DatasetVersion, config: SftConfig, store: TokenStore) -> list[HeldOut]:
+def _other(recipe: Recipe, version: DatasetVersion, store: TokenStore) -> list[HeldOut]:
     """Return a dataset given for validation, or a part of a large one."""
-    rows = some_of(store.num_trained, store.digests, max_rows=config.validation.max_rows)
+    max_rows: int = recipe.config["validation"]["max_rows"]
+    rows = some_of(store.num_trained, _mix_of(recipe, store), max_rows=max_rows)
     label = version.dataset.name[:_MAX_LABEL] or version.dataset.public_id
     return [HeldOut(label=label, store=store, rows=rows)] if len(rows) else []
+
+
+def _mix_of(recipe: Recipe, store: TokenStore) -> Mix:
+    if recipe.held_out_by == Recipe.HeldOutBy.SEED:
+        return partial(by_seed, seed=recipe.config["seed"])
+    return partial(by_content, digests=store.digests)
 
 
 class _Progress:

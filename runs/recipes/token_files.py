@@ -6,13 +6,12 @@ A store is a folder of five little-endian arrays and a description:
     offsets.bin    int64, where each row begins, and the end of the last
     trained.bin    int32, trained tokens of each row
     truncated.bin  int32, tokens cut off each row
-    digests.bin    uint64, of each row's tokens: equal for equal rows
+    digests.bin    uint64, equal for equal rows, whatever model they are for and wherever they are cut
     store.json     format, counts, the first problems
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -69,7 +68,7 @@ class TokenStore:
         self._offsets = _mapped(folder, "offsets")
         self._truncated = _mapped(folder, "truncated")
         self.num_trained: npt.NDArray[np.int32] = np.array(_mapped(folder, "trained"), dtype=np.int32)
-        self.digests: npt.NDArray[np.uint64] = np.array(_mapped(folder, "digests"), dtype=np.uint64)
+        self.digests: npt.NDArray[np.uint64] = _mapped(folder, "digests")
         self.lengths: npt.NDArray[np.int32] = np.diff(self._offsets).astype(np.int32)
 
     def __len__(self) -> int:
@@ -118,8 +117,8 @@ class StoreWriter:
         """The first rows that could not be rendered."""
         return self._problems
 
-    def add(self, rows: Sequence[TokenRow | Exception]) -> None:
-        """Append rows; an error takes its row's place as a row without tokens."""
+    def add(self, rows: Sequence[TokenRow | Exception], digests: Sequence[int]) -> None:
+        """Append rows with a digest of what each was made from; an error takes its row's place as a row without tokens."""
         good = [_EMPTY if isinstance(row, Exception) else row for row in rows]
         failed = [(place, row) for place, row in enumerate(rows) if isinstance(row, Exception)]
         ends = self._counts.num_tokens + np.cumsum([len(row.tokens) for row in good])
@@ -130,7 +129,7 @@ class StoreWriter:
         self._write("offsets", ends)
         self._write("trained", trained)
         self._write("truncated", truncated)
-        self._write("digests", [_digest_of(row) for row in good])
+        self._write("digests", np.array(digests, dtype=np.uint64))
         for place, error in failed[: MAX_PROBLEMS - len(self._problems)]:
             self._problems.append(Problem(row=self._counts.num_rows + place, reason=str(error)))
         self._counts = Counts(
@@ -167,11 +166,6 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest_of(row: TokenRow) -> int:
-    tokens = row.tokens.astype("<u4").tobytes()
-    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
 
 
 def _flush(file: BinaryIO) -> None:

@@ -128,7 +128,8 @@ def write(
     """
     with StoreWriter(folder) as writer:
         for chunk in _chunks(rows):
-            writer.add(renderer.rows(chunk, train_on=train_on, max_length=max_length))
+            rendered = renderer.rows(chunk, train_on=train_on, max_length=max_length)
+            writer.add(rendered, [_digest_of(row) for row in chunk])
             progress(writer.counts.num_rows / len(rows))
         counts = writer.counts
         if counts.num_rows and counts.num_failed_rows == counts.num_rows:
@@ -218,6 +219,11 @@ def _chunks(rows: Rows) -> Iterator[list[Row]]:
                 chunk, num_chars = [], 0
     if chunk:
         yield chunk
+
+
+def _digest_of(row: Row) -> int:
+    text = json.dumps(dict(row), sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _num_chars(row: Row) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from runs.models import Checkpoint, DatasetVersion, Recipe
+from runs.models import Checkpoint, DatasetVersion
 from runs.schemas.recipes import SftConfig
+from runs.services import recipe_rows
 
 
 class DataStart(NamedTuple):
@@ -25,7 +26,7 @@ BEGINNING: Final = DataStart()
 def of_fork(checkpoint: Checkpoint, config: SftConfig, version: DatasetVersion) -> DataStart:
     """Return where a fork that takes the optimizer's state with it begins in its training data."""
     anew = DataStart(step=checkpoint.step)
-    parent = Recipe.objects.filter(run=checkpoint.run_id).first()
+    parent = recipe_rows.saved_by(checkpoint)
     if parent is None or parent.dataset_version_id != version.pk:
         return anew
     parents = SftConfig.model_validate(parent.config)
@@ -42,8 +43,8 @@ def of_fork(checkpoint: Checkpoint, config: SftConfig, version: DatasetVersion) 
 def _have_one_order(config: SftConfig, parents: SftConfig) -> bool:
     """Say whether two runs on one dataset see the same rows in the same order."""
     return (
-        (config.seed, config.train_on) == (parents.seed, parents.train_on)
-        and config.max_length in {None, parents.max_length}
+        (config.seed, config.train_on, config.max_length)
+        == (parents.seed, parents.train_on, parents.max_length)
         and config.validation.share == parents.validation.share
         and config.validation.max_rows == parents.validation.max_rows
     )

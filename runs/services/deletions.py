@@ -62,7 +62,7 @@ def _delete_due(rows: QuerySet[PendingDeletion]) -> None:
     until = time.monotonic() + _TURN_S
     while time.monotonic() < until and (row := _take(rows)) is not None:
         if _is_needed(row.path) or blobs.delete_folder(row.path):
-            rows.filter(pk=row.pk).delete()
+            PendingDeletion.objects.filter(pk=row.pk).delete()
 
 
 def _take(rows: QuerySet[PendingDeletion]) -> PendingDeletion | None:
@@ -72,7 +72,7 @@ def _take(rows: QuerySet[PendingDeletion]) -> PendingDeletion | None:
         row = due.select_for_update(skip_locked=True).first()
         if row is not None:
             rest = timedelta(seconds=_REST_S << min(row.tries, _MAX_DOUBLINGS))
-            rows.filter(pk=row.pk).update(tries=row.tries + 1, due_at=Now() + rest)
+            PendingDeletion.objects.filter(pk=row.pk).update(tries=row.tries + 1, due_at=Now() + rest)
     return row
 
 

@@ -53,8 +53,8 @@ def forget() -> None:
     num_left = _BATCHES_AT_ONCE
     until = time.monotonic() + _TURN_S
     for run_pk, floor in floors:
-        while num_left and _forget_payloads(run_pk, floor):
-            num_left = num_left - 1 if time.monotonic() < until else 0
+        while num_left and time.monotonic() < until and _forget_payloads(run_pk, floor):
+            num_left -= 1
         while num_left and _forget_results(run_pk, floor, before):
             num_left -= 1
     _forget_snapshots()

@@ -49,6 +49,11 @@ def has_free_slot() -> bool:
     return holding_a_slot().count() < num_slots()
 
 
+def saved_by(checkpoint: Checkpoint) -> Recipe | None:
+    """Return the recipe of the run that saved a checkpoint; a client's run has none."""
+    return Recipe.objects.filter(run=checkpoint.run_id).first()
+
+
 @contextmanager
 def locked(recipe: Recipe) -> Iterator[Recipe]:
     """Give the recipe's row as it is now, locked, and save it afterwards; one transaction."""

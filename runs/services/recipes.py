@@ -76,7 +76,7 @@ def fork(
     """
     if with_optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
         raise RequestInvalid("sampler weights hold no optimizer state", place="with_optimizer")
-    parent = Recipe.objects.filter(run=checkpoint.run).first()
+    parent = recipe_rows.saved_by(checkpoint)
     run = checkpoint.run
     held = dict(parent.config) if parent is not None else {}
     if "num_epochs" in changes:
@@ -246,9 +246,11 @@ def _start(
 ) -> TrainingRun:
     version, validation = recipe_checks.check_config(user, config)
     held = recipe_checks.pinned(config, version, validation).model_dump(mode="json")
-    first_step, data_start = 0, BEGINNING
+    first_step, data_start, held_out_by = 0, BEGINNING, Recipe.HeldOutBy.CONTENT.value
     if checkpoint is not None and with_optimizer:
         first_step, data_start = checkpoint.step, data_starts.of_fork(checkpoint, config, version)
+    if checkpoint is not None and (parent := recipe_rows.saved_by(checkpoint)) is not None:
+        held_out_by = parent.held_out_by
     with transaction.atomic():
         run = _make_run(user, config, name, source, checkpoint, with_optimizer)
         recipe = Recipe.objects.create(
@@ -260,6 +262,7 @@ def _start(
             first_step=first_step,
             data_step=data_start.step,
             data_row=data_start.row,
+            held_out_by=held_out_by,
             next_step=first_step,
             num_steps=config.num_steps or 0,
         )

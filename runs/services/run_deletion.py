@@ -52,15 +52,14 @@ def delete(run: TrainingRun) -> None:
         obstacle = obstacle_to_deletion(row, recipe)
         if obstacle:
             raise RequestInvalid(f"cannot delete {obstacle}", place="state")
-        snapshots = [f"snapshots/{row.pk}", *_folders(row.snapshots)]
-        weights = [f"checkpoints/{row.pk}", *_folders(row.checkpoints)]
-        weights += row.operations.exclude(loads_from="").values_list("loads_from", flat=True)
+        states = [*_folders(row.snapshots), *_folders(row.checkpoints)]
+        states += row.operations.exclude(loads_from="").values_list("loads_from", flat=True)
         payloads = _delete_operations(row)
         row.delete()
         if row.source != TrainingRun.Source.SDK:
             Session.objects.filter(pk=row.session_id).delete()
         events.run_changed(run.pk, run.owner_id, run.public_id)
-        deletions.add(*snapshots, *weights)
+        deletions.add(*states, f"snapshots/{run.pk}", f"checkpoints/{run.pk}")
         payload_files.delete_after_commit(payloads)
 
 

@@ -2,8 +2,8 @@
 
 A folder's name carries the fence of the run's owner that wrote it (see `gpuworker.snapshots`). Once the run has a
 higher one, that owner can enter nothing more, so that what it left without a row is of no use. A run that nobody
-holds gets a higher one here, if its last owner left something. Folders whose rows were deleted are not this module's:
-`services.deletions` knows them. In a bucket nothing is looked for.
+holds gets a higher one here, if its last owner left something. Folders whose rows were deleted are
+`services.deletions`' first; what is left of them on a disk goes here, too. In a bucket nothing is looked for.
 """
 
 from __future__ import annotations

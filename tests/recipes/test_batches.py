@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runs.recipes.batches import BatchPlan, UInt64Array, some_of, split
+from runs.recipes.batches import BatchPlan, Mix, UInt64Array, by_content, by_seed, some_of, split
 from runs.schemas.recipes import Validation
 from runs.services.data_starts import BEGINNING, DataStart
 
@@ -36,6 +37,10 @@ def plan(
 
 def stream(made: BatchPlan, num_steps: int, *, first: int = 0) -> list[int]:
     return [int(row) for step in range(first, first + num_steps) for row in made.rows_of(step)]
+
+
+def mixed_by(digests: UInt64Array) -> Mix:
+    return partial(by_content, digests=digests)
 
 
 def random_digests(num_rows: int) -> UInt64Array:
@@ -103,10 +108,13 @@ def test_a_plan_that_starts_later_begins_at_its_row(batch_tokens: int | None) ->
     assert on.num_steps(0.1) == 30
 
 
-def test_held_out_rows_are_never_trained_on() -> None:
+@pytest.mark.parametrize(
+    "mix", [partial(by_seed, seed=4), lambda rows: by_content(rows, digests=random_digests(200))]
+)
+def test_held_out_rows_are_never_trained_on(mix: Mix) -> None:
     num_trained = np.full(200, 3, dtype=np.int32)
     num_trained[::7] = 0
-    rows, held_out = split(num_trained, random_digests(200), Validation(share=0.1, max_rows=200))
+    rows, held_out = split(num_trained, Validation(share=0.1, max_rows=200), mix)
 
     assert not set(rows) & set(held_out)
     assert set(rows) | set(held_out) == set(np.flatnonzero(num_trained))
@@ -115,14 +123,20 @@ def test_held_out_rows_are_never_trained_on() -> None:
     assert sorted(held_out) == held_out.tolist()
 
 
+def test_runs_of_earlier_versions_keep_what_their_seed_held_out() -> None:
+    held_out = split(np.ones(40, dtype=np.int32), Validation(share=0.1), partial(by_seed, seed=42))[1]
+
+    assert held_out.tolist() == [11, 12, 21, 30]
+
+
 def test_what_is_held_out_is_so_wherever_it_stands() -> None:
     digests = random_digests(1000)
     every = np.ones(1000, dtype=np.int32)
     validation = Validation(share=0.1)
     shuffled = np.random.default_rng(1).permutation(digests)
-    held_out = set(digests[split(every, digests, validation)[1]])
+    held_out = set(digests[split(every, validation, mixed_by(digests))[1]])
 
-    assert set(shuffled[split(every, shuffled, validation)[1]]) == held_out
+    assert set(shuffled[split(every, validation, mixed_by(shuffled))[1]]) == held_out
 
 
 @pytest.mark.parametrize(("max_rows", "most"), [(200, 15), (50, 0)])
@@ -130,8 +144,8 @@ def test_of_a_longer_dataset_hardly_a_row_is_held_out_that_was_trained_on(max_ro
     digests = random_digests(1500)
     every = np.ones(1500, dtype=np.int32)
     validation = Validation(share=0.1, max_rows=max_rows)
-    trained = set(split(every[:1000], digests[:1000], validation)[0])
-    held_out = split(every, digests, validation)[1]
+    trained = set(split(every[:1000], validation, mixed_by(digests[:1000]))[0])
+    held_out = split(every, validation, mixed_by(digests))[1]
 
     assert len(held_out) == min(max_rows, 150)
     assert len(trained & set(held_out)) <= most
@@ -139,7 +153,8 @@ def test_of_a_longer_dataset_hardly_a_row_is_held_out_that_was_trained_on(max_ro
 
 def test_equal_rows_are_spread_as_others_are() -> None:
     digests = np.repeat(random_digests(40), 100)
-    held_out = split(np.ones(4000, dtype=np.int32), digests, Validation(share=0.1, max_rows=2000))[1]
+    every = np.ones(4000, dtype=np.int32)
+    held_out = split(every, Validation(share=0.1, max_rows=2000), mixed_by(digests))[1]
 
     assert len(held_out) == 400
     per_row = Counter(digests[held_out].tolist())
@@ -148,7 +163,7 @@ def test_equal_rows_are_spread_as_others_are() -> None:
 
 
 def test_few_rows_are_all_trained_on() -> None:
-    rows, held_out = split(np.full(19, 1, dtype=np.int32), random_digests(19), Validation())
+    rows, held_out = split(np.full(19, 1, dtype=np.int32), Validation(), mixed_by(random_digests(19)))
 
     assert (len(rows), len(held_out)) == (19, 0)
 
@@ -156,7 +171,7 @@ def test_few_rows_are_all_trained_on() -> None:
 def test_some_rows_are_chosen_by_what_is_in_them() -> None:
     num_trained = np.array([1, 0, 1, 1, 1, 0, 1], dtype=np.int32)
 
-    digests = np.array([5, 0, 9, 1, 7, 2, 3], dtype=np.uint64)
+    mix = mixed_by(np.array([5, 0, 9, 1, 7, 2, 3], dtype=np.uint64))
 
-    assert some_of(num_trained, digests, max_rows=3).tolist() == [0, 3, 6]
-    assert some_of(num_trained, digests, max_rows=9).tolist() == [0, 2, 3, 4, 6]
+    assert some_of(num_trained, mix, max_rows=3).tolist() == [0, 3, 6]
+    assert some_of(num_trained, mix, max_rows=9).tolist() == [0, 2, 3, 4, 6]

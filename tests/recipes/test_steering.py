@@ -12,7 +12,17 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from runs.exceptions import RequestInvalid
-from runs.models import Checkpoint, DatasetVersion, FixedSample, Metric, Recipe, RunEvent, TrainingRun, User
+from runs.models import (
+    Checkpoint,
+    DatasetVersion,
+    Evaluation,
+    FixedSample,
+    Metric,
+    Recipe,
+    RunEvent,
+    TrainingRun,
+    User,
+)
 from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import Changes, SftConfig
 from runs.services import active_recipes, holdups, recipe_samples, recipe_status, recipe_steps, recipes
@@ -229,12 +239,13 @@ def test_a_fork_goes_on_where_its_checkpoint_was(begin: Begin, alice: User) -> N
         ({"num_epochs": 1, "seed": 5}, 13, (4, 0)),
         ({"num_epochs": 1, "validation": {"share": 0.2}}, 12, (4, 0)),
         ({"num_epochs": 1, "batch_tokens": 2_000}, 5, (4, 16)),
+        ({"num_epochs": 1, "max_length": None}, 13, (4, 0)),
     ],
 )
 def test_a_fork_goes_on_in_its_data_or_begins_other_data(
     begin: Begin, alice: User, changes: dict[str, Any], num_steps: int, start: tuple[int, int]
 ) -> None:
-    parent = ended(begin(num_steps=4, batch_size=4, save_every=4))
+    parent = ended(begin(num_steps=4, batch_size=4, save_every=4, max_length=64))
     checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
 
     run = recipes.fork(alice, checkpoint, with_optimizer=True, changes=changes, source="rest")
@@ -243,6 +254,22 @@ def test_a_fork_goes_on_in_its_data_or_begins_other_data(
 
     assert (fork.data_step, fork.data_row) == start
     assert fork.num_steps == num_steps, (fork.preparation, fork.error)
+
+
+@pytest.mark.parametrize("held_out_by", ["seed", "content"])
+def test_a_fork_holds_out_the_rows_that_its_parent_did(begin: Begin, alice: User, held_out_by: str) -> None:
+    parent = begin(num_steps=2)
+    Recipe.objects.filter(pk=parent.pk).update(held_out_by=held_out_by)
+    parent = ended(parent)
+    checkpoint = Checkpoint.objects.get(run=parent.run, name="final")
+    changes = {"seed": parent.config["seed"]}
+
+    run = recipes.fork(alice, checkpoint, with_optimizer=False, changes=changes, source="rest")
+
+    assert Recipe.objects.get(run=run).held_out_by == held_out_by
+    fork = ended(Recipe.objects.get(run=run))
+    before, after = (Evaluation.objects.filter(run=one.run).order_by("step") for one in (parent, fork))
+    assert before.last().loss == after.first().loss  # type: ignore[union-attr]
 
 
 def test_a_fork_onto_other_data_sees_all_of_it(

@@ -64,10 +64,15 @@ def many(count: int) -> ListRows:
 
 
 def prepare_at(
-    folder: Path, rows: ListRows, renderer: Renderer, *, progress: Callable[[float], None] = ignore
+    folder: Path,
+    rows: ListRows,
+    renderer: Renderer,
+    *,
+    max_length: int = 40,
+    progress: Callable[[float], None] = ignore,
 ) -> TokenStore:
     return tokens.prepare_at(
-        folder, lambda: rows, renderer, train_on="assistant", max_length=40, progress=progress
+        folder, lambda: rows, renderer, train_on="assistant", max_length=max_length, progress=progress
     )
 
 
@@ -94,6 +99,14 @@ def test_a_store_gives_each_row_as_the_renderer_does(cache: Path, tiny: Renderer
     assert store.counts.num_failed_rows == 0
     with pytest.raises(IndexError):
         store[1200]
+
+
+def test_equal_rows_have_equal_digests_wherever_they_are_cut(cache: Path, tiny: Renderer) -> None:
+    rows = ListRows([chat("a", "b" * 90), chat("c", "d"), chat("a", "b" * 90), chat("a", "b" * 91)])
+    digests = prepare_at(cache / "aa", rows, tiny).digests.tolist()
+    assert digests[0] == digests[2]
+    assert len(set(digests)) == 3
+    assert prepare_at(cache / "bb", rows, tiny, max_length=10).digests.tolist() == digests
 
 
 def test_rows_that_cannot_be_rendered_keep_their_places(cache: Path, tiny: Renderer) -> None:
