@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.migrations import AddField, DeleteModel, RemoveField, RenameField, RenameModel
 from django.db.migrations.executor import MigrationExecutor
+from django.db.migrations.loader import MigrationLoader
+from django.db.models import NOT_PROVIDED
 
 from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.services import loads, operations, sampling
 from tests.services import rows
 
+FIRST_VERSION = "0003"
 BEFORE_LOADS = ("runs", "0013_prompts_by_digest")
 
 
@@ -28,6 +32,21 @@ def migrate(target: tuple[str, str] | None = None) -> None:
     """Bring the tables to a version, or to the newest."""
     executor = MigrationExecutor(connection)
     executor.migrate([target] if target else executor.loader.graph.leaf_nodes())
+
+
+def test_the_version_before_can_write_to_the_new_tables() -> None:
+    migrations = MigrationLoader(None).disk_migrations
+    later = [one for (app, name), one in migrations.items() if app == "runs" and name > FIRST_VERSION]
+    operations = [operation for migration in later for operation in migration.operations]
+    assert not [
+        one for one in operations if isinstance(one, DeleteModel | RemoveField | RenameField | RenameModel)
+    ]
+    added = [one for one in operations if isinstance(one, AddField)]
+    assert added
+    for one in added:
+        field = one.field
+        is_left_out = field.null or field.many_to_many or field.db_default is not NOT_PROVIDED
+        assert is_left_out, f"{one.model_name}.{one.name} has to have a default in the database"
 
 
 def test_loads_and_forks_of_before_are_known(newest: None) -> None:
