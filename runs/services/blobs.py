@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 PAYLOADS: Final = "payloads"
 # Payloads are deleted only when nobody stored the same bytes for so long: the row that names them comes later.
 GRACE_S: Final = 3600.0
+# A turn of cleaning up begins nothing more after so long, which is what one file takes of a bucket that does not answer.
+CLEANUP_S: Final = 20.0
 _READ_AGAIN_S: Final = (0.05, 0.5)
 _SPARE_BYTES: Final = 64 << 20
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -21,8 +21,6 @@ from runs.services import blobs, loads
 
 _REST_S: Final = 60
 _MAX_DOUBLINGS: Final = 6
-# A bucket that does not answer takes 20 s of each folder: what is more than that waits for the next turn.
-_TURN_S: Final = 20.0
 _BATCH: Final = 500
 
 
@@ -59,7 +57,7 @@ def delete_due() -> None:
 
 
 def _delete_due(rows: QuerySet[PendingDeletion]) -> None:
-    until = time.monotonic() + _TURN_S
+    until = time.monotonic() + blobs.CLEANUP_S
     while time.monotonic() < until and (row := _take(rows)) is not None:
         if _is_needed(row.path) or blobs.delete_folder(row.path):
             PendingDeletion.objects.filter(pk=row.pk).delete()

@@ -18,15 +18,13 @@ from django.db.models import Exists, Min, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from runs.models import Evaluation, Operation, Recipe, Snapshot, TrainingRun
-from runs.services import deletions, payload_files
+from runs.services import blobs, deletions, payload_files
 from runs.services.commits import NUM_SNAPSHOTS_KEPT
 
 KEEP_RESULTS: Final = timedelta(hours=24)
 _BATCH: Final = 500
 _BATCHES_AT_ONCE: Final = 200
 _RUNS_AT_ONCE: Final = 500
-# A bucket that does not answer takes 20 s of each batch.
-_TURN_S: Final = 20.0
 
 _FLOORS: Final = """
 WITH kept AS (
@@ -51,7 +49,7 @@ def forget() -> None:
         floors: list[tuple[int, int]] = cursor.fetchall()
     before = timezone.now() - KEEP_RESULTS
     num_left = _BATCHES_AT_ONCE
-    until = time.monotonic() + _TURN_S
+    until = time.monotonic() + blobs.CLEANUP_S
     for run_pk, floor in floors:
         while num_left and time.monotonic() < until and _forget_payloads(run_pk, floor):
             num_left -= 1

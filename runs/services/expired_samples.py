@@ -18,20 +18,18 @@ from django.db.models import Q, QuerySet
 from django.utils import timezone
 
 from runs.models import Operation, SamplingSession, Session
-from runs.services import payload_files, sessions
+from runs.services import blobs, payload_files, sessions
 from runs.services.expired_operations import KEEP_RESULTS
 
 KEEP_SILENT: Final = timedelta(days=30)
 _BATCH: Final = 500
 _BATCHES_AT_ONCE: Final = 200
-# A bucket that does not answer takes 20 s of each batch.
-_TURN_S: Final = 20.0
 _KEPT: Final = Q(payload__isnull=False) | ~Q(payload_file="") | Q(result__isnull=False)
 
 
 def forget() -> None:
     """Delete what has become useless; what is more than some good batches waits for the next time."""
-    until = time.monotonic() + _TURN_S
+    until = time.monotonic() + blobs.CLEANUP_S
     for step in (_forget_content, _forget_rows, _forget_sampling_sessions, _forget_sessions):
         for _ in range(_BATCHES_AT_ONCE):
             if not step() or time.monotonic() > until:

@@ -41,6 +41,14 @@ def add_steps(run: TrainingRun, first: int, last: int) -> None:
         events.run_changed(run.pk, run.owner_id, run.public_id)
 
 
+async def up_to_date(connect: Open, run: TrainingRun) -> Socket:
+    """Return the socket of a page that shows all values of the run so far."""
+    socket = await connect(path(run))
+    await socket.say_json({"after": 10})
+    await socket.hear()
+    return socket
+
+
 async def test_it_sends_everything_after_the_cursor(connect: Open, run: TrainingRun) -> None:
     socket = await connect(path(run))
     await socket.say_json({"after": -1})
@@ -104,9 +112,7 @@ async def test_without_redis_it_still_looks_by_itself(
         }
     }
     with override_settings(CHANNEL_LAYERS=nowhere):
-        socket = await connect(path(run))
-        await socket.say_json({"after": 10})
-        await socket.hear()
+        socket = await up_to_date(connect, run)
         await sync_to_async(seed.add_values)(run, [(20, 10, {"loss": 0.5})])
         assert [point[0] for point in await hear_points(socket, 1)] == [20]
 
@@ -131,9 +137,7 @@ async def test_a_hint_spares_the_look(
     connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 3600.0)
-    socket = await connect(path(run))
-    await socket.say_json({"after": 10})
-    await socket.hear()
+    socket = await up_to_date(connect, run)
     await subscribed(events.run_group(run.pk))
     for first in (6, 9):
         await sync_to_async(add_steps)(run, first, first + 2)
@@ -143,9 +147,7 @@ async def test_a_hint_spares_the_look(
 
 
 async def test_asking_again_from_an_older_cursor_sends_it_again(connect: Open, run: TrainingRun) -> None:
-    socket = await connect(path(run))
-    await socket.say_json({"after": 10})
-    await socket.hear()
+    socket = await up_to_date(connect, run)
     await socket.say_json({"after": 8})
     assert {point[0] for point in await hear_points(socket, 5)} == {10}
 
@@ -184,9 +186,7 @@ async def test_a_run_given_away_ends_the_socket(
     connect: Open, run: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 0.2)
-    socket = await connect(path(run))
-    await socket.say_json({"after": 10})
-    await socket.hear()
+    socket = await up_to_date(connect, run)
     bob = await sync_to_async(seed.make_user)("bob")
     await TrainingRun.objects.filter(pk=run.pk).aupdate(owner=bob)
     assert await socket.closing_code() == consumers.NOT_FOUND
@@ -197,9 +197,7 @@ async def test_who_is_no_longer_signed_in_hears_nothing_more(
     connect: Open, run: TrainingRun, cookie: str, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 0.2)
-    socket = await connect(path(run))
-    await socket.say_json({"after": 10})
-    await socket.hear()
+    socket = await up_to_date(connect, run)
     if how == "switched off":
         await User.objects.filter(username="alice").aupdate(is_active=False)
     elif how == "signed out":
@@ -215,9 +213,7 @@ async def test_a_page_hears_of_its_checkpoints_and_forks(
     """Whoever changes them, and though nothing of the run itself changes."""
     checkpoint = await sync_to_async(rows.make_checkpoint)(run)
     monkeypatch.setattr(consumers.LiveConsumer, "self_check_s", 3600.0)
-    socket = await connect(path(run))
-    await socket.say_json({"after": 10})
-    await socket.hear()
+    socket = await up_to_date(connect, run)
     await subscribed(events.run_group(run.pk))
     for change in (
         lambda: checkpoints.set_ttl(checkpoint, 3600),

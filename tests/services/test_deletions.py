@@ -75,6 +75,14 @@ def hold(worker: HandWorker, run: TrainingRun) -> HeldRun:
     return worker.hold(run)
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def each_kind_of_storage(request: pytest.FixtureRequest, settings: Settings) -> None:
+    """Have the test run with files in a folder, and once more with files that are not on a disk."""
+    if request.param == "bucket":
+        in_memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}
+        settings.STORAGES = {**settings.STORAGES, "default": in_memory}
+
+
 @pytest.fixture(autouse=True)
 def folder(settings: Settings, tmp_path: Path) -> Path:
     """Keep files in a folder of the test's own, with its mark."""
@@ -253,14 +261,9 @@ def delete_due_without_waiting() -> None:
     deletions.delete_due()
 
 
-@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.usefixtures("each_kind_of_storage")
 @pytest.mark.django_db
-def test_what_is_gone_already_is_done(settings: Settings, is_bucket: bool) -> None:
-    if is_bucket:
-        settings.STORAGES = {
-            **settings.STORAGES,
-            "default": {"BACKEND": "django.core.files.storage.InMemoryStorage"},
-        }
+def test_what_is_gone_already_is_done() -> None:
     deletions.add("checkpoints/1/1-1-a", "snapshots/1")
     deletions.delete_due()
     assert pending() == []
@@ -301,14 +304,9 @@ def test_nothing_else_can_be_entered(path: str) -> None:
         deletions.add(path)
 
 
-@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.usefixtures("each_kind_of_storage")
 @pytest.mark.django_db
-def test_the_folder_of_a_run_goes_with_those_in_it(settings: Settings, is_bucket: bool) -> None:
-    if is_bucket:
-        settings.STORAGES = {
-            **settings.STORAGES,
-            "default": {"BACKEND": "django.core.files.storage.InMemoryStorage"},
-        }
+def test_the_folder_of_a_run_goes_with_those_in_it() -> None:
     inside, beside = write("snapshots/1/1-1-a"), write("snapshots/10/1-1-a")
     deletions.add("snapshots/1")
     deletions.delete_due()
