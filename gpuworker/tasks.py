@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from celery import shared_task
 from celery.signals import celeryd_after_setup, worker_shutdown, worker_shutting_down
 
+from runs import heap
+
 if TYPE_CHECKING:
     from gpuworker.worker import GpuWorker
 
@@ -71,6 +73,7 @@ def _start() -> None:
 
 def _make_worker() -> GpuWorker:
     """Import torch only here: the CPU worker shares this module's task names, not its weight."""
-    from gpuworker.worker import GpuWorker
+    with heap.lasting():
+        from gpuworker.worker import GpuWorker
 
     return GpuWorker()

@@ -16,13 +16,16 @@ from channels.security.websocket import AllowedHostsOriginValidator
 from django.core.asgi import get_asgi_application
 from django.urls import path, re_path
 
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
-django_application = get_asgi_application()
+from runs import heap
 
-from mintweb.origins import SameOrigin  # noqa: E402 - reads settings
-from runs import urls  # noqa: E402 - models exist only once Django is set up
-from runs.api.clock import lifespan  # noqa: E402
-from runs.rest.body_guard import BodyGuard  # noqa: E402
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mintweb.settings")
+with heap.lasting():
+    django_application = get_asgi_application()
+
+    from mintweb.origins import SameOrigin  # reads settings
+    from runs import urls  # models exist only once Django is set up
+    from runs.api.clock import lifespan
+    from runs.rest.body_guard import BodyGuard
 
 # Django's types know views only, Channels' router calls ASGI applications.
 _sdk: Any = URLRouter(cast(Any, urls.sdk_routes))

@@ -55,26 +55,16 @@ def put(digest: str, data: bytes) -> str:
 
 
 def delete_if_old(name: str) -> bool:
-    """Delete a payload that no row names, unless somebody stored the same bytes a short while ago."""
-    if not isinstance(storages["default"], FileSystemStorage):
-        is_old = GRACE_S < _age_s(name) < float("inf")
-        if is_old:
-            default_storage.delete(name)
-        return is_old
-    path = Path(default_storage.path(name))
-    aside = path.with_name(f".old-{path.name}")
+    """Delete a payload that no row names, unless somebody stored the same bytes a short while ago.
+
+    False, with the reason logged, too when the storage refuses.
+    """
     try:
-        if _file_age_s(path) < GRACE_S:
-            return False
-        # Whoever stores it again either touches it before it is moved, which is seen here, or writes it anew.
-        os.rename(path, aside)
-        if _file_age_s(aside) < GRACE_S:
-            os.replace(aside, path)
-            return False
-        aside.unlink()
-    except FileNotFoundError:
+        with away():
+            return _delete_if_old(name)
+    except OSError as error:
+        logger.warning("the file %s could not be deleted: %s", name, error)
         return False
-    return True
 
 
 def payload_names(prefix: str) -> Iterator[str]:
@@ -224,6 +214,28 @@ def _remove_here(path: Path) -> bool:
     except FileNotFoundError:
         if path.exists():  # somebody else removes it at the same time, and may not get to its end
             raise
+        return False
+    return True
+
+
+def _delete_if_old(name: str) -> bool:
+    if not isinstance(storages["default"], FileSystemStorage):
+        is_old = GRACE_S < _age_s(name) < float("inf")
+        if is_old:
+            default_storage.delete(name)
+        return is_old
+    path = Path(default_storage.path(name))
+    aside = path.with_name(f".old-{path.name}")
+    try:
+        if _file_age_s(path) < GRACE_S:
+            return False
+        # Whoever stores it again either touches it before it is moved, which is seen here, or writes it anew.
+        os.rename(path, aside)
+        if _file_age_s(aside) < GRACE_S:
+            os.replace(aside, path)
+            return False
+        aside.unlink()
+    except FileNotFoundError:
         return False
     return True
 

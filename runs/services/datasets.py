@@ -8,16 +8,13 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from django.conf import settings
-from django.core.files.storage import default_storage
 from django.db import transaction
 from django.db.models import Max
-from django.utils import timezone
 
 from runs import events
 from runs.datasets import formats
@@ -34,11 +31,10 @@ EXAMPLE_NAME: Final = "Pirate answers (example)"
 REF_RULE: Final = "ds-<12 of 0-9 a-f>, or ds-<12 of 0-9 a-f>@<version>"
 _EXAMPLE: Final = "examples/data/pirate_qa.jsonl"
 _REF: Final = re.compile(r"(ds-[0-9a-f]{12})(?:@([1-9][0-9]{0,5}))?")
-_FOLDER: Final = "datasets"
+FOLDER: Final = "datasets"
 _HASH_BYTES: Final = 1 << 20
 _MAX_NAME: Final = 200
 _MAX_DESCRIPTION: Final = 10_000
-_STALE_S: Final = 2 * 86_400
 # Runs that a refusal to delete names.
 _MAX_NAMED: Final = 5
 State = DatasetVersion.State
@@ -100,7 +96,7 @@ def register(
     known = _known(user, dataset, digest, filename)
     if known is not None:
         return Registered(version=known, is_known=True)
-    directory = f"{_FOLDER}/{uuid.uuid4().hex}"
+    directory = f"{FOLDER}/{uuid.uuid4().hex}"
     blobs.link_in(path, f"{directory}/{ORIGINAL}")
     try:
         with transaction.atomic():
@@ -348,27 +344,6 @@ def delete(dataset: Dataset) -> None:
         deletions.add(*(version.directory for version in versions))
     for version in versions:
         drop_copies(version.directory)
-
-
-def remove_orphans() -> None:
-    """Delete folders without a row and temporary files, both left by processes that were killed."""
-    with suppress(FileNotFoundError):
-        names = {f"{_FOLDER}/{name}" for name in default_storage.listdir(_FOLDER)[0]}
-        names -= {*DatasetVersion.objects.filter(directory__in=names).values_list("directory", flat=True)}
-        for name in names:
-            if _is_stale(name):
-                blobs.delete_folder(name)
-    for path in settings.TEMP_DIR.glob("*"):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime < timezone.now().timestamp() - _STALE_S:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_stale(folder: str) -> bool:
-    """Say whether a folder is so old that whoever made it is done."""
-    names = default_storage.listdir(folder)[1]
-    ages = [timezone.now() - default_storage.get_modified_time(f"{folder}/{name}") for name in names]
-    return bool(ages) and min(ages).total_seconds() > _STALE_S
 
 
 # Texts -------------------------------------------------------------------------------------------------------
