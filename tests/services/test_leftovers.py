@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from django.core.files.base import ContentFile
-from django.core.files.storage import default_storage
+from django.core.files.storage import FileSystemStorage, default_storage
 from pytest_django.fixtures import Settings
 
 from runs.models import User
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_looked_at_keeps_no_other(
             raise PermissionError(name)
         return read_time(name)
 
-    monkeypatch.setattr(type(default_storage._wrapped), "get_modified_time", lambda _, name: fail_once(name))
+    monkeypatch.setattr(FileSystemStorage, "get_modified_time", lambda _, name: fail_once(name))
     leftovers.delete_dataset_folders()
     assert [default_storage.exists(name) for name in names] == [False, True, False]
     assert "datasets/two could not be looked at" in caplog.text
