@@ -19,7 +19,7 @@ PASSWORD = "a good long password"
 @pytest.fixture
 def servers(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")  # where nothing listens
-    servers = [Server(), Server()]
+    servers = [Server(fresh=True), Server(fresh=True)]
     for server in servers:
         server.start()
     yield servers

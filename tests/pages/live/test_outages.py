@@ -38,7 +38,7 @@ def redis() -> Iterator[Proxy]:
 def server(transactional_db: None, redis: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Return the web process of this test, which has its Redis behind the proxy."""
     monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{redis.port}/0")
-    server = Server()
+    server = Server(fresh=True)
     server.start()
     yield server
     server.kill()
