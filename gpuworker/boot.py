@@ -16,6 +16,7 @@ from django.conf import settings
 
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import BaseModelError
+from gpuworker.engine.memory import is_device_lost, is_out_of_memory
 from gpuworker.engine.residency import AdapterMemory
 from gpuworker.fingerprints import fingerprint_of
 from gpuworker.group import WorkerGroup
@@ -67,6 +68,9 @@ def load(worker: Worker, name: str, folder: Path) -> dict[str, Engine]:
         engine = _load(name, folder)
     except BaseModelError as error:
         refuse(worker, name, error)
+        engine = None
+    if engine is None:
+        torch.cuda.empty_cache()  # its weights went with the error; does nothing without a GPU
         return {}
     until_reachable(partial(base_models.report, worker, _info(name, str(settings.BASE_MODELS[name]), engine)))
     worker.device, worker.dtype = _device_words(engine), engine.fingerprint["dtype"]
@@ -115,10 +119,27 @@ def resolve(directory_or_name: str) -> Path:
 
 
 def _load(name: str, directory: Path) -> Engine:
+    """Load a base model, by itself or over the group.
+
+    Whatever keeps one from loading by itself is its own matter: the worker serves the others. Processes of a group
+    would go on out of step.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
     memory = _adapter_memory()
-    if _group is None or name == _NEVER_SPLIT:
+    if _group is not None and name != _NEVER_SPLIT:
+        return _group.load(directory.resolve(), dtype=settings.DTYPE, adapter_memory=memory)
+    try:
         return Engine.load(directory, device=settings.DEVICE, dtype=settings.DTYPE, adapter_memory=memory)
-    return _group.load(directory.resolve(), dtype=settings.DTYPE, adapter_memory=memory)
+    except BaseModelError:
+        raise
+    except Exception as error:
+        if is_device_lost(error):
+            raise
+        logger.exception("base model %s could not be loaded", name)
+        what = "it does not fit into memory" if is_out_of_memory(error) else type(error).__name__
+        raise BaseModelError(f"{what}: {next(iter(str(error).splitlines()), '')}") from error
 
 
 def _devices() -> list[str]:

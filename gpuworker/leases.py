@@ -65,8 +65,12 @@ class Lease:
 
         Else it says of none of them whether it lives.
         """
-        now = time.monotonic()
-        return now - self._heard_at < _BREAK_S and now - self._heard_since > workers.RETURN_GRACE_S
+        return time.monotonic() - self._heard_at < _BREAK_S and self.heard_s > workers.RETURN_GRACE_S
+
+    @property
+    def heard_s(self) -> float:
+        """For how long the database has answered without a break; negative while it does not."""
+        return time.monotonic() - self._heard_since
 
     def stop(self) -> None:
         """End the renewal and free the lock."""

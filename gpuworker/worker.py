@@ -50,7 +50,7 @@ class GpuWorker:
         self._lease = Lease(
             self.row,
             busy_share=self._busy.share,
-            is_stuck=lambda: self._busy.stuck_s() > settings.HANG_S,
+            is_stuck=self._is_stuck,
             on_lost=self._on_lost,
             on_stuck=_end_stuck_process,
             on_hung=_end_hung_process,
@@ -153,6 +153,10 @@ class GpuWorker:
     def _release(self, seat: Seat) -> None:
         is_lost = seat.is_lost or seat.is_suspect
         claims.release_run(seat.run.pk, self.row, fence=seat.run.fence, is_lost=is_lost)
+
+    def _is_stuck(self) -> bool:
+        """Say whether the device is, and not only what waits until the database takes results again."""
+        return self._busy.stuck_s() > settings.HANG_S and self._lease.heard_s > settings.HANG_S
 
     def _on_lost(self) -> None:
         """Give up everything: other workers own the runs by now."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from django.db import transaction
+from pytest_django.fixtures import Settings
 
 from gpuworker import leases
 from gpuworker.busy import BusyMeter
@@ -96,6 +97,21 @@ def test_a_worker_whose_renewal_hangs_is_ended(row: Worker, monkeypatch: pytest.
     finally:
         lease.stop()
     assert not other.is_set()
+
+
+def test_what_waits_for_a_database_that_is_away_is_not_stuck(
+    start_worker: Callable[[], GpuWorker], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("gpuworker.worker._end_stuck_process", ended.set)
+    monkeypatch.setattr(workers, "HEARTBEAT_S", 0.05)
+    settings.HANG_S = 3
+    worker = start_worker()
+    with worker.scheduler._draining, worker._busy.measuring():
+        for _ in range(20):
+            worker._lease._lock_connection.close()
+            assert not ended.wait(0.2)
+        assert ended.wait(60)
 
 
 def test_a_pass_of_many_batches_beats_after_each(
