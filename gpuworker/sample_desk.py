@@ -79,7 +79,7 @@ class SampleDesk:
         self._open: dict[int, _Open] = {}
         self._alone: int | None = None
         self._partials = Partials()
-        self._num_watched = 0
+        self._watched: dict[int, int] = {}  # in which session a request is whose page is shown its tokens
         self._shown_at = 0.0
         self._used: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -88,7 +88,7 @@ class SampleDesk:
         """Whether there is something to do here; what waits for servers to end, to be tried alone, is not."""
         if self._cold.has_read or any(engine.sampler.num_pending for engine in self._engines.values()):
             return True
-        return any(self._waiting.values()) and not self.is_waiting
+        return any(self._waiting.values()) and not self.is_waiting and self._alone is None
 
     @property
     def is_waiting(self) -> bool:
@@ -129,13 +129,16 @@ class SampleDesk:
         self._drop_ended()
         for server in self._servers.values():
             self._collect(server)
-        if self._num_watched and time.monotonic() - self._shown_at >= PARTIALS_S:
+        if self._watched and time.monotonic() - self._shown_at >= PARTIALS_S:
             self._shown_at = time.monotonic()
             self._show()
 
     def _admit_waiting(self) -> None:
-        """Begin what waits, a request of each owner at a time, as long as what begins is drawn at once."""
-        while not self.is_trying_alone and (turns := self._next_turns()) is not None:
+        """Begin what waits, a request of each owner at a time, as long as what begins is drawn at once.
+
+        Nothing begins either while the weights are read of what is to be tried alone.
+        """
+        while self._alone is None and (turns := self._next_turns()) is not None:
             self._begin(turns.pop())
 
     def _next_turns(self) -> SampleTurns | None:
@@ -209,7 +212,7 @@ class SampleDesk:
     def _note_alone(self, taken: TakenSample) -> None:
         """Enter, before it can end this worker too, that a request is tried alone; what was computed is kept first.
 
-        One that has waited for its weights since is entered already.
+        One whose weights were read since is entered already.
         """
         if self._alone == taken.pk:
             return
@@ -218,15 +221,14 @@ class SampleDesk:
         self._alone = taken.pk
 
     def _note_open(self, taken: TakenSample, body: StoredSample, sampler: Sampler | VllmSampler) -> None:
-        is_known = taken.pk in self._open
         self._open[taken.pk] = _Open(
             sampler=sampler,
             taken=taken,
             num_prompt_logprobs=body.prompt_logprobs_last_n,
             is_watched=body.stream,
         )
-        if body.stream and not is_known:
-            self._num_watched += 1
+        if body.stream and taken.pk not in self._watched:
+            self._watched[taken.pk] = taken.session_pk
             self._partials.open(taken.pk)
 
     def _show(self) -> None:
@@ -275,37 +277,38 @@ class SampleDesk:
 
     def _draw_alone(self, operation_pk: int) -> None:
         """Have a request drawn anew with no other beside it: its tokens depend on its seed alone."""
-        one = self._close(operation_pk)
-        assert one is not None
+        one = self._open.pop(operation_pk)
         self._lone.add(operation_pk)
         self._waiting[one.taken.base_model].put(one.taken)
 
     def _collect(self, server: VllmSampler) -> None:
         for request_id, outcome in server.step():
             if isinstance(outcome, Refusal):
-                refused = self._close(int(request_id))
-                assert refused is not None
+                refused = self._open.pop(int(request_id))
                 self._engines_own.add(refused.taken.pk)
                 self._begin(refused.taken)
             else:
                 self._answer(int(request_id), outcome)
 
     def _answer(self, operation_pk: int, answer: SampleResult | Result) -> None:
-        one = self._close(operation_pk)
-        self._engines_own.discard(operation_pk)
-        self._lone.discard(operation_pk)
+        one = self._open.get(operation_pk)
+        session_pk = self._watched.get(operation_pk)
+        self._forget(operation_pk)
         wanted = one.num_prompt_logprobs if one is not None else None
         self._committer.put(
             SampleOutcome(operation_pk=operation_pk, answer=answer, num_prompt_logprobs=wanted)
         )
-        if one is not None and one.is_watched:
-            self._partials.close(one.taken.session_pk, operation_pk)
+        if session_pk is not None:
+            self._partials.close(session_pk, operation_pk)
 
-    def _close(self, operation_pk: int) -> _Open | None:
-        one = self._open.pop(operation_pk, None)
-        if one is not None and one.is_watched:
-            self._num_watched -= 1
-        return one
+    def _forget(self, operation_pk: int) -> None:
+        """Keep nothing of a request; when it comes again it is as new."""
+        if self._alone == operation_pk:
+            self._alone = None
+        self._open.pop(operation_pk, None)
+        self._watched.pop(operation_pk, None)
+        self._engines_own.discard(operation_pk)
+        self._lone.discard(operation_pk)
 
     def _has_weights(self, engine: Engine, taken: TakenSample) -> bool:
         """Say whether the engine holds what a request is drawn with, and count it as used."""
@@ -334,22 +337,17 @@ class SampleDesk:
             except StorageError as error:
                 logger.warning("%s samples wait for storage: %s", len(requests), error)
                 for taken in requests:
-                    self._let_go(taken.pk)
+                    self._forget(taken.pk)
+                    self._put_off(taken.pk)
             except Exception as error:  # noqa: BLE001 - it is the requests' answer
                 for taken in requests:
                     self._refuse(taken, error)
             else:
                 for taken in requests:
-                    self._waiting[taken.base_model].put(taken)
-
-    def _let_go(self, operation_pk: int) -> None:
-        """Forget a request without an answer; when it comes again it is as new."""
-        if self._alone == operation_pk:
-            self._alone = None
-        self._close(operation_pk)
-        self._engines_own.discard(operation_pk)
-        self._lone.discard(operation_pk)
-        self._put_off(operation_pk)
+                    if taken.pk == self._alone:
+                        self._begin(taken)
+                    else:
+                        self._waiting[taken.base_model].put(taken)
 
     def _hold(self, base_model: str, directory: str, found: Found) -> None:
         if isinstance(found, Exception):

@@ -76,7 +76,7 @@ class Scheduler:
         self._turns = Turns()
         self._residents = Residents(committer, busy)
         self._draining = threading.Lock()
-        self._tried_alone: int | None = None
+        self._tried_alone: set[int] = set()
         self._is_pausing = False
         self._is_stopping = False
         self._checked_at = time.monotonic()
@@ -321,8 +321,8 @@ class Scheduler:
             done[seat.run.pk] += outcomes
             return
         self._committer.flush()
-        if self._tried_alone != operation.taken.pk:  # else it waits for storage since
-            self._tried_alone = operation.taken.pk
+        if operation.taken.pk not in self._tried_alone:  # else it waits for storage since
+            self._tried_alone.add(operation.taken.pk)
             until_reachable(partial(claims.count_lone_attempt, operation.taken.pk))
         self._apply_head(seat, done)
 

@@ -11,11 +11,20 @@ from runs.services import access, base_models, keys, sessions
 
 # A client sends 100 events at a time, some with a traceback.
 MAX_TELEMETRY_BYTES: Final = 1 << 20
-CLIENT_CONFIG = {"pjwt_auth_enabled": True, "use_pyqwest_transport": False, "proto_compress_fwdbwd": False}
+CLIENT_CONFIG = {
+    "pjwt_auth_enabled": True,
+    "use_pyqwest_transport": False,
+    "proto_compress_fwdbwd": False,
+    "parallel_fwdbwd_chunks": False,
+}
 
 
 def client_config(request: ApiRequest) -> Reply:
-    """Tell the client how to talk: tokens instead of long-lived keys, and no transport that hides redirects."""
+    """Tell the client how to talk.
+
+    Tokens instead of long-lived keys, no transport that hides redirects, and the parts of a large batch in their
+    order: else the first one comes last, and is missed when it has to be sent again for long.
+    """
     return json_reply(CLIENT_CONFIG)
 
 

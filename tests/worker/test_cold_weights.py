@@ -70,6 +70,32 @@ def test_training_and_other_samples_go_on_while_weights_are_read(
     assert sampled(ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint)) == first
 
 
+def test_of_samples_to_be_tried_alone_one_is_counted_and_once_though_its_weights_have_to_be_read(
+    checkpoint: Checkpoint, start_worker: Start, new_client: NewClient, alice: User, base_model: str
+) -> None:
+    path = state_file(checkpoint)
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    waits = [ask(alice, base_model, num_tokens=NUM_TOKENS, checkpoint=checkpoint) for _ in range(3)]
+    Operation.objects.filter(pk__in=waits).update(attempts=ATTEMPTS_TOGETHER)
+
+    def counts() -> list[int]:
+        return sorted(Operation.objects.filter(pk__in=waits).values_list("lone_attempts", flat=True))
+
+    start_worker()
+    wait_for(lambda: any(counts()), what="one is tried")
+    finished(trained(new_client(seed=2)))
+    assert counts() == [0, 0, 1]
+
+    path.write_bytes(content)  # to the reader that waits
+    path.unlink()
+    path.write_bytes(content)
+    for waiting in waits:
+        sampled(waiting)
+    assert counts() == [1, 1, 1]
+
+
 def test_a_sample_waits_for_weights_that_cannot_be_read_just_now(
     checkpoint: Checkpoint, start_worker: Start, new_client: NewClient, alice: User, base_model: str
 ) -> None:
