@@ -151,10 +151,11 @@ def _forward_backward_outcome(
 
 def _optim_outcome(turn: Turn, answer: OptimStepResult | EngineError) -> Outcome:
     seat, operation = turn.seat, turn.operation
+    seat.tally.client_gap_s += operation.client_gap_s
     if isinstance(answer, EngineError):
         return failed(seat, operation, answer)
     seat.step = answer.step
-    metrics = seat.tally.close(answer, _step(turn).params.learning_rate)
+    metrics = seat.tally.close(answer, _step(turn).params.learning_rate, has_client=seat.run.has_client)
     if answer.skipped:
         metrics["skipped"] = 1.0
         error = NonFiniteError(f"the gradient is not finite: its norm is {answer.grad_norm}")
@@ -210,6 +211,7 @@ def _import(seat: Seat, load: Load) -> dict[str, object]:
         raise CheckpointError(f"{load.path} holds sampler weights only; load it without the optimizer")
     seat.engine.import_state(seat.adapter_id, state, optimizer=load.optimizer)
     seat.step = state.step if load.optimizer else 0
+    seat.tally.drop_passes()
     return dict(responses.load_weights_result(load.path, model_id=seat.run.public_id))
 
 

@@ -98,6 +98,11 @@ class PreparedOperation:
         return self.taken.num_tokens if self.taken else 0
 
     @property
+    def client_gap_s(self) -> float:
+        """How long nothing of the run was to be done before it was asked for."""
+        return self.taken.client_gap_s if self.taken else 0.0
+
+    @property
     def is_suspicious(self) -> bool:
         """Whether it is to be tried alone."""
         return self.taken is not None and suspicion.is_suspicious(self.taken)
@@ -134,13 +139,18 @@ class PutOff:
 
 @dataclass
 class Tally:
-    """What was trained since the last optimizer step; becomes that step's metrics."""
+    """What was trained since the last optimizer step; becomes that step's metrics.
+
+    `client_gap_s` is how long there was nothing of the run to do: no operation, and no sample of its weights, was
+    waiting or being worked on.
+    """
 
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     num_tokens: int = 0
     compute_s: float = 0.0
     queue_wait_s: float = 0.0
+    client_gap_s: float = 0.0
     last_step_at: float = field(default_factory=time.monotonic)
 
     def add(self, result: ForwardBackwardResult, *, compute_s: float, waited_s: float) -> None:
@@ -151,8 +161,13 @@ class Tally:
         self.compute_s += compute_s
         self.queue_wait_s = max(self.queue_wait_s, waited_s)
 
-    def close(self, result: OptimStepResult, learning_rate: float) -> dict[str, float]:
-        """Return the metrics of the step that ends here and start the next one."""
+    def drop_passes(self) -> None:
+        """Forget what was trained: its gradient is gone without a step."""
+        self.loss_sum = self.loss_weight = 0.0
+        self.num_tokens = 0
+
+    def close(self, result: OptimStepResult, learning_rate: float, *, has_client: bool) -> dict[str, float]:
+        """Return the metrics of the step that ends here and start the next one; without a client nobody waits for it."""
         now = time.monotonic()
         elapsed_s = max(now - self.last_step_at, 1e-9)
         metrics = {"learning_rate": learning_rate, "grad_norm": result.grad_norm}
@@ -164,9 +179,10 @@ class Tally:
                 "tokens_per_s": self.num_tokens / elapsed_s,
                 "step_time_s": self.compute_s,
                 "queue_wait_s": self.queue_wait_s,
-                "client_gap_s": max(elapsed_s - self.compute_s - self.queue_wait_s, 0.0),
             }
-        self.loss_sum = self.loss_weight = self.compute_s = self.queue_wait_s = 0.0
+            if has_client:
+                metrics["client_gap_s"] = self.client_gap_s
+        self.loss_sum = self.loss_weight = self.compute_s = self.queue_wait_s = self.client_gap_s = 0.0
         self.num_tokens = 0
         self.last_step_at = now
         return metrics
@@ -259,6 +275,9 @@ class Seat:
         popped = self.queue.popleft()
         assert popped is operation
         self.applied_seq = operation.seq
+        has_closed_tally = isinstance(operation.request, OptimStep)  # its own gap included
+        if not has_closed_tally:
+            self.tally.client_gap_s += operation.client_gap_s
 
     @property
     def head(self) -> PreparedOperation | None:

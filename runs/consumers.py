@@ -1,4 +1,4 @@
-"""Websockets of open pages: what is new since the page's cursor, read from rows.
+"""Websockets of open pages: what is new since the page's cursor, read from rows. The list's is in `run_list_consumer`.
 
 A hint only says when to look. Each consumer also looks by itself every few seconds, so a lost hint, or
 a Redis that is gone, costs seconds and loses nothing. The page counts what it has by the cursor.
@@ -10,10 +10,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime
 from importlib import import_module
 from typing import Any, ClassVar, Final, TypeVar
 from uuid import uuid4
@@ -24,16 +23,13 @@ from channels.layers import get_channel_layer
 from django.conf import settings
 from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
 from django.db import DatabaseError, DataError, InterfaceError
-from django.db.models import Q
 from django.template.loader import render_to_string
-from django.utils import timezone
 from django.utils.crypto import constant_time_compare
 
 from runs import events
 from runs.exceptions import MintError
 from runs.models import User
 from runs.services import access, metrics, run_rows, run_versions
-from runs.services.run_rows import MAX_WATCHED_ROWS
 from runs.threads import with_connection
 
 logger = logging.getLogger(__name__)
@@ -44,7 +40,6 @@ NOT_SIGNED_IN: Final = 4401
 NOT_FOUND: Final = 4404
 BAD_MESSAGE: Final = 4400
 TRY_AGAIN: Final = 4503
-MAX_NEW_ROWS: Final = 20
 _MAX_MESSAGE_CHARS: Final = 20_000
 _RESUBSCRIBE_S: Final = 5.0
 _LONGEST_JOIN_S: Final = 1.0
@@ -184,7 +179,7 @@ class LiveConsumer(AsyncWebsocketConsumer):
         if len(self._tasks) == 1:
             self._start(self._pump())
 
-    # What the two sockets do differently
+    # What the sockets do differently
 
     def _open(self) -> str:
         """Check access and return the group of the hints; runs in a thread."""
@@ -305,82 +300,6 @@ class RunConsumer(LiveConsumer):
         facts = render_to_string("runs/_facts.html", {"facts": run_rows.facts_of(run)})
         version = run_versions.version_of(run.pk) if is_quiet else ""
         return metrics.points_after(run, cursor, limit=self.max_points), facts, version
-
-
-class RunListConsumer(LiveConsumer):
-    """The list of runs: `{"rows": [ids], "is_first_page": bool}` from the page, then rows that changed.
-
-    A run that was deleted comes as `{"run": id, "is_gone": true}`.
-    """
-
-    interval_s = 0.5
-
-    def _open(self) -> str:
-        self._watched: list[str] = []
-        self._takes_new = False
-        self._owes_answer = True
-        self._newest_pk: int | None = None
-        self._since: datetime | None = None
-        self._sent: dict[str, str] = {}
-        return events.owner_group(self.user.pk)
-
-    def _take(self, message: dict[str, Any]) -> None:
-        rows = message.get("rows")
-        if (
-            not isinstance(rows, list)
-            or len(rows) > MAX_WATCHED_ROWS
-            or not all(isinstance(r, str) for r in rows)
-        ):
-            raise ValueError("rows is a list of run ids")
-        self._watched = rows
-        self._takes_new = message.get("is_first_page") is True
-        self._newest_pk = None
-        self._sent = {}
-        self._owes_answer = True
-
-    async def _send_news(self, hinted: set[str], *, is_self_check: bool) -> None:
-        wanted = None if is_self_check or self._owes_answer else hinted
-        rendered, gone = await in_thread(lambda: self._render(wanted))
-        changed = {run_id: html for run_id, html in rendered.items() if self._sent.get(run_id) != html}
-        new = [run_id for run_id in changed if run_id not in self._watched]
-        left = [run_id for run_id in self._watched if run_id not in gone]
-        self._watch([*reversed(new), *left][:MAX_WATCHED_ROWS], changed)
-        rows: list[dict[str, Any]] = [
-            {"run": run_id, "html": html, "is_new": run_id in new} for run_id, html in changed.items()
-        ]
-        rows += [{"run": run_id, "is_gone": True} for run_id in gone]
-        if rows or is_self_check or self._owes_answer:
-            self._owes_answer = False
-            await self.send(json.dumps({"rows": rows}, separators=(",", ":")))
-        if len(new) >= MAX_NEW_ROWS:
-            self._news.set()
-
-    def _watch(self, rows: list[str], changed: dict[str, str]) -> None:
-        """Go on with the rows that the page keeps, the last ones pushed off by new ones."""
-        sent = {**self._sent, **changed}
-        self._watched = rows
-        self._sent = {run_id: sent[run_id] for run_id in rows if run_id in sent}
-
-    def _render(self, hinted: Iterable[str] | None) -> tuple[dict[str, str], set[str]]:
-        """Return the rows as markup, the hinted ones or all that the page shows; and which of them are gone."""
-        runs = run_rows.by_activity(self.user)
-        shown = set(self._watched) if hinted is None else set(hinted) & set(self._watched)
-        found = list(runs.filter(public_id__in=shown)[:MAX_WATCHED_ROWS])
-        gone = shown - {run.public_id for run in found}
-        if self._takes_new:
-            if self._newest_pk is None:
-                self._newest_pk = max((run.pk for run in found), default=0)
-                moments = [run.active_at for run in found]  # type: ignore[attr-defined]
-                self._since = min([*moments, timezone.now()]) if moments else None
-            later = runs.filter(pk__gt=self._newest_pk).exclude(public_id__in=self._watched)
-            if self._since is not None:  # what did nothing since then is on a later page
-                later = later.filter(Q(active_at__gte=self._since))
-            # The oldest first, so that what does not fit comes with the next message.
-            new = list(later.order_by("pk")[:MAX_NEW_ROWS])
-            self._newest_pk = max([self._newest_pk, *(run.pk for run in new)])
-            found += new
-        rows = run_rows.rows_of(found)
-        return {row.run_id: render_to_string("runs/_run_row.html", {"row": row}) for row in rows}, gone
 
 
 async def in_thread(call: Callable[[], Result]) -> Result:

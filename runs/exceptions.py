@@ -2,6 +2,7 @@
 
 MintError                500  server
 + RequestInvalid         422  user    the body or a value in it is wrong; `place` says where
+  + BaseModelAway        422  user    a base model has no use just now; what is made on it already waits
 + NotAuthenticated       401  user    no key, a malformed key, or one that was revoked
 + OperatorsOnly          403  user    only a person with staff rights may do this
 + NotFound               404  user    no such object, or not yours: both look the same
@@ -71,11 +72,17 @@ class RequestInvalid(MintError):
         self.problems = tuple(problems) or ((place, self.message),)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_invalid, (self.message, self.place, self.problems))
+        return (_rebuild_invalid, (type(self), self.message, self.place, self.problems))
 
 
-def _rebuild_invalid(message: str, place: str, problems: Sequence[tuple[str, str]]) -> RequestInvalid:
-    return RequestInvalid(message, place=place, problems=problems)
+def _rebuild_invalid(
+    cls: type[RequestInvalid], message: str, place: str, problems: Sequence[tuple[str, str]]
+) -> RequestInvalid:
+    return cls(message, place=place, problems=problems)
+
+
+class BaseModelAway(RequestInvalid):
+    """the base model is not on offer, could not be loaded, or its files are not on this machine"""
 
 
 class NotAuthenticated(MintError):

@@ -12,6 +12,7 @@ from runs import events
 from runs.recipes import tokens
 from runs.services import (
     checkpoints,
+    closed_sessions,
     dataset_checks,
     dataset_rows,
     deletions,
@@ -70,6 +71,7 @@ def _begin_lost_checks() -> None:
 _CHORES: Final[Sequence[Callable[[], object]]] = (
     workers.bury_dead,
     checkpoints.delete_expired,
+    closed_sessions.let_runs_go,
     expired_operations.forget,
     expired_samples.forget,
     payload_files.delete_orphans,

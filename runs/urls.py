@@ -14,7 +14,9 @@ from runs import consumers
 from runs.api import sdk, uploads
 from runs.pages import (
     account,
+    checkpoint_list,
     checkpoints,
+    compare,
     dataset_files,
     dataset_list,
     datasets,
@@ -32,6 +34,7 @@ from runs.pages import (
 )
 from runs.playground_consumer import PlaygroundConsumer
 from runs.rest import api as rest
+from runs.run_list_consumer import RunListConsumer
 
 sdk_routes = sdk.routes
 rest_urls = rest.urls
@@ -59,6 +62,8 @@ page_urls: list[URLPattern] = [
     path("runs/new/export", new_run.write_file, name="run-new-export"),
     path("runs/delete", run_list.delete_many, name="run-delete-many"),
     path("runs/try", new_run.try_it, name="run-try"),
+    path("runs/compare/", compare.compare, name="run-compare"),
+    path("runs/compare/panels/", compare.panels, name="run-compare-panels"),
     path("runs/<str:run_id>/", run_detail.run_detail, name="run-detail"),
     path("runs/<str:run_id>/panels/", run_detail.panels, name="run-panels"),
     path("runs/<str:run_id>/rename", run_detail.rename, name="run-rename"),
@@ -102,7 +107,7 @@ page_urls: list[URLPattern] = [
         "datasets/<str:dataset_id>/<int:number>/encoding", datasets.choose_encoding, name="dataset-encoding"
     ),
     path("datasets/<str:dataset_id>/<int:number>/check", datasets.check_again, name="dataset-check"),
-    path("checkpoints/", checkpoints.checkpoint_list, name="checkpoint-list"),
+    path("checkpoints/", checkpoint_list.checkpoint_list, name="checkpoint-list"),
     path("checkpoints/delete", checkpoints.delete_many, name="checkpoint-delete-many"),
     path("playground/", playground.playground, name="playground"),
     path("playground/weights.json", playground.weights, name="playground-weights"),
@@ -116,7 +121,7 @@ page_urls: list[URLPattern] = [
 ]
 
 socket_routes: list[URLPattern] = [
-    path("ws/runs/", consumers.RunListConsumer.as_asgi(), name="run-list-socket"),  # type: ignore[arg-type]
+    path("ws/runs/", RunListConsumer.as_asgi(), name="run-list-socket"),  # type: ignore[arg-type]
     path("ws/playground/", PlaygroundConsumer.as_asgi(), name="playground-socket"),  # type: ignore[arg-type]
     path("ws/runs/<str:run_id>/", consumers.RunConsumer.as_asgi(), name="run-socket"),  # type: ignore[arg-type]
 ]

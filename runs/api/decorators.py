@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Result = TypeVar("Result")
 
 # A request that cannot be answered yet is held for so long: the SDKs would ask again at once.
@@ -124,11 +123,6 @@ class ApiRequest:
     def hold_s(self) -> float:
         """Seconds for which an answer may still be waited for, before the client gives the request up."""
         return max(self.held_until - time.monotonic(), 0.0)
-
-    @property
-    def sdk_version(self) -> str:
-        """The client's version, empty when it does not say."""
-        return self.headers.get("x-stainless-package-version", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +228,7 @@ def headers_of(scope: Scope) -> dict[str, str]:
 
 def credential_in(headers: Mapping[str, str]) -> str:
     """Return the API key or token that was sent, or an empty text."""
-    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+    return keys.sent_in(headers.get("x-api-key", ""), headers.get("authorization", ""))
 
 
 async def user_of(credential: str) -> User:

@@ -6,15 +6,10 @@ from typing import Any, cast
 
 from django.urls import URLPattern, path, re_path
 
-from runs.api import futures, sampling, service, training, training_runs, weights
-from runs.api.decorators import ApiRequest, Endpoint, Reply, endpoint, open_endpoint
-from runs.exceptions import NotFound
+from runs.api import futures, nowhere, sampling, service, training, training_runs, weights
+from runs.api.decorators import Endpoint, endpoint, open_endpoint
 
 _CHECKPOINT = "training_runs/<str:run_id>/checkpoints/<str:kind>/<str:name>"
-
-
-def _nothing_here(request: ApiRequest) -> Reply:
-    raise NotFound("there is no such endpoint")
 
 
 def _route(pattern: str, app: Endpoint) -> URLPattern:
@@ -68,7 +63,7 @@ _listing = [
     _route(f"{_CHECKPOINT}/ttl", endpoint(PUT=training_runs.set_ttl)),
     _route("checkpoints", endpoint(GET=training_runs.list_checkpoints)),
 ]
-_nowhere = endpoint(GET=_nothing_here, POST=_nothing_here, PUT=_nothing_here, DELETE=_nothing_here)
-_rest = [re_path("", cast(Any, _nowhere))]
+_nowhere = endpoint(**dict.fromkeys(("GET", "POST", "PUT", "DELETE"), nowhere.no_endpoint))
+_rest = [re_path("(?s:(?P<address>.*))", cast(Any, _nowhere))]
 
 routes: list[URLPattern] = _start_up + _training + _weights + _sampling + _listing + _rest

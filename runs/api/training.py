@@ -83,10 +83,7 @@ def unload_model(request: ApiRequest) -> Reply:
     """Close a run after what was submitted before."""
     body = validate(requests.UnloadModel, request.body)
     run = access.get_run(request.user, body.model_id)
-    latest = operations.latest_of(run, limit=1)
-    if latest and latest[0].kind == Kind.UNLOAD_MODEL:
-        return future_reply(latest[0].pk, run)
-    return submit(run, Submission(kind=Kind.UNLOAD_MODEL, seq=operations.next_seq(run), payload=b"{}"))
+    return future_reply(operations.unload(run), run)
 
 
 def submit(run: TrainingRun, submission: Submission) -> Reply:

@@ -152,7 +152,9 @@ def _refuse_outdated(user: User, body: requests.LoadWeights, path: ids.Checkpoin
 def _saves_to_come(user: User, path: ids.CheckpointPath) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield seq and request of the waiting saves to a path of the user's own."""
     for run in access.runs_of(user).filter(public_id=path.run_id):
-        yield from loads.waiting_saves(run.pk, kind=path.kind, name=path.name)
+        for seq, request in loads.waiting_saves(run.pk, kind=path.kind):
+            if request.get("path") == path.name:
+                yield seq, request
 
 
 def _unsaved(path: ids.CheckpointPath) -> RequestInvalid:

@@ -66,6 +66,14 @@ class Checkpoint(models.Model):
             ),
             models.Index(fields=["run", "-created_at", "-id"], name="checkpoint_of_run"),
             models.Index(
+                fields=["run", "size_bytes", "id"],
+                condition=models.Q(is_ephemeral=False),
+                name="checkpoint_of_run_by_size",
+            ),
+            models.Index(
+                fields=["run", "seq"], condition=models.Q(is_ephemeral=True), name="checkpoint_ephemeral"
+            ),
+            models.Index(
                 fields=["run"],
                 condition=models.Q(is_ephemeral=True, size_bytes=0),
                 name="checkpoint_owed",

@@ -20,6 +20,8 @@ class Operation(models.Model):
 
     `loads_from` is the folder of weights that it reads, empty for most (see `services/loads.py`). The payload goes once no replay can need it, the result some time after that; a done one without a result
     was forgotten. `attempts` counts the workers that took it, `lone_attempts` those that tried it with nothing beside it.
+    `sampled_run_pk` numbers the run that a sample keeps from going on: whose weights a client samples from. It is looked
+    up and never followed, so the run may be gone.
     """
 
     class Kind(models.TextChoices):
@@ -58,6 +60,7 @@ class Operation(models.Model):
     payload_digest = models.CharField(max_length=64)
     num_tokens = models.PositiveIntegerField(default=0)
     loads_from = models.CharField(max_length=200, blank=True, db_default="")
+    sampled_run_pk = models.BigIntegerField(null=True)
 
     result = models.BinaryField(null=True)
     result_is_proto = models.BooleanField(default=False)
@@ -113,6 +116,11 @@ class Operation(models.Model):
             ),
             models.Index(
                 fields=["payload_file"], condition=~models.Q(payload_file=""), name="operation_payload_file"
+            ),
+            models.Index(
+                fields=["sampled_run_pk", "finished_at"],
+                condition=models.Q(sampled_run_pk__isnull=False),
+                name="sample_of_run",
             ),
         ]
 

@@ -73,7 +73,13 @@ class Recipe(models.Model):
                     state__in=["preparing", "queued", "running", "finishing", "stopping", "discarding"]
                 ),
                 name="recipe_active",
-            )
+            ),
+            models.Index(fields=["run"], condition=models.Q(state="paused"), name="recipe_paused"),
+            models.Index(
+                fields=["ended_at"],
+                condition=models.Q(state__in=["finished", "stopped", "discarded", "failed"]),
+                name="recipe_ended",
+            ),
         ]
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from typing import Any
 
 from django.contrib import messages
@@ -18,10 +20,11 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_GET, require_POST
 
-from runs.models import User
+from runs.models import ApiKey, User
 from runs.pages.policies import signed_in
 from runs.pages.run_list import base_url
-from runs.services import access, accounts, keys
+from runs.services import access, accounts, idempotency, keys
+from runs.services.idempotency import Answer
 
 _VALIDATORS: list[Any] = [MinimumLengthValidator(min_length=10), CommonPasswordValidator()]
 
@@ -38,9 +41,26 @@ def settings_page(request: HttpRequest) -> HttpResponseBase:
 @never_cache
 @require_POST
 def create_key(request: HttpRequest) -> HttpResponseBase:
-    """Make a key and show its secret this one time: it is in this answer and nowhere else."""
+    """Make a key and show its secret this one time: it is in this answer and nowhere else.
+
+    The same form may come twice, by a double click or when this answer is loaded again; it makes one key.
+    """
+    user = _user(request)
     name = "".join(c for c in request.POST.get("name", "") if c.isprintable()).strip() or "unnamed"
-    key, secret = keys.create_key(_user(request), name)
+    made: list[tuple[ApiKey, str]] = []
+
+    def make() -> Answer:
+        made.append(keys.create_key(user, name))
+        return Answer(status=201, body=b"")
+
+    idempotency.once(user, _form_key(request, name), digest="", answer=make)
+    if not made:
+        messages.warning(
+            request,
+            f"Key {name} was already created, and its secret was shown then. If it is lost, revoke the key and create another.",
+        )
+        return redirect("settings")
+    key, secret = made[0]
     return _page(request, new_key=key, spellings=keys.spellings(secret))
 
 
@@ -67,6 +87,12 @@ def change_password(request: HttpRequest) -> HttpResponseBase:
     update_session_auth_hash(request, user)
     messages.success(request, "The password was saved.")
     return redirect("settings")
+
+
+def _form_key(request: HttpRequest, name: str) -> str:
+    """Return what tells a form from others: its token is masked anew on every page that is made."""
+    token = request.POST.get("csrfmiddlewaretoken") or secrets.token_hex()
+    return f"key form {hashlib.sha256(f'{token} {name}'.encode()).hexdigest()}"
 
 
 def _problem(user: User, old: str, new: str, repeated: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: listed with what they take, downloaded, kept or deleted."""
+"""Checkpoints: the rows of their tables; downloaded, kept or deleted. `checkpoint_list` is the page of them all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from django.contrib import messages
 from django.http import HttpRequest, HttpResponseBase
-from django.shortcuts import redirect, render
+from django.shortcuts import redirect
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.http import require_GET, require_POST
 
@@ -20,12 +20,14 @@ from runs.exceptions import NotFound, RequestInvalid
 from runs.models import Checkpoint, TrainingRun, User
 from runs.pages import deletions
 from runs.pages.policies import signed_in
-from runs.services import access, archives, checkpoint_facts, disk, run_rows, sampling, tallies
+from runs.services import access, archives, checkpoint_facts, run_rows, sampling
 from runs.services import checkpoints as service
 from runs.services.checkpoint_facts import CheckpointFacts
 from runs.streams import streamed
 
 MAX_ROWS: Final = 500
+# So many of a run's checkpoints are shown on its page.
+NUM_OF_RUN: Final = 100
 LIFETIMES: Final = ((86_400, "1 day"), (7 * 86_400, "7 days"), (30 * 86_400, "30 days"), (0, "for ever"))
 
 
@@ -49,22 +51,6 @@ class CheckpointRow:
     loss: float | None
     validation_loss: float | None
     is_best: bool
-
-
-@signed_in
-@require_GET
-def checkpoint_list(request: HttpRequest) -> HttpResponseBase:
-    """Show all checkpoints of a person and what they take."""
-    found = list(access.checkpoints_of(_user(request))[: MAX_ROWS + 1])
-    total = tallies.total_of(_user(request), tallies.Kind.CHECKPOINTS)
-    context = {
-        "checkpoints": _rows_of(found[:MAX_ROWS]),
-        "has_more": len(found) > MAX_ROWS,
-        "num_checkpoints": total.num,
-        "size_bytes": total.size_bytes,
-        "disk": disk.usage(),
-    }
-    return render(request, "checkpoints/checkpoint_list.html", context)
 
 
 @signed_in
@@ -120,15 +106,15 @@ def keep(request: HttpRequest, run_id: str, kind: str, name: str) -> HttpRespons
     return _back(request)
 
 
-def rows_of_run(run: TrainingRun) -> list[CheckpointRow]:
-    """Return the rows of the checkpoints that a person named in this run."""
+def rows_of_run(run: TrainingRun, *, limit: int = MAX_ROWS) -> list[CheckpointRow]:
+    """Return the rows of the newest checkpoints that a person named in this run."""
     named = Checkpoint.objects.filter(run=run, is_ephemeral=False).select_related("run")
-    return _rows_of(named[:MAX_ROWS])
+    return rows_of(named[:limit])
 
 
-def version_of(rows: Sequence[CheckpointRow]) -> str:
-    """Return a word that changes whenever a table of these rows does; once a minute for what it says of times."""
-    shown = hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
+def version_of(rows: Sequence[CheckpointRow], num_all: int) -> str:
+    """Return a word that changes whenever a table of the newest of so many does; once a minute for what it says of times."""
+    shown = hashlib.blake2b(repr((rows, num_all)).encode(), digest_size=8).hexdigest()
     return f"{shown}-{int(time.time()) // 60}"
 
 
@@ -154,7 +140,8 @@ def row_of(checkpoint: Checkpoint, facts: CheckpointFacts = checkpoint_facts.UNK
     )
 
 
-def _rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
+def rows_of(checkpoints: Iterable[Checkpoint]) -> list[CheckpointRow]:
+    """Return what a table shows of checkpoints that come with their runs; one query for what they were worth."""
     listed = list(checkpoints)
     facts = checkpoint_facts.facts_of(listed)
     return [row_of(checkpoint, facts.get(checkpoint.pk, checkpoint_facts.UNKNOWN)) for checkpoint in listed]

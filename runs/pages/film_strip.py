@@ -16,7 +16,7 @@ from runs.pages.policies import signed_in
 from runs.pages.word_changes import Change, changes
 from runs.recipes.rendering import decoder_of
 from runs.schemas.results import decode_sample
-from runs.services import recipe_status, recipes
+from runs.services import access, recipe_status
 
 NUM_COLUMNS: Final = 24
 MAX_COLUMNS: Final = 120
@@ -66,7 +66,7 @@ class Strip:
 def film_strip(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Return the strip alone, for the page that is open."""
     user: User = request.user  # type: ignore[assignment]
-    recipe = recipes.get_recipe(user, run_id)
+    recipe = access.get_recipe(user, run_id)
     strip = strip_of(recipe.run, recipe.config, num_columns=num_columns_of(request))
     return render(request, "runs/_film_strip.html", {"strip": strip})
 

@@ -286,6 +286,8 @@ def _page(
             "origin": origin,
             "fork": fork,
             "query": request.GET.urlencode(),
+            # A draft goes on with a dataset that was uploaded for it; those of other origins are apart.
+            "draft_query": request.GET.urlencode() if fork or origin.run else "",
             "base": {place: json.dumps(texts) for place, texts in origin.values.items()},
             "prompts_base": json.dumps(origin.values["samples.prompts"]),
             "prompts_error": errors.get("samples.prompts", ""),

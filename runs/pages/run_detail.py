@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from django.contrib import messages
-from django.db.models import Count, Sum
+from django.db.models import Count, Q, Sum
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
@@ -132,14 +132,16 @@ def _panels(request: HttpRequest, run_id: str) -> dict[str, Any]:
     events = run_events.rows_of(run)
     recipe = getattr(run, "recipe", None)
     facts = run_rows.facts_of(run)
-    saved = checkpoints.rows_of_run(run)
+    saved = checkpoints.rows_of_run(run, limit=checkpoints.NUM_OF_RUN)
+    taken = _taken_by(run)
     return {
         "run": run,
         "version": version,
         "facts": facts,
         "samples": sample_texts.texts_of(samples, base_model=run.base_model)[:NUM_SAMPLES],
         "checkpoints": saved,
-        "checkpoints_version": checkpoints.version_of(saved),
+        "checkpoints_version": checkpoints.version_of(saved, taken["num_named"]),
+        "num_all_checkpoints": taken["num_named"] if taken["num_named"] > len(saved) else 0,
         "operations": [
             _operation_row(row) for row in operations.latest_of(run, limit=run_versions.NUM_OPERATIONS)
         ],
@@ -147,28 +149,35 @@ def _panels(request: HttpRequest, run_id: str) -> dict[str, Any]:
         "older_events": events[run_events.NUM_SHOWN :],
         "marks": run_events.marks_of(events, best_step=None if recipe is None else recipe.best_step),
         "lineage": lineage.lineage_of(run),
-        "steering": _steering(recipe, facts, saved),
-        "deletion": _deletion(run, recipe),
+        "steering": _steering(recipe, facts, saved, num_checkpoints=taken["num_named"]),
+        "deletion": Deletion(
+            num_checkpoints=taken["num"],
+            size_bytes=taken["size_bytes"],
+            obstacle=run_deletion.obstacle_to_deletion(run, recipe),
+        ),
         "strip_version": "" if recipe is None else film_strip.version_of(run),
     }
 
 
-def _deletion(run: TrainingRun, recipe: Recipe | None) -> Deletion:
-    """Return what goes with the run: all its checkpoints, those too that no table shows."""
-    taken = Checkpoint.objects.filter(run=run).aggregate(num=Count("pk"), size=Sum("size_bytes", default=0))
-    return Deletion(
-        num_checkpoints=taken["num"],
-        size_bytes=taken["size"],
-        obstacle=run_deletion.obstacle_to_deletion(run, recipe),
+def _taken_by(run: TrainingRun) -> dict[str, int]:
+    """Return how many checkpoints the run has, those too that no table shows, and what they take."""
+    return Checkpoint.objects.filter(run=run).aggregate(
+        num=Count("pk"),
+        num_named=Count("pk", filter=Q(is_ephemeral=False)),
+        size_bytes=Sum("size_bytes", default=0),
     )
 
 
 def _steering(
-    recipe: Recipe | None, facts: RunFacts, saved: Sequence[checkpoints.CheckpointRow]
+    recipe: Recipe | None,
+    facts: RunFacts,
+    saved: Sequence[checkpoints.CheckpointRow],
+    *,
+    num_checkpoints: int,
 ) -> steering.Steering | None:
     if recipe is None or facts.progress is None:
         return None
-    return steering.steering_of(recipe, facts.progress.status, saved)
+    return steering.steering_of(recipe, facts.progress.status, saved, num_checkpoints=num_checkpoints)
 
 
 def _operation_row(row: Operation) -> OperationRow:

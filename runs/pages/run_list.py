@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 from urllib.parse import urlencode
 
 from django.conf import settings
@@ -11,8 +11,9 @@ from django.contrib import messages
 from django.core import signing
 from django.db.models import Q, QuerySet
 from django.db.models.functions import Coalesce
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponseBase, QueryDict
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
 
 from runs.exceptions import RequestInvalid
@@ -20,15 +21,15 @@ from runs.models import TrainingRun, User
 from runs.pages import deletions
 from runs.pages.policies import signed_in
 from runs.services import access, base_models, keys, run_deletion, run_rows, training_runs, workers
-from runs.services.run_rows import MAX_WATCHED_ROWS
+from runs.services.run_rows import MAX_WATCHED_ROWS, Place
 from runs.services.training_runs import DisplayState
 
 PAGE_SIZE: Final = 50
 # Runs that a search or filter goes through at once: there is no index for what it looks for.
 SEARCH_SPAN: Final = 10_000
+# Of what an address says; a cursor has half of it.
+_LONGEST: Final = 200
 _CURSOR_SALT: Final = "run-list"
-# Where a run stands in the list: when it last did something, and its number.
-Place: TypeAlias = tuple[datetime, int]
 
 
 @signed_in
@@ -43,7 +44,7 @@ def home(request: HttpRequest) -> HttpResponseBase:
 def run_list(request: HttpRequest) -> HttpResponseBase:
     """Show a page of runs, searched and filtered by the address."""
     user: User = request.user  # type: ignore[assignment]
-    search = request.GET.get("q", "").replace("\0", "").strip()[:200]
+    search = request.GET.get("q", "").replace("\0", "").strip()[:_LONGEST]
     status = request.GET.get("status", "")
     runs = run_rows.by_activity(user)
     is_first_page = "after" not in request.GET
@@ -52,7 +53,7 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
     is_filtered = bool(search or status)
     end = _end_of_span(runs) if is_filtered else None
     found = list(_filtered(_until(runs, end) if end else runs, search, status)[: PAGE_SIZE + 1])
-    place = _place_of(found[PAGE_SIZE - 1]) if len(found) > PAGE_SIZE else end
+    place = run_rows.place_of(found[PAGE_SIZE - 1]) if len(found) > PAGE_SIZE else end
     context = {
         "rows": run_rows.rows_of(found[:PAGE_SIZE]),
         "search": search,
@@ -63,7 +64,9 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
         "next_query": _next_query(request, place) if place else "",
         "num_searched": SEARCH_SPAN if place and place == end else 0,
         "is_first_page": is_first_page,
-        **_server_state(),
+        "query": list(_query(request.GET).items()),
+        "models": base_models.available(),
+        "outlook": workers.outlook(),
     }
     if not found and not is_filtered and is_first_page:
         context.update(_first_steps(request, user))
@@ -75,7 +78,7 @@ def run_list(request: HttpRequest) -> HttpResponseBase:
 def delete_many(request: HttpRequest) -> HttpResponseBase:
     """Delete the chosen runs with all that they left; one that cannot be deleted now is kept and named.
 
-    The list may show some that were deleted elsewhere meanwhile; they keep no others.
+    The list may show some that were deleted elsewhere meanwhile; they keep no others. It comes back as it was searched.
     """
     user: User = request.user  # type: ignore[assignment]
     wanted = set(request.POST.getlist("run")[:MAX_WATCHED_ROWS])
@@ -89,7 +92,8 @@ def delete_many(request: HttpRequest) -> HttpResponseBase:
     deletions.tell(request, "run", num_deleted=len(chosen) - len(kept), num_gone=len(wanted) - len(chosen))
     for reason in kept:
         messages.warning(request, f"{reason}.")
-    return redirect("run-list")
+    query = urlencode(_query(request.POST))
+    return redirect(f"{reverse('run-list')}?{query}" if query else "run-list")
 
 
 def base_url(request: HttpRequest) -> str:
@@ -129,25 +133,15 @@ def _after(runs: QuerySet[TrainingRun], cursor: str) -> QuerySet[TrainingRun]:
     return runs.filter(Q(active_at__lt=active_at) | Q(pk__lt=pk), Q(active_at__lte=active_at))
 
 
-def _place_of(run: TrainingRun) -> Place:
-    active_at: datetime = run.active_at  # type: ignore[attr-defined]
-    return active_at, run.pk
-
-
 def _next_query(request: HttpRequest, place: Place) -> str:
     active_at, pk = place
     cursor = signing.dumps([active_at.isoformat(), pk], salt=_CURSOR_SALT)
-    kept = {name: request.GET[name] for name in ("q", "status") if request.GET.get(name)}
-    return urlencode({**kept, "after": cursor})
+    return urlencode({**_query(request.GET), "after": cursor})
 
 
-def _server_state() -> dict[str, Any]:
-    models = base_models.available()
-    return {
-        "failed_models": [model for model in models if model.error],
-        "models": models,
-        "outlook": workers.outlook(),
-    }
+def _query(data: QueryDict) -> dict[str, str]:
+    """Return what an address or a form says of which page of the list it is, in the words of the list's address."""
+    return {name: value[:_LONGEST] for name in ("q", "status", "after") if (value := data.get(name))}
 
 
 def _first_steps(request: HttpRequest, user: User) -> dict[str, Any]:

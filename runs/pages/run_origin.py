@@ -17,7 +17,6 @@ from runs.services import (
     data_starts,
     datasets,
     recipe_checks,
-    recipes,
     run_rows,
     sampling,
 )
@@ -52,7 +51,7 @@ class Fork:
     def bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with what the checkpoint decides."""
         run = self.checkpoint.run
-        return {**values, "base_model": run.base_model, "lora": recipes.adapter_of(run)}
+        return {**values, "base_model": run.base_model, "lora": recipe_checks.adapter_of(run)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,7 @@ def _shape_of(run: TrainingRun) -> dict[str, list[str]]:
     return {
         place: texts
         for place, texts in run_form.flat(
-            {"base_model": run.base_model, "lora": recipes.adapter_of(run)}
+            {"base_model": run.base_model, "lora": recipe_checks.adapter_of(run)}
         ).items()
         if place == "base_model" or place.startswith("lora.")
     }

@@ -24,7 +24,7 @@ from runs.pages.recipe_settings import Group
 from runs.recipes import config_files
 from runs.schemas.parsing import validate_object
 from runs.schemas.recipes import MAX_PROMPTS, MAX_STEPS, Changes
-from runs.services import recipe_checks, recipes
+from runs.services import access, recipe_checks, recipes
 from runs.services.recipe_status import RecipeStatus
 
 SCHEDULES: Final = ("constant", "linear", "cosine")
@@ -82,8 +82,10 @@ class Steering:
     num_changed: int
 
 
-def steering_of(recipe: Recipe, status: RecipeStatus, checkpoints: Sequence[CheckpointRow]) -> Steering:
-    """Return what may be done with the recipe's run now; `checkpoints` are those of the run."""
+def steering_of(
+    recipe: Recipe, status: RecipeStatus, checkpoints: Sequence[CheckpointRow], *, num_checkpoints: int
+) -> Steering:
+    """Return what may be done with the recipe's run now; `checkpoints` are the newest of the run's."""
     settings = recipe_settings.groups_of(recipe)
     can_retry, retry_step, retry_note = _retry_of(recipe) if "retry" in status.allowed else (False, 0, "")
     return Steering(
@@ -92,7 +94,7 @@ def steering_of(recipe: Recipe, status: RecipeStatus, checkpoints: Sequence[Chec
         step=status.step,
         num_steps=status.num_steps,
         saves_at=recipe.next_step if recipe.next_step > recipe.first_step else None,
-        num_checkpoints=len(checkpoints),
+        num_checkpoints=num_checkpoints,
         retry_step=retry_step,
         retry_note=retry_note,
         form=_form_of(recipe),
@@ -110,7 +112,7 @@ def steering_of(recipe: Recipe, status: RecipeStatus, checkpoints: Sequence[Chec
 def export(request: HttpRequest, run_id: str) -> HttpResponseBase:
     """Return the run's settings, as steering has made them, as a YAML file that starts the same run."""
     user: User = request.user  # type: ignore[assignment]
-    recipe = recipes.get_recipe(user, run_id)
+    recipe = access.get_recipe(user, run_id)
     text = config_files.to_yaml(recipe_checks.parse_config(recipe.config), name=recipe.run.name)
     response = HttpResponse(text, content_type="application/yaml; charset=utf-8")
     session, _, number = run_id.partition(":train:")
@@ -236,7 +238,7 @@ def _retry(recipe: Recipe, _form: QueryDict) -> str:
 
 def _act(request: HttpRequest, run_id: str, act: Act) -> HttpResponseBase:
     user: User = request.user  # type: ignore[assignment]
-    recipe = recipes.get_recipe(user, run_id)
+    recipe = access.get_recipe(user, run_id)
     wants_json = request.headers.get("accept", "").startswith("application/json")
     try:
         message = act(recipe, request.POST)

@@ -9,13 +9,15 @@ Rows come in one endless stream, epoch after epoch, each epoch in an order of it
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from runs.schemas.recipes import MIN_ROWS_TO_SPLIT, Validation
+from runs.schemas.recipes import MAX_STEPS, MIN_ROWS_TO_SPLIT, Validation
 from runs.services.data_starts import BEGINNING, DataStart
 
 Int64Array = npt.NDArray[np.int64]
@@ -78,11 +80,14 @@ def by_seed(rows: Int64Array, *, seed: int) -> Int64Array:
 class BatchPlan:
     """The batches of a run: so many rows each, or as many rows as fit a number of tokens.
 
+    Where batches by tokens begin is found one after the other, a million in seconds, and remembered.
+
     Args:
         rows: row numbers to train on.
         lengths: tokens of every row of the dataset.
         batch_tokens: fill each batch up to this many tokens instead; one longer row is a batch of its own.
         start: the step whose batch is the first, and where in the stream it begins.
+        on_epoch: called before the rows of an epoch are brought into their order.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class BatchPlan:
         batch_size: int,
         batch_tokens: int | None,
         start: DataStart = BEGINNING,
+        on_epoch: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(rows) > 0
         self._rows = rows
@@ -102,24 +108,33 @@ class BatchPlan:
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
         self._first_step = start.step
-        self._starts = [start.row]
+        self._starts = array("q", [start.row])
+        self._on_epoch = on_epoch
         self._order = lru_cache(maxsize=2)(self._order_of)
+        self._ends = lru_cache(maxsize=2)(self._ends_of)
 
     def rows_of(self, step: int) -> Int64Array:
         """Return the row numbers that a step, counted from 0, trains on."""
-        start, end = self._start_of(step), self._start_of(step + 1)
-        return np.array([self._row_at(position) for position in range(start, end)], dtype=np.int64)
+        start, end = self.start_of(step), self.start_of(step + 1)
+        num_rows = len(self._rows)
+        firsts = range(start - start % num_rows, end, num_rows)
+        parts = [self._order(first // num_rows)[max(start - first, 0) : end - first] for first in firsts]
+        return np.concatenate(parts)
 
     def num_steps(self, num_epochs: float) -> int:
-        """Return after which step the rows were seen `num_epochs` times; a run from the start has at least one."""
+        """Return after which step the rows were seen `num_epochs` times; a run from the start has at least one.
+
+        Where that is after MAX_STEPS by tokens, the number is one above it.
+        """
         end = max(1, math.ceil(num_epochs * len(self._rows)))
         if self._batch_tokens is None:
             return self._first_step + max(math.ceil((end - self._starts[0]) / self._batch_size), 0)
-        while self._starts[-1] < end:
+        most = MAX_STEPS - self._first_step
+        while self._starts[-1] < end and len(self._starts) <= most + 1:
             self._extend()
-        return self._first_step + int(np.searchsorted(self._starts, end))
+        return self._first_step + min(bisect_left(self._starts, end), most + 1)
 
-    def _start_of(self, step: int) -> int:
+    def start_of(self, step: int) -> int:
         """Return where in the stream a step's batch begins."""
         number = step - self._first_step
         if self._batch_tokens is None:
@@ -131,21 +146,24 @@ class BatchPlan:
     def _extend(self) -> None:
         """Find where the next batch by tokens ends."""
         assert self._batch_tokens is not None
-        position = self._starts[-1]
-        num_tokens = 0
-        while True:
-            num_tokens += int(self._lengths[self._row_at(position)])
-            if num_tokens > self._batch_tokens and position > self._starts[-1]:
-                break
-            position += 1
-        self._starts.append(position)
-
-    def _row_at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._rows))
-        return int(self._order(epoch)[place])
+        start, num_rows = self._starts[-1], len(self._rows)
+        epoch, place = divmod(start, num_rows)
+        ends = self._ends(epoch)
+        last = self._batch_tokens + (int(ends[place - 1]) if place else 0)
+        if last >= ends[-1]:  # the rest of the epoch fits, and whole ones after it
+            num_whole, last = divmod(last - int(ends[-1]), int(ends[-1]))
+            epoch += 1 + num_whole
+            ends = self._ends(epoch)
+        end = epoch * num_rows + int(ends.searchsorted(last, side="right"))
+        self._starts.append(max(end, start + 1))
 
     def _order_of(self, epoch: int) -> Int64Array:
+        self._on_epoch()
         return _generator(self._seed, _ORDER_STREAM, epoch).permutation(self._rows)
+
+    def _ends_of(self, epoch: int) -> Int64Array:
+        """Return how many tokens of the epoch lie before the end of each row, in their order."""
+        return np.cumsum(self._lengths[self._order(epoch)], dtype=np.int64)
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -15,7 +15,7 @@ from typing import Final
 from django.db import Error as DatabaseProblem
 from django.db import InterfaceError, OperationalError, connection
 
-from runs.exceptions import DiskFull, MintError, RateLimited, RequestInvalid
+from runs.exceptions import BaseModelAway, DiskFull, MintError, RateLimited, RequestInvalid
 from runs.models import DatasetVersion, Recipe
 from runs.recipes import defaults, materials, rendering, sft
 from runs.recipes.materials import Materials
@@ -30,7 +30,8 @@ from runs.services import (
     recipe_samples,
     recipe_steps,
 )
-from runs.services.recipe_rows import State
+from runs.services.holdups import NotSaved
+from runs.services.recipe_rows import RunDeleted, State
 from runs.services.recipe_steps import NewEvaluation, NewOperation, Step
 
 logger = logging.getLogger(__name__)
@@ -55,30 +56,42 @@ class RecipeLoop:
     def turn(self) -> bool:
         """Look once after every recipe that needs it; false when none of them is active."""
         recipes = active_recipes.find()
-        self.materials.keep_only(recipes)
+        self._keep_only(recipes)
         for recipe in recipes:
-            if time.monotonic() < self._held_until.get(recipe.pk, 0.0):
-                continue
-            try:
-                with blobs.room():
-                    self._advance(recipe)
-                self._let_on(recipe)
-            except (OperationalError, InterfaceError) as error:
-                if not connection.is_usable():  # the database is away: nothing to do with this recipe
-                    raise
-                self._refused(recipe, error)
-            except (DiskFull, RateLimited) as error:
-                self._hold_up(recipe, error)
-            except FileNotFoundError as error:
-                _fail(recipe, error)
-            except OSError as error:
-                self._hold_up(recipe, error)
-            except MintError as error:
-                _fail(recipe, error)
-            except Exception as error:
-                logger.exception("run %s cannot go on", recipe.run.public_id)
-                _fail_badly(recipe, error)
+            if time.monotonic() >= self._held_until.get(recipe.pk, 0.0):
+                self._look_after(recipe)
         return any(recipe.state in recipe_rows.ACTIVE for recipe in recipes)
+
+    def _look_after(self, recipe: Recipe) -> None:
+        try:
+            with blobs.room():
+                self._advance(recipe)
+            self._let_on(recipe)
+        except (OperationalError, InterfaceError) as error:
+            if not connection.is_usable():  # the database is away: nothing to do with this recipe
+                raise
+            self._refused(recipe, error)
+        except (DiskFull, RateLimited, BaseModelAway, NotSaved) as error:
+            self._hold_up(recipe, error)
+        except FileNotFoundError as error:
+            _fail(recipe, error)
+        except OSError as error:
+            self._hold_up(recipe, error)
+        except (RunDeleted, Recipe.DoesNotExist):
+            logger.info("run %s was deleted meanwhile", recipe.run.public_id)
+        except MintError as error:
+            _fail(recipe, error)
+        except Exception as error:
+            logger.exception("run %s cannot go on", recipe.run.public_id)
+            _fail_badly(recipe, error)
+
+    def _keep_only(self, recipes: list[Recipe]) -> None:
+        """Forget every other recipe."""
+        self.materials.keep_only(recipes)
+        known = {recipe.pk for recipe in recipes}
+        for held in (self._paces, self._held_until):
+            for pk in held.keys() - known:
+                del held[pk]
 
     def _refused(self, recipe: Recipe, error: OperationalError | InterfaceError) -> None:
         """Fail what goes beyond a limit of the database; what else it refuses (a deadlock, a full disk) passes."""
@@ -96,7 +109,7 @@ class RecipeLoop:
 
     def _let_on(self, recipe: Recipe) -> None:
         self._held_until.pop(recipe.pk, None)
-        if recipe.run.held_up in holdups.OF_STEPS:
+        if holdups.is_of_step(recipe.run.held_up):
             holdups.clear(recipe.run_id, recipe.run.held_up)
 
     def _advance(self, recipe: Recipe) -> None:
@@ -126,7 +139,8 @@ class RecipeLoop:
         num_steps = config.num_steps or material.plan.num_steps(num_epochs)
         if num_steps > MAX_STEPS:
             raise RequestInvalid(
-                f"{num_epochs:g} come to {num_steps} steps; a run has at most {MAX_STEPS}", place="num_epochs"
+                f"{num_epochs:g} come to more than {MAX_STEPS} steps, the most that a run has",
+                place="num_epochs",
             )
         if num_steps <= recipe.first_step:
             raise RequestInvalid(
@@ -211,8 +225,10 @@ class RecipeLoop:
 
     def _end(self, recipe: Recipe) -> None:
         """Enter the end once everything submitted is done."""
-        if _waits_for_worker(recipe):
+        if _waits_for_worker(recipe) or self._saves_again(recipe):
             return
+        if holdups.is_of_save(recipe.run.held_up):
+            holdups.clear(recipe.run_id, recipe.run.held_up)
         if recipe.state == State.DISCARDING:
             recipe_steps.delete_weights(recipe)
             recipe_steps.end(recipe, State.DISCARDED)
@@ -223,10 +239,23 @@ class RecipeLoop:
             recipe_steps.end(recipe, State.FINISHED)
         self._paces.pop(recipe.pk, None)
 
+    def _saves_again(self, recipe: Recipe) -> bool:
+        """Say whether the last weights are saved once more: the server could not, and they are why the run was trained."""
+        failed = None if recipe.state == State.DISCARDING else recipe_steps.failed_final(recipe)
+        if failed is None:
+            return False
+        if not recipe_steps.save_again(recipe, failed, after_s=HELD_UP_S):
+            raise NotSaved(failed.error)
+        return True
+
 
 def _waits_for_worker(recipe: Recipe) -> bool:
-    """Say whether something submitted is still to be done; the creation alone of a run that never started is nothing."""
-    is_untouched = recipe.started_at is None and recipe.next_seq == 1
+    """Say whether something submitted is still to be done.
+
+    Of a run that never started the creation alone is nothing, nor is letting go of it: no weights come of them.
+    """
+    untouched_seq = 2 if recipe.state == State.DISCARDING else 1
+    is_untouched = recipe.started_at is None and recipe.next_seq == untouched_seq
     is_behind = recipe.run.applied_seq < recipe.next_seq - 1 and recipe.run.state == recipe.run.State.OPEN
     return is_behind and not is_untouched
 

@@ -18,7 +18,7 @@ from django.db import connections
 
 from runs.exceptions import MintError
 from runs.models import DatasetVersion, Recipe
-from runs.recipes import defaults, tokens
+from runs.recipes import defaults, labels, tokens
 from runs.recipes.batches import BatchPlan, Mix, by_content, by_seed, some_of, split
 from runs.recipes.sft import HeldOut, Material
 from runs.recipes.tokens import TokenStore
@@ -31,7 +31,6 @@ _NUM_OPENING: Final = 2
 _NUM_TOKENISING: Final = 2
 _NEED_DATA: Final = (State.PREPARING, State.QUEUED, State.RUNNING)
 _PROGRESS_S: Final = 0.5
-_MAX_LABEL: Final = 40
 _StoreOf = Callable[[DatasetVersion, SftConfig], TokenStore]
 
 
@@ -44,7 +43,7 @@ class _NotCached(Exception):
 
 
 class _NoLongerNeeded(Exception):
-    """The run was stopped while its data was being tokenised."""
+    """The run was stopped while its data was being made ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,7 @@ class Materials:
         """Return the recipe's data, or None while it is not there yet; after an error the next call begins anew.
 
         Raises:
+            BaseModelAway: the base model has no use just now.
             MintError: the data cannot be used; the message is for the person.
             OSError: a file cannot be read or written.
         """
@@ -154,20 +154,20 @@ def _trained_on(recipe: Recipe) -> tuple[object, ...]:
     return (recipe.dataset_version_id, *(recipe.config[name] for name in names))
 
 
-def _opened(recipe: Recipe, _: _Progress) -> Material | None:
+def _opened(recipe: Recipe, progress: _Progress) -> Material | None:
     """Return the recipe's data if all of it is in the cache."""
     try:
-        return _read(recipe, _cached)
+        return _read(recipe, progress, _cached)
     except _NotCached:
         return None
 
 
 def _made(recipe: Recipe, progress: _Progress) -> Material:
     """Return the recipe's data, tokenised now where it is not in the cache; seconds to minutes."""
-    return _read(recipe, partial(_prepared, progress))
+    return _read(recipe, progress, partial(_prepared, progress))
 
 
-def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
+def _read(recipe: Recipe, progress: _Progress, store_of: _StoreOf) -> Material:
     """Read the recipe's datasets as tokens and divide them."""
     config = SftConfig.model_validate(recipe.config)
     store = store_of(recipe.dataset_version, config)
@@ -177,9 +177,8 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
             f"none of the {len(store)} rows has a token to train on; choose another train_on or a longer max_length",
             place="dataset",
         )
-    held_out = [HeldOut(label="split", store=store, rows=held_out_rows)] if len(held_out_rows) else []
-    for version in recipe.validation_versions.select_related("dataset"):
-        held_out += _other(recipe, version, store_of(version, config))
+    held_out = [HeldOut(label=labels.SPLIT, store=store, rows=held_out_rows)] if len(held_out_rows) else []
+    held_out += _others(recipe, config, store_of, has_split=bool(held_out))
     plan = BatchPlan(
         rows,
         store.lengths,
@@ -187,8 +186,17 @@ def _read(recipe: Recipe, store_of: _StoreOf) -> Material:
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
         start=DataStart(step=recipe.data_step, row=recipe.data_row),
+        on_epoch=progress.stop_if_over,
     )
+    _find_batches(plan, recipe, config)
     return Material(store=store, rows=rows, plan=plan, held_out=held_out)
+
+
+def _find_batches(plan: BatchPlan, recipe: Recipe, config: SftConfig) -> None:
+    """Find what the loop is going to ask for: the end of a run that has none yet, and where the next step begins."""
+    if config.num_steps is None:
+        plan.num_steps(config.num_epochs or defaults.NUM_EPOCHS)
+    plan.start_of(recipe.next_step)
 
 
 def _cached(version: DatasetVersion, config: SftConfig) -> TokenStore:
@@ -214,12 +222,16 @@ def _max_length(config: SftConfig) -> int:
     return config.max_length or defaults.max_length(base_models.get(config.base_model))
 
 
-def _other(recipe: Recipe, version: DatasetVersion, store: TokenStore) -> list[HeldOut]:
-    """Return a dataset given for validation, or a part of a large one."""
-    max_rows: int = recipe.config["validation"]["max_rows"]
-    rows = some_of(store.num_trained, _mix_of(recipe, store), max_rows=max_rows)
-    label = version.dataset.name[:_MAX_LABEL] or version.dataset.public_id
-    return [HeldOut(label=label, store=store, rows=rows)] if len(rows) else []
+def _others(recipe: Recipe, config: SftConfig, store_of: _StoreOf, *, has_split: bool) -> list[HeldOut]:
+    """Return the datasets given for validation, of large ones a part; those without a trained token are left out."""
+    found = []
+    for version in recipe.validation_versions.select_related("dataset"):
+        store = store_of(version, config)
+        rows = some_of(store.num_trained, _mix_of(recipe, store), max_rows=config.validation.max_rows)
+        if len(rows):
+            found.append((version, store, rows))
+    names = labels.labels_of([version for version, _, _ in found], has_split=has_split)
+    return [HeldOut(label=names[version.pk], store=store, rows=rows) for version, store, rows in found]
 
 
 def _mix_of(recipe: Recipe, store: TokenStore) -> Mix:
@@ -236,9 +248,12 @@ class _Progress:
         self._next_at = 0.0
         self.is_over = threading.Event()
 
-    def enter(self, share: float) -> None:
+    def stop_if_over(self) -> None:
         if self.is_over.is_set():
             raise _NoLongerNeeded
+
+    def enter(self, share: float) -> None:
+        self.stop_if_over()
         if time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + _PROGRESS_S
             recipe_steps.enter_progress(self._recipe, share)

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runs.exceptions import RequestInvalid
+from runs.exceptions import BaseModelAway, RequestInvalid
 from runs.recipes import tokenizer_files
 from runs.recipes.chat_templates import ChatTemplate, Message, Span
 from runs.recipes.encodings import Encoded, encoded
@@ -245,17 +245,18 @@ def renderer_of(base_model: str) -> Renderer:
     """Return the renderer of a configured base model, loaded or not.
 
     Raises:
-        RequestInvalid: it is not configured, its files are not on this machine, or they cannot be read.
+        BaseModelAway: it is not configured, or its files are not on this machine.
+        RequestInvalid: they cannot be read.
     """
     info = base_models.find(base_model)
     if info is None:
         names = ", ".join(one.name for one in base_models.available())
-        raise RequestInvalid(
+        raise BaseModelAway(
             f"unknown base model {base_model[:80]!r}; this server offers {names}", place="base_model"
         )
     folder = info.folder
-    if folder is None:
-        raise RequestInvalid(
+    if folder is None or not any(folder.iterdir()):  # an empty one is where a disk is not mounted
+        raise BaseModelAway(
             f"the files of base model {base_model} are not on this machine yet; "
             "start a worker that loads it, or name its folder in MINTWEB_BASE_MODELS",
             place="base_model",

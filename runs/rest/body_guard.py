@@ -176,8 +176,7 @@ async def _check_space(size_bytes: int, *, here_bytes: int = 0) -> None:
 
 
 async def _authenticate(headers: dict[bytes, str]) -> None:
-    scheme, _, token = headers.get(b"authorization", "").partition(" ")
-    credential = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
+    credential = keys.sent_in(headers.get(b"x-api-key", ""), headers.get(b"authorization", ""))
     if not credential:
         raise NotAuthenticated("a key is needed")
     if keys.cached_user(credential) is None:

@@ -156,8 +156,8 @@ def nowhere(request: HttpRequest, **_: str) -> HttpResponseBase:
 
 
 def _authenticated(request: HttpRequest) -> User:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    credential = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
+    headers = request.headers
+    credential = keys.sent_in(headers.get("x-api-key", ""), headers.get("authorization", ""))
     if not credential:
         raise NotAuthenticated("a key is needed")
     return keys.authenticate(credential)

@@ -27,6 +27,7 @@ StateName = Literal[
     "preparing",
     "queued",
     "running",
+    "stopping",
     "paused",
     "recovering",
     "held_up",

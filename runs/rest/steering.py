@@ -87,7 +87,7 @@ class Fork(RequestModel):
 @router.get("/{run_id}/status", response=RunStatus, summary="Progress and time left")
 def get_status(request: HttpRequest, run_id: str) -> RunStatus:
     """Return how the run is getting on; 404 for a run whose client trains it."""
-    return _status(recipes.get_recipe(caller(request), run_id))
+    return _status(access.get_recipe(caller(request), run_id))
 
 
 @router.post("/{run_id}/pause", response=RunStatus, summary="Pause")
@@ -129,7 +129,7 @@ def retry_run(request: HttpRequest, run_id: str) -> RunStatus:
 @router.post("/{run_id}/save", response={202: Saving}, summary="Save a checkpoint")
 def save_run(request: HttpRequest, run_id: str, body: Annotated[Save, JsonBody(Save())]) -> Status[Saving]:
     """Save a checkpoint after what is submitted already."""
-    recipe = recipes.get_recipe(caller(request), run_id)
+    recipe = access.get_recipe(caller(request), run_id)
     name = recipes.save_now(recipe, name=body.name or "")
     path = ids.CheckpointPath(run_id, Checkpoint.Kind.TRAINING, name)
     return Status(202, Saving(name=name, path=str(path)))
@@ -156,9 +156,9 @@ def _change(recipe: Recipe, changes: Changes) -> None:
 
 
 def _act(request: HttpRequest, run_id: str, act: Callable[[Recipe], object]) -> RunStatus:
-    recipe = recipes.get_recipe(caller(request), run_id)
+    recipe = access.get_recipe(caller(request), run_id)
     act(recipe)
-    return _status(recipes.get_recipe(caller(request), run_id))
+    return _status(access.get_recipe(caller(request), run_id))
 
 
 def _status(recipe: Recipe) -> RunStatus:

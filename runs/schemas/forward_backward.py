@@ -6,7 +6,6 @@ came, so their digest tells a retry from another request under the same seq_id.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -171,11 +170,6 @@ def from_bytes(stored: bytes) -> ForwardBackwardPayload:
         loss_config=dict(request.loss_fn_config),
         forward_only=request.forward_only,
     )
-
-
-def digest(stored: bytes) -> str:
-    """Return the SHA-256 of canonical bytes, in hex: equal for retries of one request."""
-    return hashlib.sha256(stored).hexdigest()
 
 
 def _read_all(

@@ -16,20 +16,6 @@ MAX_PROMPTS: Final = 8
 # A dataset of fewer rows is not split: too few would be left to train on, or to measure.
 MIN_ROWS_TO_SPLIT: Final = 20
 MAX_PROMPT_CHARS: Final = 8_000
-# Settings that may change while a run trains; the others would make it another run.
-STEERABLE: Final = (
-    "num_steps",
-    "learning_rate",
-    "schedule",
-    "warmup_share",
-    "weight_decay",
-    "grad_clip_norm",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "early_stopping",
-    "samples",
-)
 
 
 def _without_nul(value: str) -> str:
@@ -123,7 +109,7 @@ class SftConfig(RecipeModel):
 
 
 class Changes(RecipeModel):
-    """Settings to change while a run trains; what is left out stays, in `samples` too."""
+    """Settings to change while a run trains; the others would make it another run. What is left out stays, in `samples` too."""
 
     num_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None

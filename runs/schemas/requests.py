@@ -73,15 +73,7 @@ class SdkRequest(WireModel):
     volatile: ClassVar[frozenset[str]] = frozenset()
 
 
-class Empty(SdkRequest):
-    """`{}`: auth/token and the like."""
-
-
 # -- sessions ---------------------------------------------------------------------------------------
-
-
-class ClientConfig(SdkRequest):
-    sdk_version: Annotated[str, StringConstraints(max_length=100)] = ""
 
 
 class CreateSession(SdkRequest):
@@ -103,12 +95,6 @@ class FinishReason(WireModel):
 class FinishSession(SdkRequest):
     reason: FinishReason
     detail: Text | None = None
-
-
-class Telemetry(SdkRequest):
-    """Events may hold tracebacks and API keys, so they are not even read."""
-
-    session_id: Id
 
 
 # -- training ---------------------------------------------------------------------------------------

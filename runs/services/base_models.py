@@ -11,7 +11,7 @@ from django.conf import settings
 from django.db.models.functions import Now
 from huggingface_hub import try_to_load_from_cache
 
-from runs.exceptions import RequestInvalid
+from runs.exceptions import BaseModelAway
 from runs.models import BaseModel, Worker
 from runs.services.workers import live
 
@@ -97,15 +97,15 @@ def get(name: str, *, place: str = "base_model") -> BaseModelInfo:
     What is made already waits until the base model can be loaded again: see `find`.
 
     Raises:
-        RequestInvalid: it is not configured, or could not be loaded.
+        BaseModelAway: it is not configured, or could not be loaded.
     """
     for info in available():
         if info.name == name:
             if info.error:
-                raise RequestInvalid(f"base model {name!r} could not be loaded: {info.error}", place=place)
+                raise BaseModelAway(f"base model {name!r} could not be loaded: {info.error}", place=place)
             return info
     allowed = ", ".join(repr(info.name) for info in available())
-    raise RequestInvalid(f"unknown base model {name[:80]!r}; this server offers {allowed}", place=place)
+    raise BaseModelAway(f"unknown base model {name[:80]!r}; this server offers {allowed}", place=place)
 
 
 def find(name: str) -> BaseModelInfo | None:

@@ -8,11 +8,20 @@ from datetime import timedelta
 from django.core.files.base import File
 from django.core.files.storage import default_storage
 from django.db import transaction
+from django.db.models import Count, Sum
 from django.db.models.functions import Now
 
 from runs import events
 from runs.models import Checkpoint, TrainingRun
 from runs.services import deletions
+from runs.services.tallies import Total
+
+
+def total_of_run(run: TrainingRun, *, limit: int) -> Total | None:
+    """Return how many checkpoints of the run people named, and what they take; None for more than are to be read."""
+    named = Checkpoint.objects.filter(run=run, is_ephemeral=False).order_by("size_bytes", "pk")
+    found = Total(**named[: limit + 1].aggregate(num=Count("pk"), size_bytes=Sum("size_bytes", default=0)))
+    return found if found.num <= limit else None
 
 
 def set_public(checkpoint: Checkpoint, *, is_public: bool) -> None:

@@ -85,14 +85,35 @@ WHERE runs_operation.id IN (
     ) op) ranked
   WHERE is_next OR tokens_before < %s)
 RETURNING runs_operation.id, run_id, seq, kind, state, payload, payload_file, num_tokens, attempts, lone_attempts,
-  EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8
+  EXTRACT(EPOCH FROM clock_timestamp() - created_at)::float8,
+  EXTRACT(EPOCH FROM created_at - (SELECT before.finished_at FROM runs_operation before
+    WHERE before.run_id = runs_operation.run_id AND before.seq = runs_operation.seq - 1))::float8
 """
+# What is left of the time between the answer to the operation before and the request, once that is taken out in which
+# samples of the run waited or were drawn. The clock may be set back between the two ends of a sample.
+_WITHOUT_SAMPLES = """
+SELECT op.id, EXTRACT(EPOCH FROM (
+  SELECT COALESCE(sum(upper(gap) - lower(gap)), interval '0')
+  FROM unnest(tstzmultirange(tstzrange(before.finished_at, op.created_at)) - drawn.spans) AS gap))::float8
+FROM runs_operation op JOIN runs_operation before ON before.run_id = op.run_id AND before.seq = op.seq - 1
+CROSS JOIN LATERAL (
+  SELECT COALESCE(range_agg(tstzrange(LEAST(sample.created_at, sample.finished_at), sample.finished_at)), '{}') AS spans
+  FROM runs_operation sample
+  WHERE sample.sampled_run_pk = op.run_id AND sample.created_at < op.created_at
+    AND (sample.finished_at > before.finished_at OR sample.finished_at IS NULL)) AS drawn
+WHERE op.id = ANY(%s) AND before.finished_at < op.created_at
+"""
+# So short a gap is not worth a look at the samples.
+_NOTABLE_S: Final = 0.05
 MAX_CLAIMS: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldRun:
-    """A run that this worker owns, as it was when claimed; one that had failed by then says why."""
+    """A run that this worker owns, as it was when claimed; one that had failed by then says why.
+
+    One that a recipe trains has no client.
+    """
 
     pk: int
     owner_id: int
@@ -109,11 +130,16 @@ class HeldRun:
     train_mlp: bool
     train_unembed: bool
     failure: str = ""
+    has_client: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class TakenOperation:
-    """The next operation of a held run. A rejected one only takes up its seq; an answered one is applied once more."""
+    """The next operation of a held run. A rejected one only takes up its seq; an answered one is applied once more.
+
+    `client_gap_s` is how long there was nothing to do for the run before this one was asked for: neither an operation
+    nor a sample of its weights. It is 0 where the one before had no answer yet.
+    """
 
     pk: int
     run_pk: int
@@ -126,6 +152,7 @@ class TakenOperation:
     attempts: int
     lone_attempts: int
     waited_s: float
+    client_gap_s: float = 0.0
     result: bytes | None = None
     is_answered: bool = False
 
@@ -162,7 +189,7 @@ def _claimed(worker: Worker, statement: str, values: list[Any]) -> list[HeldRun]
     pks = [row[0] for row in _rows(statement, values)]
     if not pks:
         return []
-    rows = TrainingRun.objects.filter(pk__in=pks, worker=worker).select_related("session")
+    rows = TrainingRun.objects.filter(pk__in=pks, worker=worker).select_related("session", "recipe")
     return [_held(row) for row in rows]
 
 
@@ -215,6 +242,7 @@ def take_operations(
         return []
     held = [list(taken_seqs), list(taken_seqs.values()), [waiting.get(pk) for pk in taken_seqs]]
     rows = _rows(_TAKE, [worker.pk, *held, limit, max_tokens])
+    gaps = _gaps({row[0]: row[11] for row in rows})
     taken = [
         TakenOperation(
             pk=row[0],
@@ -229,10 +257,18 @@ def take_operations(
             attempts=row[8],
             lone_attempts=row[9],
             waited_s=row[10],
+            client_gap_s=gaps[row[0]],
         )
         for row in rows
     ]
     return sorted(taken, key=lambda op: (op.run_pk, op.seq))
+
+
+def _gaps(since_answer: Mapping[int, float | None]) -> dict[int, float]:
+    """Return how long each operation's run had nothing to do before it, from the seconds since the answer before."""
+    gaps = {pk: max(seconds or 0.0, 0.0) for pk, seconds in since_answer.items()}
+    notable = [pk for pk, seconds in gaps.items() if seconds > _NOTABLE_S]
+    return gaps | dict(_rows(_WITHOUT_SAMPLES, [notable])) if notable else gaps
 
 
 def count_applied(run_pk: int, *, after_seq: int, up_to_seq: int) -> int:
@@ -300,12 +336,16 @@ def applied_operations(run_pk: int, *, after_seq: int, up_to_seq: int) -> Iterat
 
 
 def results_since_step(run_pk: int, *, up_to_seq: int) -> list[bytes]:
-    """Return the answers to the forward_backwards after the last optimizer step, up to a seq, as far as they are kept."""
+    """Return the answers to the forward_backwards whose gradient is there after a seq, as far as they are kept.
+
+    Those are the ones after the last optimizer step and the last load, which throws gradients away.
+    """
     done = Operation.objects.filter(run_id=run_pk, seq__lte=up_to_seq, state=Operation.State.DONE)
-    last_step = done.filter(kind=Operation.Kind.OPTIM_STEP).aggregate(seq=Max("seq"))["seq"]
+    ends = [Operation.Kind.OPTIM_STEP, Operation.Kind.LOAD_WEIGHTS]
+    last_end = done.filter(kind__in=ends).aggregate(seq=Max("seq"))["seq"]
     answers = done.filter(kind=Operation.Kind.FORWARD_BACKWARD, result__isnull=False)
-    if last_step is not None:
-        answers = answers.filter(seq__gt=last_step)
+    if last_end is not None:
+        answers = answers.filter(seq__gt=last_end)
     return [bytes(result or b"") for result in answers.order_by("seq").values_list("result", flat=True)]
 
 
@@ -349,4 +389,5 @@ def _held(run: TrainingRun) -> HeldRun:
         train_mlp=run.train_mlp,
         train_unembed=run.train_unembed,
         failure=(run.error or "it failed") if run.state == TrainingRun.State.FAILED else "",
+        has_client=getattr(run, "recipe", None) is None,
     )

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,11 +69,16 @@ def open_rows(version: DatasetVersion) -> RowReader:
 
     Raises:
         RequestInvalid: it has no rows: it is not checked yet, or waits for a choice, or was refused.
+        OSError: the disk or the bucket fails, or is not the one that was used before.
     """
     try:
-        return RowReader(*(local_copy(f"{version.directory}/{name}") for name in (ROWS, INDEX)))
+        return blobs.patiently(partial(_open, version))
     except FileNotFoundError:
         raise RequestInvalid(f"version {version.number} of the dataset has no rows (yet)") from None
+
+
+def _open(version: DatasetVersion) -> RowReader:
+    return RowReader(*(local_copy(f"{version.directory}/{name}") for name in (ROWS, INDEX)))
 
 
 def local_copy(name: str) -> Path:

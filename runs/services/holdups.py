@@ -15,7 +15,7 @@ from django.db.models import Case, Q, When
 from django.db.models.functions import Now
 
 from runs import events
-from runs.exceptions import DiskFull, MintError, RateLimited
+from runs.exceptions import BaseModelAway, DiskFull, MintError, RateLimited
 from runs.models import TrainingRun
 
 # Longer than the longest pause between two tries: of the SDK, and of a worker (`gpuworker.seats.LONGEST_PUT_OFF_S`).
@@ -42,15 +42,36 @@ NO_DATABASE_FOR_STEP: Final = (
     "it is tried again until it can be, and nothing is lost"
 )
 OF_STEPS: Final = (NO_ROOM_FOR_STEP, NO_TURN_FOR_STEP, NO_STORAGE_FOR_STEP, NO_DATABASE_FOR_STEP)
+# These follow what a worker or the settings say of it.
+_ONCE_LOADED: Final = "; the run goes on by itself once a worker has loaded it, and nothing is lost"
+_ONCE_SAVED: Final = "; the run's last checkpoint is tried again until it is saved, and nothing is lost"
+
+
+class NotSaved(MintError):
+    """a run's last checkpoint could not be saved just now"""
 
 
 def reason_for_step(error: MintError | OSError | DatabaseProblem) -> str:
-    """Return the sentence for a run whose next step met an error that passes."""
+    """Return the sentence for a run whose next step, or end, met an error that passes."""
     if isinstance(error, DatabaseProblem):
         return NO_DATABASE_FOR_STEP
+    if isinstance(error, BaseModelAway):
+        return f"{error.message}{_ONCE_LOADED}"
+    if isinstance(error, NotSaved):
+        return f"{error.message}{_ONCE_SAVED}"
     if isinstance(error, DiskFull):
         return NO_ROOM_FOR_STEP
     return NO_TURN_FOR_STEP if isinstance(error, RateLimited) else NO_STORAGE_FOR_STEP
+
+
+def is_of_step(reason: str) -> bool:
+    """Say whether a run that gets on with its steps is no longer held up by this."""
+    return reason in OF_STEPS or reason.endswith(_ONCE_LOADED)
+
+
+def is_of_save(reason: str) -> bool:
+    """Say whether a run whose last checkpoint is saved is no longer held up by this."""
+    return reason.endswith(_ONCE_SAVED)
 
 
 def put_off(problem: str) -> str:

@@ -65,6 +65,12 @@ def ensure_key_from_settings() -> None:
         _store(accounts.ensure_admin(), "MINTWEB_API_KEY", secret)
 
 
+def sent_in(api_key: str, authorization: str) -> str:
+    """Return the key or token that a request's two headers hold, or an empty text."""
+    scheme, _, token = authorization.partition(" ")
+    return api_key or (token.strip() if scheme.lower() == "bearer" else "")
+
+
 def authenticate(credential: str) -> User:
     """Return the user of a key or of a token made from one.
 

@@ -43,14 +43,12 @@ def over() -> QuerySet[Operation]:
     return Operation.objects.exclude(loads_from="").filter(_is_over())
 
 
-def waiting_saves(run_pk: int, *, kind: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield seq and request of the operations of a run that are going to save weights under a name."""
+def waiting_saves(run_pk: int, *, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield seq and request of the operations of a run that are going to save weights; `path` is the name."""
     save = Kind.SAVE_WEIGHTS if kind == Checkpoint.Kind.TRAINING else Kind.SAVE_WEIGHTS_FOR_SAMPLER
     waiting = Operation.objects.filter(run_id=run_pk, kind=save, state=Operation.State.QUEUED)
     for seq, payload, payload_file in waiting.values_list("seq", "payload", "payload_file"):
-        request = orjson.loads(operations.payload_of(payload, payload_file))
-        if request.get("path") == name:
-            yield seq, request
+        yield seq, orjson.loads(operations.payload_of(payload, payload_file))
 
 
 def _is_over() -> Q:

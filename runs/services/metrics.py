@@ -16,7 +16,6 @@ from runs.models import Metric, TrainingRun
 MAX_POINTS: Final = 2000
 LARGE_RUN_VALUES: Final = 60_000
 Word = Literal["NaN", "Infinity", "-Infinity"]
-CHART_METRICS: Final = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from runs import events
 from runs.exceptions import (
     DiskFull,
     MintError,
+    NotFound,
     RateLimited,
     RequestInvalid,
     SequenceConflict,
@@ -34,8 +35,8 @@ LATE_S: Final = 60
 _INSERT = """
 INSERT INTO runs_operation
   (owner_id, run_id, sampling_session_id, seq, kind, state, payload, payload_file, payload_digest, num_tokens,
-   result_is_proto, error, error_category, loads_from, fence, attempts, lone_attempts)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, %s, 0, 0, 0)
+   result_is_proto, error, error_category, loads_from, sampled_run_pk, fence, attempts, lone_attempts)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s, %s, %s, %s, 0, 0, 0)
 ON CONFLICT DO NOTHING RETURNING id
 """
 # The row and the doorbell in one round trip; the bell rings when it commits.
@@ -48,7 +49,7 @@ class Submission:
 
     `digest_of` is what makes a retry the same request; it differs from the payload only where a
     client is known to change a field when it sends a request again. `loads_from` is the folder of weights
-    that it reads.
+    that it reads. `sampled_run_pk` is the run that is at work while the sample is drawn, if any.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Submission:
     num_tokens: int = 0
     digest_of: bytes | None = None
     loads_from: str = ""
+    sampled_run_pk: int | None = None
 
     @property
     def digest(self) -> str:
@@ -94,8 +96,33 @@ def submit(run: TrainingRun, submission: Submission) -> int:
     return pk
 
 
-def submit_sample(sampling_session: SamplingSession, submission: Submission) -> int:
+def unload(run: TrainingRun) -> int:
+    """Let a run go after all that was submitted, and return the operation's number; the first one's if that was done.
+
+    Raises:
+        NotFound: the run was deleted meanwhile.
+        RequestInvalid: the run has ended.
+        RateLimited: too many operations of the run are waiting.
+    """
+    with transaction.atomic():
+        # Locked, or two callers would enter one each.
+        rows = TrainingRun.objects.select_for_update(no_key=True, of=("self",)).select_related("session")
+        held = rows.filter(pk=run.pk).first()
+        if held is None:
+            raise NotFound("the run was deleted meanwhile")
+        latest = latest_of(held, limit=1)
+        if latest and latest[0].kind == Operation.Kind.UNLOAD_MODEL:
+            return latest[0].pk
+        return submit(held, Submission(kind=Operation.Kind.UNLOAD_MODEL, seq=next_seq(held), payload=b"{}"))
+
+
+def submit_sample(
+    sampling_session: SamplingSession, submission: Submission, *, is_of_run: bool = True
+) -> int:
     """Make a sample request durable and return its number; a retry returns the first one's.
+
+    Args:
+        is_of_run: the run whose weights are sampled from counts as at work meanwhile.
 
     Raises:
         SequenceConflict: this seq_id holds another request.
@@ -106,6 +133,8 @@ def submit_sample(sampling_session: SamplingSession, submission: Submission) -> 
     )
     if waiting[MAX_QUEUED_SAMPLES - 1 : MAX_QUEUED_SAMPLES].exists():
         raise RateLimited(f"{MAX_QUEUED_SAMPLES} samples are waiting already")
+    if is_of_run:
+        submission = replace(submission, sampled_run_pk=sampling_session.run_id)
     return _insert(sampling_session.owner_id, None, sampling_session, submission)
 
 
@@ -145,6 +174,7 @@ def reject(run: TrainingRun, *, seq: int, kind: str, error: MintError) -> None:
         str(error),
         "user",
         "",
+        None,
     ]
     with connection.cursor() as cursor:
         cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
@@ -200,7 +230,7 @@ def _insert(
     inline, file = _store(submission)
     values: list[Any] = [owner_id, run and run.pk, session and session.pk, submission.seq, submission.kind]
     values += [Operation.State.QUEUED, inline, file, submission.digest, submission.num_tokens, "", ""]
-    values.append(submission.loads_from)
+    values += [submission.loads_from, submission.sampled_run_pk]
     with connection.cursor() as cursor:
         cursor.execute(_SUBMIT, [*values, events.WORK_CHANNEL])
         row = cursor.fetchone()
@@ -222,7 +252,7 @@ def _existing(run: TrainingRun | None, session: SamplingSession | None, submissi
     )
     if first.payload_digest == submission.digest:
         return first.pk
-    if first.kind == Operation.Kind.SKIPPED:
+    if not first.payload_digest:  # entered by a worker, not for a request
         raise SequenceConflict(
             f"was given up after {GAP_PATIENCE_S} s, when later requests were waiting for it",
             place=f"seq_id {first.seq}",

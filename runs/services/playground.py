@@ -133,8 +133,9 @@ def submit(
     info = base_models.get(session.base_model)
     if info.is_loaded:
         schemas.check_prompt(body, vocab_size=info.vocab_size, max_context=info.max_context)
-    payload = requests.canonical_json(body)
-    return operations.submit_sample(session, Submission(kind=Operation.Kind.SAMPLE, seq=seq, payload=payload))
+    submission = Submission(kind=Operation.Kind.SAMPLE, seq=seq, payload=requests.canonical_json(body))
+    # The run that somebody talks to goes on no sooner for that.
+    return operations.submit_sample(session, submission, is_of_run=False)
 
 
 def answers_of(operation_pks: Collection[int]) -> list[Answer]:

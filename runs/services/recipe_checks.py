@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from runs.exceptions import NotFound, RequestInvalid
-from runs.models import DatasetVersion, User
+from runs.models import DatasetVersion, TrainingRun, User
 from runs.schemas.parsing import validate_object
-from runs.schemas.problems import Problems
+from runs.schemas.problems import Problems, show
 from runs.schemas.recipes import MIN_ROWS_TO_SPLIT, SftConfig
 from runs.services import base_models, datasets
 
@@ -122,6 +122,37 @@ def pinned(config: SftConfig, version: DatasetVersion, validation: list[DatasetV
 def ref_of(version: DatasetVersion) -> str:
     """Return the reference that names exactly this version."""
     return f"{version.dataset.public_id}@{version.number}"
+
+
+def adapter_of(run: TrainingRun) -> dict[str, Any]:
+    """Return the `lora` settings that describe a run's adapter."""
+    return {
+        "rank": run.lora_rank,
+        "train_attn": run.train_attn,
+        "train_mlp": run.train_mlp,
+        "train_unembed": run.train_unembed,
+    }
+
+
+def refuse_other_adapter(config: SftConfig, run: TrainingRun) -> None:
+    """Check that a fork has the base model and the adapter of the run that it starts from.
+
+    Raises:
+        RequestInvalid: names each setting that is another one.
+    """
+    problems = Problems()
+    asked = {"base_model": config.base_model, **_placed(config.lora.model_dump())}
+    for place, held in {"base_model": run.base_model, **_placed(adapter_of(run))}.items():
+        if asked[place] != held:
+            problems.add(
+                f"{show(asked[place])} is not {show(held)}, which the checkpoint has and a fork keeps",
+                place=place,
+            )
+    problems.raise_if_any()
+
+
+def _placed(lora: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"lora.{name}": value for name, value in lora.items()}
 
 
 def _without(values: Mapping[str, Any], places: list[str]) -> SftConfig:

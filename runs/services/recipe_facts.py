@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from runs.models import Metric, Recipe, TrainingRun
-from runs.services import recipe_status
-from runs.services.recipe_status import RecipeStatus
+from runs.services import recipe_rows, recipe_status, training_runs
+from runs.services.recipe_status import RecipeStatus, StepsLeft
 from runs.services.training_runs import DisplayState
 
 State = Recipe.State
@@ -57,6 +58,16 @@ class Progress:
     error: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowProgress:
+    """What a list shows of it; `percent` is None, which is no bar, once the run is over."""
+
+    step: int
+    num_steps: int
+    percent: int | None
+    time_left: str
+
+
 def progress_of(run: TrainingRun, recipe: Recipe, shown: DisplayState) -> Progress:
     """Return how far the recipe has come; `shown` is what lists say of its run."""
     status = recipe_status.status_of(recipe)
@@ -78,6 +89,38 @@ def progress_of(run: TrainingRun, recipe: Recipe, shown: DisplayState) -> Progre
         dataset_number=version.number,
         error=recipe.error,
     )
+
+
+def progress_of_rows(runs: Iterable[TrainingRun]) -> dict[int, RowProgress]:
+    """Return how far runs without code have come, by the run's number; the runs come from `run_rows.by_activity`.
+
+    Those of clients, and those whose number of steps is not known yet, are left out. One query for all the runs that
+    train now, which alone tell how long it will take.
+    """
+    known = [run for run in runs if run.recipe_num_steps]  # type: ignore[attr-defined]
+    left_s = recipe_status.times_left({run.pk: _steps_left(run) for run in known if _is_training(run)})
+    return {run.pk: _row_progress(run, left_s.get(run.pk)) for run in known}
+
+
+def _row_progress(run: TrainingRun, left_s: tuple[float, float] | None) -> RowProgress:
+    num_steps, left = run.recipe_num_steps, _steps_left(run).left  # type: ignore[attr-defined]
+    is_over = run.recipe_state in recipe_rows.ENDED  # type: ignore[attr-defined]
+    return RowProgress(
+        step=num_steps - left,
+        num_steps=num_steps,
+        percent=None if is_over else 100 * (num_steps - left) // num_steps,
+        time_left=f"{time_range(*left_s)} left" if left_s else "",
+    )
+
+
+def _steps_left(run: TrainingRun) -> StepsLeft:
+    first, last = run.recipe_first_step, run.recipe_num_steps  # type: ignore[attr-defined]
+    return StepsLeft(first_step=first, left=last - min(max(run.step, first), last))
+
+
+def _is_training(run: TrainingRun) -> bool:
+    is_running = run.recipe_state == State.RUNNING  # type: ignore[attr-defined]
+    return is_running and training_runs.display_state(run) == DisplayState.RUNNING
 
 
 def about(seconds: float) -> str:

@@ -11,6 +11,7 @@ from django.db import transaction
 from django.db.models import QuerySet
 
 from runs import events
+from runs.exceptions import NotFound
 from runs.models import Checkpoint, Operation, Recipe
 from runs.schemas import requests
 from runs.services import access, commits, loads, operations, sampling
@@ -54,11 +55,22 @@ def saved_by(checkpoint: Checkpoint) -> Recipe | None:
     return Recipe.objects.filter(run=checkpoint.run_id).first()
 
 
+class RunDeleted(NotFound):
+    """the run was deleted just now"""
+
+
 @contextmanager
 def locked(recipe: Recipe) -> Iterator[Recipe]:
-    """Give the recipe's row as it is now, locked, and save it afterwards; one transaction."""
+    """Give the recipe's row as it is now, locked, and save it afterwards; one transaction.
+
+    Raises:
+        RunDeleted: there is none any more.
+    """
     with transaction.atomic():
-        row = Recipe.objects.select_for_update(of=("self",)).select_related("run").get(pk=recipe.pk)
+        rows = Recipe.objects.select_for_update(of=("self",)).select_related("run")
+        row = rows.filter(pk=recipe.pk).first()
+        if row is None:
+            raise RunDeleted
         yield row
         row.save()
         events.run_changed(row.run_id, row.run.owner_id, row.run.public_id)
@@ -96,13 +108,18 @@ def submit_save(row: Recipe, *, name: str, overwrite: bool = True) -> int:
     return submit(row, Operation.Kind.SAVE_WEIGHTS, requests.canonical_json(body))
 
 
-def has_saved(row: Recipe, *, name: str) -> bool:
-    """Say whether the locked recipe's run has a training checkpoint of that name, or will have once it is saved."""
+def automatic_name(step: int) -> str:
+    """Return the name of the checkpoint that is saved after a step by itself."""
+    return f"{AUTOMATIC}{step:06d}"
+
+
+def saved_names(row: Recipe) -> set[str]:
+    """Return the names of the training checkpoints that the recipe's run has, or will have once they are saved."""
     kind = Checkpoint.Kind.TRAINING
     # The waiting ones first: what is done in between has its checkpoint.
-    return (
-        any(loads.waiting_saves(row.run_id, kind=kind, name=name))
-        or Checkpoint.objects.filter(run_id=row.run_id, kind=kind, name=name).exists()
+    waiting = {request["path"] for _, request in loads.waiting_saves(row.run_id, kind=kind)}
+    return waiting | set(
+        Checkpoint.objects.filter(run_id=row.run_id, kind=kind).values_list("name", flat=True)
     )
 
 

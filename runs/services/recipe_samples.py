@@ -20,6 +20,7 @@ from runs.services.operations import Submission
 
 _UNASKED: Final = Q(operation=None, error="")
 _OPEN: Final = _UNASKED | Q(operation__state=Operation.State.QUEUED)
+_GIVEN_UP: Final = "the run ended before this was asked"
 
 
 def save(row: Recipe, prompts: Sequence[str]) -> None:
@@ -96,8 +97,20 @@ def drop_weights_of_ended(recipe: Recipe) -> None:
     if left.exists():
         with recipe_rows.locked(recipe) as row:
             if row.state in recipe_rows.ENDED:
-                left.update(error="the run ended before this was asked")
+                left.update(error=_GIVEN_UP)
     drop_weights(recipe)
+
+
+def give_up_unasked(row: Recipe) -> None:
+    """Give up the samples of a recipe that ends, but for those whose weights are there (see `drop_weights_of_ended`)."""
+    saved = Checkpoint.objects.filter(run_id=row.run_id, is_ephemeral=True)
+    unasked = FixedSample.objects.filter(_UNASKED, run_id=row.run_id)
+    unasked.exclude(save_seq__in=saved.values("seq")).update(error=_GIVEN_UP)
+
+
+def ask_base_model_again(row: Recipe) -> None:
+    """Have the base model answer what was given up at the end of a run that goes on."""
+    FixedSample.objects.filter(run_id=row.run_id, step=None, operation=None).update(error="")
 
 
 def forget_unasked(row: Recipe, *, after_step: int) -> None:

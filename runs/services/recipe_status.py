@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from statistics import median
 from typing import Final
 
+from django.db import connection
 from django.db.models import QuerySet
 
-from runs.models import FixedSample, Metric, Recipe, TrainingRun
+from runs.models import FixedSample, Recipe, TrainingRun
 from runs.services import base_models, recipe_rows
 from runs.services.recipe_rows import State
 from runs.services.recipes import ACTIONS
@@ -20,6 +22,13 @@ from runs.services.recipes import ACTIONS
 _NEWEST: Final = 20
 # A step that took so many times as long as usual had a pause before it, or no worker: that is not its pace.
 _LONGEST: Final = 10
+_TIMES = """
+SELECT h.run_id, newest.recorded_at
+FROM unnest(%s::bigint[], %s::bigint[]) AS h(run_id, first_step) CROSS JOIN LATERAL (
+  SELECT m.seq, m.recorded_at FROM runs_metric m
+  WHERE m.run_id = h.run_id AND m.name = 'loss' AND m.step > h.first_step ORDER BY m.seq DESC LIMIT %s
+) newest ORDER BY h.run_id, newest.seq DESC
+"""
 _PHASES: Final = {
     State.FINISHING: "finishing: last validation, samples and checkpoint",
     State.STOPPING: "stopping: saving a last checkpoint",
@@ -55,6 +64,14 @@ class RecipeStatus:
     ended_at: datetime | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepsLeft:
+    """How many steps a run has left that began after `first_step`."""
+
+    first_step: int
+    left: int
+
+
 def status_of(recipe: Recipe) -> RecipeStatus:
     """Return how the recipe is getting on."""
     run = recipe.run
@@ -82,6 +99,25 @@ def fixed_samples_of(run: TrainingRun) -> QuerySet[FixedSample]:
     return FixedSample.objects.filter(run=run).select_related("operation").order_by("step", "id")
 
 
+def times_left(runs: Mapping[int, StepsLeft]) -> dict[int, tuple[float, float]]:
+    """Return the time left in seconds as a range: the steps left at the run's pace so far and at its newest pace.
+
+    By the run's number, with one query for all; a run whose pace is not known yet, or that has no steps left, is
+    left out.
+    """
+    asked = {pk: steps for pk, steps in runs.items() if steps.left > 0}
+    if not asked:
+        return {}
+    times: dict[int, list[datetime]] = defaultdict(list)
+    with connection.cursor() as cursor:
+        first_steps = [steps.first_step for steps in asked.values()]
+        cursor.execute(_TIMES, [list(asked), first_steps, 10 * _NEWEST])
+        for pk, recorded_at in cursor.fetchall():
+            times[pk].append(recorded_at)
+    ranges = {pk: _range_s(times[pk], steps.left) for pk, steps in asked.items()}
+    return {pk: found for pk, found in ranges.items() if found is not None}
+
+
 def queue_length() -> int:
     """Return how many runs wait for a slot."""
     return Recipe.objects.filter(state=State.QUEUED).count()
@@ -104,8 +140,8 @@ def _phase(recipe: Recipe, step: int, position: int | None) -> str:
         return f"failed: {recipe.error}"
     if state == State.PREPARING:
         info = base_models.find(recipe.run.base_model)
-        if info is not None and not info.is_loaded:
-            return f"waiting until base model {info.name} is loaded"
+        if info is None or not info.is_loaded:
+            return f"waiting until base model {recipe.run.base_model} is loaded"
         return f"reading the dataset: {recipe.progress:.0%}"
     if state == State.QUEUED:
         return f"queued, position {position}" if position and not recipe_rows.has_free_slot() else "starting"
@@ -133,20 +169,18 @@ def _starts_in(position: int) -> float | None:
 
 
 def _time_left(recipe: Recipe, step: int) -> tuple[float | None, float | None]:
-    """Return the time left as a range: the steps left at the run's pace so far and at its newest pace."""
-    if recipe.state not in (State.RUNNING, State.PAUSED) or recipe.num_steps <= step:
+    if recipe.state not in (State.RUNNING, State.PAUSED):
         return None, None
-    times = list(
-        Metric.objects.filter(run_id=recipe.run_id, name="loss", step__gt=recipe.first_step)
-        .order_by("-seq")
-        .values_list("recorded_at", flat=True)[: 10 * _NEWEST]
-    )
+    left = StepsLeft(first_step=recipe.first_step, left=recipe.num_steps - step)
+    return times_left({recipe.run_id: left}).get(recipe.run_id, (None, None))
+
+
+def _range_s(times: Sequence[datetime], num_steps: int) -> tuple[float, float] | None:
     if len(times) < 3:
-        return None, None
+        return None
     gaps_s = _gaps(times)
     paces_s = [sum(some) / len(some) for some in (gaps_s, gaps_s[: _NEWEST - 1])]
-    left = recipe.num_steps - step
-    return 0.9 * left * min(paces_s), 1.1 * left * max(paces_s)
+    return 0.9 * num_steps * min(paces_s), 1.1 * num_steps * max(paces_s)
 
 
 def _gaps(times: Sequence[datetime]) -> list[float]:

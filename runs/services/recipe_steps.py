@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from django.db import connection, transaction
@@ -19,9 +21,11 @@ from runs.schemas import results
 from runs.schemas.recipes import SftConfig
 from runs.services import checkpoints, recipe_rows, recipe_samples, webhooks
 from runs.services.advisory_locks import LockClass
-from runs.services.recipe_rows import State
+from runs.services.recipe_rows import RunDeleted, State
 
 VALIDATION_LOSS: Final = "validation_loss"
+# Who ended as many workers alone is given up (`gpuworker.suspicion`): done again it would end more.
+_GIVEN_UP: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,9 @@ def begin(recipe: Recipe, first: Step) -> bool:
             if row.state != State.QUEUED:
                 return False
             row.state = State.RUNNING
-            if row.started_at is None:
+            if row.started_at is not None:
+                recipe_samples.ask_base_model_again(row)
+            else:
                 row.started_at = Now()
                 recipe_rows.note(row, "started", num_steps=row.num_steps)
                 _submit(row, first)
@@ -132,11 +138,12 @@ def watch(recipe: Recipe) -> None:
                 break
             _note_done(row, seq, kind, "" if state == Operation.State.DONE else error)
         row.watched_seq = run.applied_seq
+        _settle_best(row, has_saved=done.filter(kind=Operation.Kind.SAVE_WEIGHTS).exists())
 
 
 def fail(recipe: Recipe, error: str) -> None:
-    """End a recipe that cannot go on."""
-    with recipe_rows.locked(recipe) as row:
+    """End a recipe that cannot go on; one that was deleted meanwhile has ended."""
+    with suppress(RunDeleted), recipe_rows.locked(recipe) as row:
         if row.state in recipe_rows.ACTIVE:
             _fail(row, error)
 
@@ -150,6 +157,28 @@ def end(recipe: Recipe, state: State) -> None:
             recipe_rows.note(row, state.value)
             is_finished = state == State.FINISHED
             webhooks.run_ended(row.run, webhooks.FINISHED if is_finished else webhooks.STOPPED)
+            recipe_samples.give_up_unasked(row)
+
+
+def failed_final(recipe: Recipe) -> Operation | None:
+    """Return the save of the last checkpoint of a recipe that ends, if the server could not do it."""
+    if recipe.next_step == recipe.first_step:  # nothing was trained, so nothing is to be saved
+        return None
+    saves = Operation.objects.filter(run_id=recipe.run_id, kind=Operation.Kind.SAVE_WEIGHTS)
+    newest = saves.order_by("-seq").defer("payload", "result").first()
+    is_passing = newest is not None and newest.error_category == "server" and newest.lone_attempts < _GIVEN_UP
+    return newest if is_passing else None
+
+
+def save_again(recipe: Recipe, failed: Operation, *, after_s: float) -> bool:
+    """Submit the last checkpoint's save again; false until so many seconds after it has failed."""
+    with recipe_rows.locked(recipe) as row:
+        is_due = Operation.objects.filter(
+            pk=failed.pk, finished_at__lte=Now() - timedelta(seconds=after_s)
+        ).exists()
+        if is_due and (row.state, row.next_seq) == (recipe.state, recipe.next_seq):
+            recipe_rows.submit_save(row, name=recipe_rows.FINAL)
+    return is_due
 
 
 def delete_weights(recipe: Recipe) -> None:
@@ -163,12 +192,19 @@ def prune(recipe: Recipe, *, keep: int) -> None:
     Args:
         keep: how many stay, with the best.
     """
-    unmeasured = Evaluation.objects.filter(run_id=recipe.run_id, loss=None).values("step")
     automatic = Checkpoint.objects.filter(run_id=recipe.run_id, name__startswith=recipe_rows.AUTOMATIC)
-    rows = automatic.exclude(step__in=unmeasured).order_by("-step")
-    others = [row for row in rows if row.step != recipe.best_step]
-    num_newest = keep - 1 if len(others) < len(rows) else keep
-    checkpoints.delete(*others[num_newest:])
+    unmeasured = {recipe_rows.automatic_name(one.step) for one in open_evaluations(recipe)}
+    rows = list(automatic.exclude(name__in=unmeasured).order_by("-step"))
+    if len(rows) <= keep:
+        return
+    losses = {
+        recipe_rows.automatic_name(step): loss
+        for step, (loss, _) in overall_losses(recipe).items()
+        if math.isfinite(loss)
+    }
+    measured = [row for row in rows if row.name in losses]
+    best = min(measured, key=lambda row: (losses[row.name], row.step), default=rows[0])
+    checkpoints.delete(*[row for row in rows if row != best][keep - 1 :])
 
 
 # -- evaluations -----------------------------------------------------------------------------------------
@@ -226,7 +262,7 @@ def _submit(row: Recipe, step: Step) -> None:
             has_checkpoint=step.save or step.is_last,
         )
     if step.save:
-        recipe_rows.submit_save(row, name=f"{recipe_rows.AUTOMATIC}{row.next_step:06d}")
+        recipe_rows.submit_save(row, name=recipe_rows.automatic_name(row.next_step))
     if step.prompts and row.next_step > row.first_step:
         recipe_samples.save(row, step.prompts)
 
@@ -242,6 +278,7 @@ def _fail(row: Recipe, error: str) -> None:
     row.ended_at = Now()
     recipe_rows.note(row, "failed", error=error)
     webhooks.run_ended(row.run, webhooks.FAILED, error=error)
+    recipe_samples.give_up_unasked(row)
 
 
 def _note_done(row: Recipe, seq: int, kind: str, error: str) -> None:
@@ -249,10 +286,17 @@ def _note_done(row: Recipe, seq: int, kind: str, error: str) -> None:
         saved = Checkpoint.objects.filter(run_id=row.run_id, seq=seq).first()
         if saved is not None:
             recipe_rows.note_at(row, saved.step, "saved", checkpoint=saved.name)
-        elif error:
+        elif error and not _is_saved_again(row):
             recipe_rows.note(row, "save_failed", error=error)
     elif error and kind == Operation.Kind.FORWARD:
         recipe_rows.note(row, "evaluation_failed", error=error)
+
+
+def _is_saved_again(row: Recipe) -> bool:
+    """Say whether a save that failed is one of those of a last checkpoint that are tried until one succeeds."""
+    is_last = row.state in (State.FINISHING, State.STOPPING)
+    told = RunEvent.objects.filter(run_id=row.run_id, kind="save_failed", step=row.next_step)
+    return is_last and told.exists()
 
 
 def _measure(row: Recipe, evaluation: Evaluation) -> None:
@@ -289,12 +333,27 @@ def _note_best(row: Recipe, step: int) -> None:
         recipe_rows.note_at(row, step, "best", validation_loss=round(losses[step], 6))
 
 
+def _settle_best(row: Recipe, *, has_saved: bool) -> None:
+    """Let another step be the best if weights could not be saved, or only now, or were deleted."""
+    is_lost = row.best_step is not None and not _is_among(recipe_rows.saved_names(row), row, row.best_step)
+    if has_saved or is_lost:
+        row.best_step = best_step(row)
+
+
 def _saved_losses(recipe: Recipe) -> dict[int, float]:
+    """Return the losses of the steps whose weights are there, or will be once they are saved."""
+    names = recipe_rows.saved_names(recipe)
     return {
         step: loss
         for step, (loss, is_saved) in overall_losses(recipe).items()
-        if is_saved and math.isfinite(loss)
+        if is_saved and math.isfinite(loss) and _is_among(names, recipe, step)
     }
+
+
+def _is_among(names: Collection[str], recipe: Recipe, step: int) -> bool:
+    """Say whether one of the names is of a step's weights; `final` are those of the step that was submitted last."""
+    has_final = step == recipe.next_step and recipe_rows.FINAL in names
+    return has_final or recipe_rows.automatic_name(step) in names
 
 
 def _overall(group: Sequence[Evaluation]) -> float:

@@ -17,10 +17,8 @@ from django.db.models.functions import Now
 from runs import events
 from runs.exceptions import RequestInvalid
 from runs.models import Checkpoint, Evaluation, Operation, Recipe, TrainingRun, User
-from runs.schemas.problems import Problems, show
 from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
 from runs.services import (
-    access,
     data_starts,
     recipe_checks,
     recipe_rows,
@@ -37,7 +35,7 @@ from runs.services.training_runs import Lora, Start
 ACTIONS: Final[Mapping[str, tuple[State, ...]]] = {
     "pause": (State.PREPARING, State.QUEUED, State.RUNNING),
     "resume": (State.PAUSED, State.STOPPED),
-    "stop": (State.PREPARING, State.QUEUED, State.RUNNING, State.PAUSED),
+    "stop": (State.PREPARING, State.QUEUED, State.RUNNING, State.PAUSED, State.FINISHING, State.STOPPING),
     "change": (State.PREPARING, State.QUEUED, State.RUNNING, State.PAUSED),
     "save": (State.RUNNING, State.PAUSED),
     "extend": (State.FINISHED, State.STOPPED),
@@ -81,9 +79,9 @@ def fork(
     held = dict(parent.config) if parent is not None else {}
     if "num_epochs" in changes:
         held.pop("num_steps", None)
-    held |= {"base_model": run.base_model, "lora": adapter_of(run)}
+    held |= {"base_model": run.base_model, "lora": recipe_checks.adapter_of(run)}
     config = recipe_checks.parse_config(recipe_checks.merged(held, changes))
-    _refuse_other_adapter(config, run)
+    recipe_checks.refuse_other_adapter(config, run)
     if with_optimizer and config.num_steps is not None and config.num_steps <= checkpoint.step:
         raise RequestInvalid(
             f"{config.num_steps} is not after step {checkpoint.step}, where the fork starts",
@@ -92,15 +90,6 @@ def fork(
     return _start(
         user, config, name=name, source=source, checkpoint=checkpoint, with_optimizer=with_optimizer
     )
-
-
-def get_recipe(user: User, run_id: str) -> Recipe:
-    """Return the recipe of the user's run.
-
-    Raises:
-        NotFound: there is no such run of the user's, or no recipe trains it.
-    """
-    return access.get_recipe(user, run_id)
 
 
 # -- steering ------------------------------------------------------------------------------------------
@@ -178,6 +167,8 @@ def save_now(recipe: Recipe, *, name: str = "") -> str:
 def extend(recipe: Recipe, num_steps: int) -> None:
     """Train an ended run for more steps; the schedule is stretched to the new end.
 
+    The weights of the old end stay under a name of their own: they may be the best, and `final` is to be overwritten.
+
     Raises:
         RequestInvalid: the new end is beyond the most steps that a run has.
     """
@@ -190,6 +181,7 @@ def extend(recipe: Recipe, num_steps: int) -> None:
                 f"{num_steps} more after step {row.next_step} end at {end}; a run has at most {MAX_STEPS} steps",
                 place="num_steps",
             )
+        _keep_end(row)
         held = {**row.config, "num_steps": end, "num_epochs": None}
         row.config = recipe_checks.parse_config(held).model_dump(mode="json")
         row.num_steps = end
@@ -328,33 +320,6 @@ def _refuse_blind(row: Recipe, config: SftConfig) -> None:
         )
 
 
-def _refuse_other_adapter(config: SftConfig, run: TrainingRun) -> None:
-    """Refuse a fork whose base model or adapter is not that of the run that it starts from."""
-    problems = Problems()
-    asked = {"base_model": config.base_model, **_placed(config.lora.model_dump())}
-    for place, held in {"base_model": run.base_model, **_placed(adapter_of(run))}.items():
-        if asked[place] != held:
-            problems.add(
-                f"{show(asked[place])} is not {show(held)}, which the checkpoint has and a fork keeps",
-                place=place,
-            )
-    problems.raise_if_any()
-
-
-def _placed(lora: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"lora.{name}": value for name, value in lora.items()}
-
-
-def adapter_of(run: TrainingRun) -> dict[str, Any]:
-    """Return the `lora` settings that describe a run's adapter."""
-    return {
-        "rank": run.lora_rank,
-        "train_attn": run.train_attn,
-        "train_mlp": run.train_mlp,
-        "train_unembed": run.train_unembed,
-    }
-
-
 def _spoiled(recipe: Recipe) -> list[range]:
     """Return the stretches of the log that were done after a step had failed, each up to the load that ended it."""
     failures = Q(state=Operation.State.FAILED, kind__in=recipe_rows.FATAL)
@@ -370,6 +335,13 @@ def _spoiled(recipe: Recipe) -> list[range]:
     return stretches if failed_at is None else [*stretches, range(failed_at, recipe.next_seq)]
 
 
+def _keep_end(row: Recipe) -> None:
+    """Save the weights of the end that a run has come to under the name of its step, unless they have it."""
+    name = recipe_rows.automatic_name(row.next_step)
+    if row.next_step > row.first_step and name not in recipe_rows.saved_names(row):
+        recipe_rows.submit_save(row, name=name)
+
+
 def _refuse_name(row: Recipe, name: str) -> None:
     """Refuse a checkpoint's name that another one has, or that is given without asking."""
     final, automatic = recipe_rows.FINAL, recipe_rows.AUTOMATIC
@@ -377,7 +349,7 @@ def _refuse_name(row: Recipe, name: str) -> None:
         raise RequestInvalid(
             f"{final} and names that begin with {automatic} are the run's own, got {name}", place="name"
         )
-    if recipe_rows.has_saved(row, name=name):
+    if name in recipe_rows.saved_names(row):
         raise RequestInvalid(f"{name} is the name of a checkpoint of this run; choose another", place="name")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from django.db import connection, transaction
-from django.db.models import Manager, Q, QuerySet
+from django.db.models import Count, Manager, Q, QuerySet
+from django.utils import timezone
 
 from runs import events
 from runs.exceptions import RequestInvalid
@@ -20,7 +21,7 @@ from runs.models import (
     Snapshot,
     TrainingRun,
 )
-from runs.services import deletions, payload_files
+from runs.services import deletions, holdups, payload_files, sessions, workers
 
 _ENDED: Final = (
     Recipe.State.FINISHED,
@@ -64,16 +65,68 @@ def delete(run: TrainingRun) -> None:
 
 
 def obstacle_to_deletion(run: TrainingRun, recipe: Recipe | None) -> str:
-    """Return why the run cannot be deleted now, as the end of a sentence; empty if it can."""
+    """Return why the run cannot be deleted now, as the end of a sentence; empty if it can.
+
+    What waits in the log counts while a client waits for it or a worker has it. Nobody else misses it: a run whose
+    recipe has ended, or whose client has left, would otherwise stay for as long as no worker has its base model.
+    """
     if recipe is not None and recipe.state not in _ENDED:
-        advice = "wait until it has ended" if recipe.state in _ENDING else "stop it first"
-        return f"a run that is {recipe.state}; {advice}"
-    waiting = Operation.objects.filter(state=Operation.State.QUEUED)
-    num_waiting = waiting.filter(Q(run=run) | Q(sampling_session__in=_sampling_sessions(run))).count()
-    if num_waiting:
-        what = "operation" if num_waiting == 1 else "operations"
-        return f"a run with {num_waiting} unfinished {what}; stop its client and wait for them"
-    return ""
+        if recipe.state not in _ENDING:
+            return f"a run that is {recipe.state}; stop it first"
+        if not holdups.reason_of(run) and (_is_held(run) or _is_to_be_ended(run, recipe)):
+            return f"a run that is {recipe.state}; wait until it has ended"
+    return _unfinished(run, has_client=recipe is None)
+
+
+def _is_held(run: TrainingRun) -> bool:
+    return run.worker_id is not None and workers.live().filter(pk=run.worker_id).exists()
+
+
+def _is_to_be_ended(run: TrainingRun, recipe: Recipe) -> bool:
+    """Say whether weights are still to be kept of a run that no worker has, and one comes for them."""
+    return recipe.state != Recipe.State.DISCARDING and _is_to_be_taken(run)
+
+
+def _is_to_be_taken(run: TrainingRun) -> bool:
+    """Say whether a worker comes for what waits in the run's log."""
+    is_resting = run.rests_until is not None and run.rests_until > timezone.now()
+    return not is_resting and workers.having(run.base_model).filter(drain_asked_at=None).exists()
+
+
+def _unfinished(run: TrainingRun, *, has_client: bool) -> str:
+    """Return what has to be done first, as the end of a sentence; empty if that is nothing."""
+    num_of_run = Operation.objects.filter(run=run, state=Operation.State.QUEUED).count()
+    is_held = num_of_run > 0 and _is_held(run)
+    is_asked = num_of_run > 0 and has_client and not sessions.over().filter(pk=run.session_id).exists()
+    num_asked, num_drawn = _waiting_samples(run)
+    num_waiting = num_asked + num_drawn + (num_of_run if is_held or is_asked else 0)
+    if num_waiting == 0:
+        return ""
+    what, them = ("operation", "it") if num_waiting == 1 else ("operations", "them")
+    advice = f"wait for {them}"
+    if is_asked or num_asked:
+        if is_held or num_drawn or _is_to_be_taken(run):
+            advice = f"stop its client and wait for {them}"
+        else:
+            advice = (
+                f"stop its client, which counts as gone once it is silent for {sessions.SILENT_S // 60} min"
+            )
+    return f"a run with {num_waiting} unfinished {what}; {advice}"
+
+
+def _waiting_samples(run: TrainingRun) -> tuple[int, int]:
+    """Return the samples of the run that clients wait for, and how many others a worker draws.
+
+    The session of a run without a client is no client's.
+    """
+    own = [] if run.source == TrainingRun.Source.SDK else [run.session_id]
+    is_asked = ~Q(sampling_session__session__in=sessions.over()) & ~Q(sampling_session__session__in=own)
+    counted = Operation.objects.filter(
+        state=Operation.State.QUEUED, sampling_session__in=_sampling_sessions(run)
+    ).aggregate(
+        asked=Count("pk", filter=is_asked), drawn=Count("pk", filter=~is_asked & Q(worker__in=workers.live()))
+    )
+    return counted["asked"], counted["drawn"]
 
 
 def _sampling_sessions(run: TrainingRun) -> QuerySet[SamplingSession]:

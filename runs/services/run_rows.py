@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeAlias
 
-from django.db.models import QuerySet
+from django.db.models import F, QuerySet
 from django.db.models.functions import Coalesce
 
 from runs.models import TrainingRun, User
 from runs.services import access, recipe_facts, sparklines, training_runs, waiting
-from runs.services.recipe_facts import Progress
+from runs.services.recipe_facts import Progress, RowProgress
 from runs.services.sparklines import Sparkline
 from runs.services.training_runs import DisplayState
 
@@ -21,8 +21,11 @@ MAX_WATCHED_ROWS: Final = 200
 WIDTH: Final = 120
 HEIGHT: Final = 28
 _PADDING: Final = 2.0
+Place: TypeAlias = tuple[datetime, int]
+"""Where a run stands in a list: when it last did something, and its number."""
 _TONES: Final = {
     DisplayState.RUNNING: "good",
+    DisplayState.STOPPING: "warn",
     DisplayState.QUEUED: "busy",
     DisplayState.PREPARING: "busy",
     DisplayState.PAUSED: "warn",
@@ -49,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """What a list shows of one run."""
+    """What a list shows of one run; `progress` is that of a run that needs no code."""
 
     run_id: str
     title: str
@@ -61,6 +64,7 @@ class RunRow:
     source_label: str
     base_model: str
     step: int
+    progress: RowProgress | None
     loss: float | None
     tokens_per_s: float | None
     created_at: datetime
@@ -90,16 +94,25 @@ class RunFacts:
 
 
 def by_activity(user: User) -> QuerySet[TrainingRun]:
-    """Return the user's runs, those that last did something first."""
-    runs = training_runs.with_activity(access.runs_of(user))
+    """Return the user's runs, those that last did something first, with all that `rows_of` needs."""
+    runs = training_runs.with_activity(access.runs_of(user)).annotate(
+        recipe_num_steps=F("recipe__num_steps"), recipe_first_step=F("recipe__first_step")
+    )
     return runs.annotate(active_at=Coalesce("last_applied_at", "created_at")).order_by("-active_at", "-pk")
 
 
+def place_of(run: TrainingRun) -> Place:
+    """Return where a run from `by_activity` stands; the first of a list has the highest."""
+    active_at: datetime = run.active_at  # type: ignore[attr-defined]
+    return active_at, run.pk
+
+
 def rows_of(runs: Iterable[TrainingRun]) -> list[RunRow]:
-    """Return the rows of runs that come from `with_activity`; one query for all their curves."""
+    """Return the rows of runs that come from `by_activity`; one query for all their curves, one for all their paces."""
     listed = list(runs)
     lines = sparklines.of_runs(listed)
-    return [_row(run, lines[run.pk]) for run in listed]
+    progress = recipe_facts.progress_of_rows(listed)
+    return [_row(run, lines[run.pk], progress.get(run.pk)) for run in listed]
 
 
 def with_facts(user: User) -> QuerySet[TrainingRun]:
@@ -116,7 +129,7 @@ def facts_of(run: TrainingRun) -> RunFacts:
     shown = training_runs.display_state(run)
     parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
     return RunFacts(
-        row=_row(run, None),
+        row=_row(run, None, None),
         progress=None if recipe is None else recipe_facts.progress_of(run, recipe, shown),
         reason=_reason(run, shown),
         rank=run.lora_rank,
@@ -148,7 +161,7 @@ def tone_of(state: DisplayState) -> str:
     return _TONES[state]
 
 
-def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
+def _row(run: TrainingRun, line: Sparkline | None, progress: RowProgress | None) -> RunRow:
     state = training_runs.display_state(run)
     is_running = state == DisplayState.RUNNING
     return RunRow(
@@ -161,7 +174,8 @@ def _row(run: TrainingRun, line: Sparkline | None) -> RunRow:
         source=run.source,
         source_label=TrainingRun.Source(run.source).label,
         base_model=run.base_model,
-        step=run.step,
+        step=run.step if progress is None else progress.step,
+        progress=progress,
         loss=run.loss,
         tokens_per_s=run.tokens_per_s if is_running else None,
         created_at=run.created_at,

@@ -21,6 +21,8 @@ from runs.models import ServerClock, Session, User
 TICK_S: Final = 15
 # Clients send a heartbeat every 10 s; one that was silent for so long is gone.
 SILENT_S: Final = 900
+# Of the reasons for which a client closes its session the one that is no mishap.
+SUCCESS: Final = "success"
 _CLOCK_PK: Final = 1
 # After an outage the first tick counts no more than two ordinary ones.
 _TICK = """

@@ -13,14 +13,14 @@ from typing import Final
 from django.core.files.base import ContentFile
 from django.core.files.storage import FileSystemStorage, default_storage, storages
 
-from runs.models import Checkpoint, Snapshot
+from runs.models import Checkpoint, DatasetVersion, Snapshot
 
 NAME: Final = "mintweb-storage.txt"
 AWAY: Final = f"the storage lacks the file {NAME}, so it is another one than before; is its disk mounted?"
 _TEXT: Final = (
     b"mintweb keeps its files here. Where this file is missing it waits for the disk to be mounted.\n"
 )
-# Earlier versions made no mark: so many states of each kind are looked for.
+# Earlier versions made no mark: so many folders of each kind are looked for.
 _NUM_LOOKED_FOR: Final = 5
 
 
@@ -32,7 +32,8 @@ def check() -> None:
     """
     if default_storage.exists(NAME):
         return
-    if not _is_used_first() and not _has_states():
+    named = _newest_folders()
+    if named and not any(_has_files(directory) for directory in named):
         raise OSError(errno.ENODEV, AWAY)
     if isinstance(storages["default"], FileSystemStorage):
         path = Path(default_storage.path(NAME))
@@ -42,19 +43,18 @@ def check() -> None:
         default_storage.save(NAME, ContentFile(_TEXT))
 
 
-def _is_used_first() -> bool:
-    return not Snapshot.objects.exists() and not Checkpoint.objects.filter(size_bytes__gt=0).exists()
-
-
-def _has_states() -> bool:
-    """Return whether any of the newest states lies there."""
-    newest = [
-        *Snapshot.objects.order_by("-pk").values_list("directory", flat=True)[:_NUM_LOOKED_FOR],
-        *Checkpoint.objects.filter(size_bytes__gt=0)
-        .order_by("-pk")
-        .values_list("directory", flat=True)[:_NUM_LOOKED_FOR],
+def _newest_folders() -> list[str]:
+    """Return the newest folders that rows name; none where the storage is used for the first time."""
+    named = (
+        Snapshot.objects.all(),
+        Checkpoint.objects.filter(size_bytes__gt=0),
+        DatasetVersion.objects.filter(state=DatasetVersion.State.READY),
+    )
+    return [
+        directory
+        for rows in named
+        for directory in rows.order_by("-pk").values_list("directory", flat=True)[:_NUM_LOOKED_FOR]
     ]
-    return any(_has_files(directory) for directory in newest)
 
 
 def _has_files(directory: str) -> bool:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from django.db import transaction
-from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, When
+from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, Value, When
 from django.db.models.functions import Coalesce, Now
 
 from runs import events, ids
@@ -38,7 +38,8 @@ from runs.services.operations import Submission
 LORA_ALPHA: Final = 32.0
 _RECENT: Final = timedelta(seconds=10)
 _MAX_MODEL_SEQ_ID: Final = 2**31 - 1
-_SUCCESS: Final = "success"
+# How a client leaves a run that is finished: it lets the run go, or closes its session.
+_WELL: Final = ("", sessions.SUCCESS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class DisplayState(StrEnum):
     PREPARING = "preparing"
     QUEUED = "queued"
     RUNNING = "running"
+    STOPPING = "stopping"
     RECOVERING = "recovering"
     HELD_UP = "held up"
     WAITING_FOR_WORKER = "waiting for worker"
@@ -87,12 +89,8 @@ _OF_RECIPE: Final = {
     Recipe.State.DISCARDED: DisplayState.STOPPED,
     Recipe.State.FAILED: DisplayState.FAILED,
 }
-_TRAINING: Final = (
-    Recipe.State.RUNNING,
-    Recipe.State.FINISHING,
-    Recipe.State.STOPPING,
-    Recipe.State.DISCARDING,
-)
+_STOPPING: Final = (Recipe.State.STOPPING, Recipe.State.DISCARDING)
+_TRAINING: Final = (Recipe.State.RUNNING, Recipe.State.FINISHING, *_STOPPING)
 
 
 def create_run(
@@ -180,11 +178,16 @@ def lora_of(checkpoint: Checkpoint) -> Lora:
 def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
     """Annotate what `display_state` needs."""
     waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
+    samples = Operation.objects.filter(sampled_run_pk=OuterRef("pk"))
+    open_samples = samples.filter(finished_at=None)  # asked for their state, too, the database may read all that wait
+    drawn = samples.filter(finished_at__gt=Now() - _RECENT)
     # Not by a query of its own, for which the database would read every run there is.
-    is_recent = Case(When(last_applied_at__gt=Now() - _RECENT, then=True), default=False)
+    was_applied = Q(last_applied_at__gt=Now() - _RECENT)
+    is_recent = Case(When(was_applied | Exists(drawn), then=True), default=False)
     diverged = RunEvent.objects.filter(run=OuterRef("pk"), kind="diverged")
     return runs.annotate(
         has_work=Exists(waiting),
+        has_samples=Exists(open_samples),
         has_worker=Exists(workers.live().filter(pk=OuterRef("worker"))),
         is_recent=is_recent,
         is_held_up=holdups.is_held_up(),
@@ -192,19 +195,25 @@ def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
         is_served=Exists(workers.serving()),
         has_diverged=Exists(diverged),
         is_abandoned=Exists(sessions.silent().filter(pk=OuterRef("session"))),
-        client_ended=F("session__finish_reason"),
+        client_ended=_client_ended(),
         client_seen_at=F("session__last_heartbeat_at"),
     )
 
 
 def display_state(run: TrainingRun) -> DisplayState:
     """Return the state a person sees; the run comes from `with_activity`."""
+    state = _state_of(run)
+    is_stopping = run.recipe_state in _STOPPING  # type: ignore[attr-defined]
+    return DisplayState.STOPPING if state == DisplayState.RUNNING and is_stopping else state
+
+
+def _state_of(run: TrainingRun) -> DisplayState:
     if run.state == TrainingRun.State.FAILED:
         return DisplayState.FAILED
     if run.recipe_state in _OF_RECIPE:  # type: ignore[attr-defined]
         return _OF_RECIPE[run.recipe_state]  # type: ignore[attr-defined]
     if run.state == TrainingRun.State.CLOSED:
-        return DisplayState.CLOSED
+        return _ended(run)
     if run.is_held_up:  # type: ignore[attr-defined]
         return DisplayState.HELD_UP
     is_served: bool = run.is_served  # type: ignore[attr-defined]
@@ -218,12 +227,24 @@ def display_state(run: TrainingRun) -> DisplayState:
 
 
 def _without_work(run: TrainingRun) -> DisplayState:
-    """Return what a run is about whose client has asked for nothing that is not done."""
+    """Return what a run is about whose operations are all done; samples of its weights may still be drawn."""
     if run.client_ended:  # type: ignore[attr-defined]
-        return DisplayState.CLOSED if run.client_ended == _SUCCESS else DisplayState.STOPPED  # type: ignore[attr-defined]
+        return _ended(run)
+    if run.has_samples:  # type: ignore[attr-defined]
+        return DisplayState.RUNNING if run.is_served else DisplayState.WAITING_FOR_WORKER  # type: ignore[attr-defined]
     if run.is_recent:  # type: ignore[attr-defined]
         return DisplayState.RUNNING
     return DisplayState.PARKED if run.is_abandoned else DisplayState.WAITING_FOR_CLIENT  # type: ignore[attr-defined]
+
+
+def _client_ended() -> Case:
+    """Return why the client closed its session; nothing where it had let the run go by itself before."""
+    was_let_go = Q(state=TrainingRun.State.CLOSED, last_applied_at__lt=F("session__finished_at"))
+    return Case(When(was_let_go, then=Value("")), default=F("session__finish_reason"))
+
+
+def _ended(run: TrainingRun) -> DisplayState:
+    return DisplayState.CLOSED if run.client_ended in _WELL else DisplayState.STOPPED  # type: ignore[attr-defined]
 
 
 def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QuerySet[TrainingRun]:
@@ -239,18 +260,24 @@ def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QueryS
     of_client = is_open & Q(has_work=False, recipe=None)
     here = of_client & Q(client_ended="")
     ended = of_client & ~Q(client_ended="")
-    idle = here & Q(is_recent=False)
+    is_closed = Q(state=TrainingRun.State.CLOSED)
+    sampling = here & Q(has_samples=True)
+    idle = here & Q(has_samples=False, is_recent=False)
+    at_work = (
+        (held & Q(num_to_replay=0))
+        | ((of_loop | sampling) & Q(is_served=True))
+        | (here & Q(has_samples=False, is_recent=True))
+    )
     conditions = {
-        DisplayState.CLOSED: Q(state=TrainingRun.State.CLOSED) | (ended & Q(client_ended=_SUCCESS)),
-        DisplayState.STOPPED: ended & ~Q(client_ended=_SUCCESS),
-        DisplayState.RUNNING: (held & Q(num_to_replay=0))
-        | (of_loop & Q(is_served=True))
-        | (here & Q(is_recent=True)),
+        DisplayState.CLOSED: (is_closed | ended) & Q(client_ended__in=_WELL),
+        DisplayState.STOPPED: (is_closed | ended) & ~Q(client_ended__in=_WELL),
+        DisplayState.RUNNING: at_work & (Q(recipe=None) | ~Q(recipe__state__in=_STOPPING)),
+        DisplayState.STOPPING: at_work & Q(recipe__state__in=_STOPPING),
         DisplayState.RECOVERING: held & Q(num_to_replay__gt=0),
         DisplayState.WAITING_FOR_CLIENT: idle & Q(is_abandoned=False),
         DisplayState.PARKED: idle & Q(is_abandoned=True),
         DisplayState.QUEUED: free & Q(is_served=True),
-        DisplayState.WAITING_FOR_WORKER: (free | of_loop) & Q(is_served=False),
+        DisplayState.WAITING_FOR_WORKER: (free | of_loop | sampling) & Q(is_served=False),
     }
     found = Q(recipe__state__in=of_recipe) & ~has_failed
     if state == DisplayState.FAILED:

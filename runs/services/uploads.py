@@ -5,6 +5,7 @@ The file's size is the truth of how far an upload is; an upload that is complete
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from django.conf import settings
+from django.db.models import QuerySet
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -24,12 +26,18 @@ from runs.models import Dataset, Upload, User
 from runs.services import access, datasets
 from runs.services.upload_files import Checksum, LockedPart, PartWriter
 
+logger = logging.getLogger(__name__)
 MAX_UNFINISHED: Final = 100
 _SUFFIX: Final = ".part"
 # A finished upload is remembered for as long as its client may ask what became of it.
 _REMEMBERED_S: Final = 86_400
 _SPARE_BYTES: Final = 256 * 2**20
 _ORPHAN_S: Final = 3600
+# In the metadata of an upload whose file has become a version, which may be deleted again.
+_IS_KNOWN: Final = "is_known"
+# A complete file that the storage refuses is hashed again only after such a time, doubled each time.
+_REST_S: Final = 60
+_MAX_DOUBLINGS: Final = 6
 
 
 def create(user: User, *, size_bytes: int, metadata: Mapping[str, str]) -> Upload:
@@ -45,7 +53,7 @@ def create(user: User, *, size_bytes: int, metadata: Mapping[str, str]) -> Uploa
         NotFound: the dataset is not there.
     """
     _check_size(size_bytes)
-    if access.uploads_of(user).filter(version=None).count() >= MAX_UNFINISHED:
+    if _unfinished(access.uploads_of(user)).count() >= MAX_UNFINISHED:
         raise RequestInvalid(f"you have {MAX_UNFINISHED} unfinished uploads; finish or delete one first")
     dataset = access.get_dataset(user, metadata["dataset"]) if metadata.get("dataset") else None
     check_space(size_bytes)
@@ -135,16 +143,17 @@ def cancel(upload: Upload) -> None:
 
 def unfinished(user: User) -> list[tuple[Upload, int]]:
     """Return the user's uploads that can be gone on with, and how many bytes of each are there."""
-    rows = access.uploads_of(user).filter(version=None, expires_at__gt=Now()).select_related("dataset")
+    rows = _unfinished(access.uploads_of(user)).filter(expires_at__gt=Now()).select_related("dataset")
     sizes = [(upload, _size_of(upload)) for upload in rows]
     return [(upload, size) for upload, size in sizes if size is not None]
 
 
 def clean_up() -> None:
-    """Finish what was left complete, and delete what has expired and files that no row names."""
-    for upload in Upload.objects.filter(version=None):
-        with suppress(NotFound):
-            settle(upload)
+    """Finish what was left complete, and delete what has expired or was deleted, and files that no row names."""
+    Upload.objects.filter(version=None, metadata__has_key=_IS_KNOWN).delete()
+    for upload in _unfinished(Upload.objects.all()):
+        if _size_of(upload) == upload.size_bytes and upload.metadata.get("rests_until", 0) <= time.time():
+            _finish(upload)
     for upload in Upload.objects.filter(expires_at__lte=Now()):
         with suppress(UploadBusy):
             cancel(upload)
@@ -153,6 +162,25 @@ def clean_up() -> None:
             is_old = path.stat().st_mtime < time.time() - _ORPHAN_S
             if is_old and not Upload.objects.filter(public_id=path.stem).exists():
                 path.unlink()
+
+
+def _unfinished(uploads: QuerySet[Upload]) -> QuerySet[Upload]:
+    """Leave out those that have become versions, be they deleted by now."""
+    return uploads.filter(version=None).exclude(metadata__has_key=_IS_KNOWN)
+
+
+def _finish(upload: Upload) -> None:
+    """Make a version of a complete file; what keeps it from that is nobody else's problem."""
+    tries = upload.metadata.get("tries", 0)
+    rest_s = _REST_S << min(tries, _MAX_DOUBLINGS)
+    # Entered before the try, which may end its process.
+    resting = {**upload.metadata, "tries": tries + 1, "rests_until": time.time() + rest_s}
+    Upload.objects.filter(pk=upload.pk, version=None).update(metadata=resting)
+    try:
+        with suppress(NotFound):
+            settle(upload)
+    except Exception:
+        logger.exception("upload %s could not be finished; it is tried again in %s s", upload, rest_s)
 
 
 def _register(upload: Upload) -> None:
@@ -171,7 +199,7 @@ def _register(upload: Upload) -> None:
         description=upload.metadata.get("description", ""),
     )
     upload.version = found.version
-    upload.metadata["is_known"] = found.is_known
+    upload.metadata[_IS_KNOWN] = found.is_known
     expires_at = Now() + timedelta(seconds=_REMEMBERED_S)
     Upload.objects.filter(pk=upload.pk).update(
         version=found.version, metadata=upload.metadata, expires_at=expires_at
@@ -194,8 +222,8 @@ def check_space(size_bytes: int, *, here_bytes: int = 0) -> None:
     Raises:
         DiskFull: it would not.
     """
-    others = Upload.objects.filter(version=None)
-    promised = sum(upload.size_bytes - (_size_of(upload) or 0) for upload in others)
+    others = ((upload, _size_of(upload)) for upload in _unfinished(Upload.objects.all()))
+    promised = sum(upload.size_bytes - here for upload, here in others if here is not None)
     free = shutil.disk_usage(settings.DATA_DIR).free + here_bytes - promised - _SPARE_BYTES
     if free < 2 * size_bytes:
         raise DiskFull(

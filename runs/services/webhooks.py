@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from runs import events
 from runs.exceptions import RateLimited, RequestInvalid
 from runs.models import Recipe, TrainingRun, User, Webhook, WebhookDelivery
-from runs.services import webhook_sender
+from runs.services import sessions, webhook_sender
 from runs.services.advisory_locks import LockClass, any_lock
 from runs.services.webhook_sender import Message, Outcome
 
@@ -141,10 +141,17 @@ def run_ended(run: TrainingRun, event: str, *, error: str = "") -> None:
 
 
 def client_ended(run_pk: int) -> None:
-    """Tell who wants to know that a run whose client trains it was closed or could not be made."""
-    run = TrainingRun.objects.get(pk=run_pk)
-    if not Recipe.objects.filter(run=run).exists():
-        run_ended(run, FAILED if run.state == TrainingRun.State.FAILED else FINISHED)
+    """Tell who wants to know that a run whose client trains it was closed, by it or after it, or could not be made."""
+    run = TrainingRun.objects.select_related("session").get(pk=run_pk)
+    if Recipe.objects.filter(run=run).exists():
+        return
+    reason = run.session.finish_reason
+    if run.state == TrainingRun.State.FAILED:
+        run_ended(run, FAILED)
+    elif reason in ("", sessions.SUCCESS):
+        run_ended(run, FINISHED)
+    else:
+        run_ended(run, STOPPED, error=f"its client closed the session as {reason}")
 
 
 def note_values(run_pk: int, owner_pk: int, values: Iterable[tuple[str, int, float]]) -> None:

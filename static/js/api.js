@@ -2,12 +2,13 @@
 import { morph } from "./morph.js";
 
 async function get(url, accept) {
-  const response = await fetch(url, { headers: { accept }, credentials: "same-origin" });
+  // A page that was gone back to would else be given what the browser's cache holds.
+  const response = await fetch(url, { headers: { accept }, credentials: "same-origin", cache: "no-store" });
   if (response.redirected && new URL(response.url).pathname.startsWith("/login/")) {
-    location.assign(`/login/?next=${encodeURIComponent(location.pathname)}`);
+    location.assign(`/login/?next=${encodeURIComponent(location.pathname + location.search)}`);
     throw new Error("signed out");
   }
-  if (!response.ok) throw new Error(`the server answered ${response.status}`);
+  if (!response.ok) throw Object.assign(new Error(`the server answered ${response.status}`), { status: response.status });
   return response;
 }
 

@@ -1,4 +1,5 @@
 // What every page shares: theme, copy buttons, relative times, keyboard help.
+import { copyText } from "./copying.js";
 import { ago } from "./format.js";
 
 const THEMES = ["system", "light", "dark"];
@@ -29,30 +30,15 @@ function showTheme() {
 
 async function copy(button) {
   const text = button.dataset.copyText ?? document.querySelector(button.dataset.copy)?.textContent ?? "";
-  try {
-    await navigator.clipboard.writeText(text.trim());
-  } catch {
-    copyBySelection(text.trim());
-  }
+  const isCopied = await copyText(text.trim(), button);
   const { copyLabel = button.textContent } = button.dataset;
   button.dataset.copyLabel = copyLabel;
-  button.classList.add("is-copied");
-  button.textContent = "Copied";
+  button.classList.toggle("is-copied", isCopied);
+  button.textContent = isCopied ? "Copied" : "Copy failed: select the text and press Ctrl+C";
   setTimeout(() => {
     button.classList.remove("is-copied");
     button.textContent = copyLabel;
-  }, 1500);
-}
-
-// The clipboard API needs https or localhost; a self-hosted server often has neither.
-function copyBySelection(text) {
-  const area = document.createElement("textarea");
-  area.value = text;
-  area.className = "visually-hidden";
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
+  }, isCopied ? 1500 : 5000);
 }
 
 function isTyping(target) {

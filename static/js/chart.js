@@ -1,26 +1,16 @@
 // One metric's chart: uPlot with an honest band, marks for what is not a number, and a table and words beside it.
 /* global uPlot */
-import { aboveZero, niceTicks, tickStep, yRange } from "./axes.js";
+import { aboveZero, yRange } from "./axes.js";
 import { saveImage } from "./chart_image.js";
 import { EventsLane } from "./events_lane.js";
 import { readColors } from "./chart_colors.js";
 import { drawEvents, drawNotFinite } from "./chart_marks.js";
 import { tableOf } from "./chart_table.js";
-import { clock, count, decimal, tick, timeLabels } from "./format.js";
+import { clock, count, decimal, timeLabels, timeTitle } from "./format.js";
+import { titleOf } from "./metric_titles.js";
 import { drawBest, drawFaint, drawOverlay, extremes, valueBefore } from "./overlays.js";
+import { padded, WHOLE, xAxis, yAxis } from "./plot_axes.js";
 
-const TITLES = {
-  loss: "Loss per token",
-  learning_rate: "Learning rate",
-  grad_norm: "Gradient norm",
-  tokens_per_s: "Tokens per second",
-  step_time_s: "Compute time of a step in seconds",
-  client_gap_s: "Waiting for the client in seconds",
-  queue_wait_s: "Waiting in the queue in seconds",
-  loss_sum: "Loss, summed",
-  tokens: "Tokens of a step",
-};
-const X_TITLES = { step: "step", tokens: "tokens", time: "time" };
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [4, 4]];
 const LONE_POINTS = 40;
 const template = document.getElementById("chart-template");
@@ -39,7 +29,7 @@ export class Chart {
     this.element = template.content.firstElementChild.cloneNode(true);
     this.part = (name) => this.element.querySelector(`.chart-${name}`);
     this.element.dataset.metric = series.name;
-    this.part("title").textContent = TITLES[series.name] ?? series.name;
+    this.part("title").textContent = titleOf(series.name);
     this.part("title").title = series.name;
     this.holder = this.part("plot");
     // Other series in the same chart, as { label, series }, and those of the runs that this one goes on from.
@@ -130,13 +120,6 @@ export class Chart {
     this.colors = colors;
     const { options } = this;
     const [from, to] = this.range;
-    const axis = {
-      stroke: colors.axis,
-      grid: { stroke: colors.grid, width: 1 },
-      ticks: { show: false },
-      font: `11px ${colors.font}`,
-      gap: 6,
-    };
     const isSmooth = options.weight > 0;
     const points = { show: (u, index) => this.#isSparse(u, index), filter: lonePoints, size: 4 };
     this.plot = new uPlot(
@@ -150,15 +133,8 @@ export class Chart {
           y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => yRange(...this.#withOthers(min, max), options.isLog) },
         },
         axes: [
-          { ...axis, size: 26, space: 56, ...(options.axis !== "time" ? { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) } : { values: (u, ticks) => timeLabels(ticks) }) },
-          {
-            ...axis,
-            size: 54,
-            space: 34,
-            splits: (u, index, min, max) => niceTicks(min, max, options.isLog),
-            filter: (u, ticks) => ticks,
-            values: (u, ticks) => ticks.map((value, index) => tick(value, tickStep(ticks, index))),
-          },
+          xAxis(colors, options.axis === "time" ? { values: (u, ticks) => timeLabels(ticks) } : { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) }),
+          yAxis(colors, options.isLog),
         ],
         series: [
           {},
@@ -275,7 +251,8 @@ export class Chart {
   #saveImage() {
     if (!this.plot) return;
     const { colors } = this;
-    const title = `${this.part("title").textContent} by ${X_TITLES[this.options.axis]}`;
+    const axis = this.options.axis === "time" ? timeTitle(...this.range) : this.options.axis;
+    const title = `${this.part("title").textContent} by ${axis}`;
     saveImage({ canvas: this.plot.ctx.canvas, title, legend: this.#legend(colors), colors, name: this.series.name });
   }
 
@@ -361,16 +338,9 @@ export class Chart {
   }
 }
 
-// Steps are whole numbers, and so are their labels.
-const WHOLE = [1, 2, 5].flatMap((digit) => Array.from({ length: 10 }, (_, power) => digit * 10 ** power)).sort((a, b) => a - b);
-
 function chip(element, number, text) {
   element.hidden = number === 0;
   if (number) element.textContent = text;
-}
-
-function padded(from, to) {
-  return from === to ? { min: from - 1, max: to + 1 } : { min: from, max: to };
 }
 
 // A value between two gaps would be no line at all: it is drawn as a dot.

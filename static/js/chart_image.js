@@ -1,32 +1,52 @@
 // Saves a chart as a PNG: what is shown, on the page's own background, with its title and legend.
 const HEAD = 44;
+const LINE = 16;
 
 export function saveImage({ canvas, title, legend, colors, name }) {
   const scale = devicePixelRatio;
   const image = document.createElement("canvas");
   image.width = canvas.width;
-  image.height = canvas.height + HEAD * scale;
   const ctx = image.getContext("2d");
+  const items = placed(ctx, legend, image.width, colors, scale);
+  const head = HEAD + LINE * (items.at(-1)?.row ?? 0);
+  image.height = canvas.height + head * scale; // what was set up in the context is gone
   ctx.fillStyle = colors.surface;
   ctx.fillRect(0, 0, image.width, image.height);
   ctx.textBaseline = "middle";
   ctx.fillStyle = colors.text;
   ctx.font = `600 ${14 * scale}px ${colors.font}`;
   ctx.fillText(title, 12 * scale, 16 * scale, image.width - 24 * scale);
-  writeLegend(ctx, legend, colors, scale);
-  ctx.drawImage(canvas, 0, HEAD * scale);
+  writeLegend(ctx, items, colors, scale);
+  ctx.drawImage(canvas, 0, head * scale);
   image.toBlob((blob) => download(blob, `${name.replace(/[^\w-]+/g, "-")}.png`), "image/png");
 }
 
-function writeLegend(ctx, legend, colors, scale) {
+// The items of a legend with where they are: the next row takes what does not fit into one.
+function placed(ctx, legend, width, colors, scale) {
   ctx.font = `${11 * scale}px ${colors.font}`;
-  let left = 12 * scale;
-  for (const { label, color } of legend) {
-    ctx.fillStyle = color;
-    ctx.fillRect(left, 33 * scale, 14 * scale, 3 * scale);
+  let [left, row] = [12 * scale, 0];
+  return legend.map((item) => {
+    const end = left + ctx.measureText(item.label).width + 19 * scale;
+    if (end > width && left > 12 * scale) [left, row] = [12 * scale, row + 1];
+    const place = { ...item, left, row };
+    left += ctx.measureText(item.label).width + 36 * scale;
+    return place;
+  });
+}
+
+function writeLegend(ctx, items, colors, scale) {
+  ctx.font = `${11 * scale}px ${colors.font}`;
+  ctx.lineWidth = 3 * scale;
+  for (const { label, color, dash = [], left, row } of items) {
+    const top = (34.5 + LINE * row) * scale;
+    ctx.strokeStyle = color;
+    ctx.setLineDash(dash.map((length) => length * scale));
+    ctx.beginPath();
+    ctx.moveTo(left, top);
+    ctx.lineTo(left + 14 * scale, top);
+    ctx.stroke();
     ctx.fillStyle = colors.axis;
-    ctx.fillText(label, left + 19 * scale, 35 * scale);
-    left += ctx.measureText(label).width + 36 * scale;
+    ctx.fillText(label, left + 19 * scale, top);
   }
 }
 

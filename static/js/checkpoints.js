@@ -1,4 +1,6 @@
 // Tables of checkpoints: all are chosen at once, and the deletion says how many there are and what they take.
+import { refreshParts } from "./api.js";
+import { onComingBack } from "./coming_back.js";
 import { filesize } from "./format.js";
 
 const boxesOf = (table) => [...table.querySelectorAll("input[name='path']")];
@@ -27,3 +29,7 @@ document.addEventListener("change", ({ target }) => {
 });
 document.addEventListener("partchange", show);
 show();
+// A run's page brings itself up to date.
+if (document.querySelector("[data-part='checkpoint-list']")) {
+  onComingBack(() => refreshParts(location.pathname + location.search).catch(() => {})); // away: it stays as it is
+}

@@ -57,9 +57,24 @@ export function ago(moment, now) {
 }
 
 export function clock(seconds) {
-  return new Date(seconds * 1000).toLocaleString(undefined, {
+  const moment = new Date(seconds * 1000).toLocaleString(undefined, {
     month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
   });
+  return `${moment} ${zone(seconds)}`;
+}
+
+// The zone of a time on the charts, which is that of whoever looks; elsewhere on the pages times are UTC, and say so.
+function zone(seconds) {
+  const minutes = -new Date(seconds * 1000).getTimezoneOffset();
+  if (!minutes) return "UTC";
+  const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
+  return `UTC${minutes < 0 ? "\u2212" : "+"}${hours}${rest ? `:${String(rest).padStart(2, "0")}` : ""}`;
+}
+
+// What an axis of time is called; summer time may begin or end on it.
+export function timeTitle(from, to) {
+  const [first, last] = [zone(from), zone(to)];
+  return `time (${first === last ? first : `${first} to ${last}`})`;
 }
 
 // Labels of a time axis, as short as their distance allows; the day is said where it changes.

@@ -1,7 +1,10 @@
 // The form of a new run: previewed while it is typed, kept as a draft, sent with all problems shown at once.
-import { parsePage, postForm } from "./api.js";
+import { getPage, parsePage, postForm } from "./api.js";
+import { onComingBack } from "./coming_back.js";
+import { Draft } from "./new_run_draft.js";
 import { Fields, sentence } from "./new_run_fields.js";
 import { connectDialogs } from "./new_run_files.js";
+import { ProblemBox } from "./new_run_problems.js";
 
 const DEBOUNCE_MS = 300;
 const REPEAT_MS = 15_000;
@@ -15,15 +18,20 @@ const card = document.querySelector("[data-preview]");
 const summary = document.querySelector("[data-summary]");
 const startButton = document.querySelector("[data-start]");
 const initial = fields.read();
+const [openedWith = ""] = JSON.parse(fields.wrapper("dataset").dataset.base);
+const draft = new Draft(form.getAttribute("data-draft-key"), openedWith);
+const box = new ProblemBox(fields);
 const touched = new Set();
-let wasSent = document.querySelector("[data-problem-list]").childElementCount > 0;
+let wasSent = box.isShown;
+// Until something is changed the box says what the server said, which may be more than the preview knows.
+let isChanged = false;
 let timer = null;
 let newest = 0;
 let isStarting = false;
 
 // -- what the form comes to ----------------------------------------------------------------------------------
 
-function changed() {
+function markChanged() {
   const num = fields.markChanged(folded);
   const badge = document.querySelector("[data-num-changed]");
   badge.textContent = `${num} changed`;
@@ -41,14 +49,30 @@ async function preview() {
   const mine = ++newest;
   clearTimeout(timer);
   timer = null;
+  let answer = null;
+  let problem = "";
   try {
-    const { answer } = await postForm(form.getAttribute("data-preview-url") + location.search, new FormData(form));
-    if (mine === newest) apply(answer);
-  } catch {
-    if (mine === newest) card.classList.add("is-stale");
+    const reply = await postForm(form.getAttribute("data-preview-url") + location.search, new FormData(form));
+    if (reply.isDone) answer = reply.answer;
+    else problem = reply.answer.detail;
+  } catch (error) {
+    problem = error instanceof TypeError ? "the server cannot be reached" : error.message;
+  }
+  if (mine === newest) {
+    showFailure(problem);
+    if (answer) apply(answer);
   }
   // What was typed meanwhile has planned a preview of its own, which is sooner.
   timer ??= setTimeout(() => (document.hidden ? schedule(REPEAT_MS) : preview()), REPEAT_MS);
+}
+
+function showFailure(problem) {
+  const note = card.querySelector("[data-preview-problem]");
+  note.hidden = !problem;
+  note.textContent = problem ? sentence(`not up to date: ${problem}`) : "";
+  if (!problem) return;
+  card.classList.add("is-stale");
+  summary.textContent = note.textContent;
 }
 
 function apply({ html, summary: text, problems, rules, num_steps: steps, num_epochs: epochs }) {
@@ -61,6 +85,7 @@ function apply({ html, summary: text, problems, rules, num_steps: steps, num_epo
   }
   summary.textContent = isGood ? text : shortProblem(problems);
   fields.showProblems(problems, (place) => wasSent || touched.has(place));
+  if (box.isShown && isChanged) box.show(problems);
   for (const [place, value] of Object.entries(rules)) {
     const wrapper = fields.wrapper(place);
     const rule = wrapper?.querySelector("[data-rule]");
@@ -85,55 +110,39 @@ function followLength(steps, epochs) {
 
 // -- draft ---------------------------------------------------------------------------------------------------
 
-const draftKey = form.getAttribute("data-draft-key");
-
-function keepDraft() {
-  try {
-    sessionStorage.setItem(draftKey, JSON.stringify(fields.read()));
-  } catch {
-    // Without storage there is no draft.
-  }
-}
-
-function dropDraft() {
-  try {
-    sessionStorage.removeItem(draftKey);
-  } catch {
-    // There is none.
-  }
-}
-
 function restoreDraft() {
-  let draft = null;
-  try {
-    draft = JSON.parse(sessionStorage.getItem(draftKey));
-  } catch {
-    // None that can be read.
-  }
-  if (!draft || wasSent || JSON.stringify(draft) === JSON.stringify(initial)) return;
-  fields.fill(draft);
+  const values = draft.read();
+  if (!values || wasSent || JSON.stringify(values) === JSON.stringify(initial)) return;
+  fields.fill(values);
   document.querySelector("[data-draft-note]").hidden = false;
 }
 
 document.querySelector("[data-discard]").addEventListener("click", () => {
-  dropDraft();
+  draft.drop();
   fields.fill({ ...Object.fromEntries([...fields.growing.keys()].map((place) => [place, []])), ...initial });
   touched.clear();
+  wasSent = false;
+  box.show([]);
   document.querySelector("[data-draft-note]").hidden = true;
-  changed();
+  markChanged();
   preview();
   form.elements.namedItem("dataset").focus();
 });
 
 // -- typing and sending --------------------------------------------------------------------------------------
 
+function changed(delay = DEBOUNCE_MS) {
+  isChanged = true;
+  draft.keep(fields.read());
+  markChanged();
+  schedule(delay);
+}
+
 form.addEventListener("input", (event) => {
   const { name } = event.target;
   if (name === "num_epochs" || name === "num_steps") lengthChoice.value = name.slice(4);
   touched.add(name);
-  keepDraft();
   changed();
-  schedule();
 });
 
 form.addEventListener("click", (event) => {
@@ -142,9 +151,7 @@ form.addEventListener("click", (event) => {
   const wrapper = reset.closest("[data-field]");
   fields.reset(wrapper);
   fields.inputOf(wrapper.dataset.field)?.focus();
-  keepDraft();
-  changed();
-  schedule(0);
+  changed(0);
 });
 
 form.addEventListener("submit", (event) => {
@@ -160,9 +167,13 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// Back from the run that was started: the page is as it was left, and starts the next one.
-addEventListener("pageshow", (event) => {
-  if (event.persisted) mayStart();
+// Back from the run that was started: the page is as it was left, and starts the next one. Back from an upload: it can
+// be chosen.
+onComingBack(async () => {
+  mayStart();
+  const page = await getPage(location.pathname + location.search).catch(() => null);
+  if (page) fields.offerDatasets(page);
+  preview();
 });
 
 function mayStart() {
@@ -174,11 +185,12 @@ async function start() {
   if (isStarting) return;
   isStarting = true;
   wasSent = true;
+  isChanged = false;
   startButton.setAttribute("aria-disabled", "true");
   try {
     const { isDone, answer } = await postForm(form.action, new FormData(form));
     if (isDone) {
-      dropDraft();
+      draft.drop();
       location.assign(answer.url);
       return;
     }
@@ -192,27 +204,10 @@ async function start() {
 function showRefusal(problems) {
   newest += 1; // a preview on its way knows less
   fields.showProblems(problems, () => true);
-  const box = document.querySelector("[data-problems]");
-  box.querySelector("[data-problems-head]").textContent =
-    problems.length === 1 ? "The run cannot start like this:" : `The run cannot start like this, ${problems.length} things are wrong:`;
-  document.querySelector("[data-problem-list]").replaceChildren(...problems.map(asItem));
-  box.hidden = false;
+  box.show(problems);
   card.classList.add("is-stale");
   summary.textContent = shortProblem(problems);
   if (!fields.focusFirstProblem()) box.focus();
-}
-
-function asItem({ place, message }) {
-  const item = document.createElement("li");
-  const name = fields.wrapper(place)?.querySelector(".setting-label")?.textContent.trim() ?? place;
-  if (name) {
-    const strong = document.createElement("strong");
-    strong.textContent = name;
-    item.append(strong, ": ", message);
-  } else {
-    item.append(sentence(message));
-  }
-  return item;
 }
 
 // -- beginning -----------------------------------------------------------------------------------------------
@@ -221,11 +216,9 @@ connectDialogs({
   fields,
   fill(values) {
     fields.fill(values);
-    keepDraft();
-    changed();
-    preview();
+    changed(0);
   },
 });
 restoreDraft();
-changed();
+markChanged();
 preview();

@@ -25,6 +25,10 @@ export class Growing {
     });
   }
 
+  offer(options) {
+    for (const field of [...this.fields, this.blank]) offer(field, options);
+  }
+
   fill(texts) {
     while (this.fields.length > 1) this.container.lastElementChild.remove();
     clear(this.fields[0]);
@@ -38,7 +42,33 @@ export class Growing {
 function clear(field) {
   if (field.nodeName === "SELECT") field.selectedIndex = 0;
   else field.value = "";
+  unmark(field);
+}
+
+// What is chosen stays, though it is offered no more; so does the first choice, which is none.
+function offer(select, options) {
+  const { value, selectedOptions: [chosen] } = select;
+  const fresh = options.map((option) => new Option(option.text, option.value));
+  if (value && !fresh.some((option) => option.value === value)) fresh.push(chosen);
+  select.replaceChildren(select.options[0], ...fresh);
+  select.value = value;
+}
+
+// A field that is wrong is described by what is wrong with it.
+function mark(field, note) {
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-describedby", [note.id, ...othersOf(field, note.id)].join(" "));
+}
+
+function unmark(field) {
   field.removeAttribute("aria-invalid");
+  const others = othersOf(field).filter((id) => !id.endsWith("-error"));
+  if (others.length) field.setAttribute("aria-describedby", others.join(" "));
+  else field.removeAttribute("aria-describedby");
+}
+
+function othersOf(field, id = "") {
+  return (field.getAttribute("aria-describedby") ?? "").split(" ").filter((other) => other && other !== id);
 }
 
 // A choice may name a version of a dataset that is not among the newest.
@@ -84,6 +114,14 @@ export class Fields {
     }
   }
 
+  // Takes over the datasets that a fresh copy of the page offers.
+  offerDatasets(page) {
+    const [, ...options] = page.querySelector("select[name='dataset']").options;
+    offer(this.form.elements.namedItem("dataset"), options);
+    this.growing.get("validation.datasets").offer(options);
+    document.getElementById("f-dataset-why").replaceWith(page.getElementById("f-dataset-why"));
+  }
+
   wrapper(place) {
     return this.form.querySelector(`[data-field="${CSS.escape(place.replace(/\[.*$/, ""))}"]`);
   }
@@ -110,8 +148,11 @@ export class Fields {
 
   // Shows messages at their fields; `isWanted` chooses those that somebody should see already. Returns the others.
   showProblems(problems, isWanted) {
-    for (const note of this.form.querySelectorAll("[data-error]")) note.hidden = true;
-    for (const field of this.form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+    for (const note of this.form.querySelectorAll("[data-error]")) {
+      note.hidden = true;
+      note.textContent = ""; // hidden or not, it describes what names it
+    }
+    for (const field of this.form.querySelectorAll("[aria-invalid]")) unmark(field);
     return problems.filter(({ place, message }) => !this.showProblem(place, message, isWanted));
   }
 
@@ -122,7 +163,8 @@ export class Fields {
     if (!isWanted(wrapper.dataset.field)) return true;
     note.textContent = note.hidden ? sentence(message) : `${note.textContent} ${sentence(message)}`;
     note.hidden = false;
-    this.inputOf(place)?.setAttribute("aria-invalid", "true");
+    const input = this.inputOf(place);
+    if (input) mark(input, note);
     return true;
   }
 

@@ -75,7 +75,7 @@ export function valueBefore(series, step) {
   return null;
 }
 
-function inPlot(u, draw) {
+export function inPlot(u, draw) {
   const { ctx, bbox } = u;
   ctx.save();
   ctx.beginPath();
@@ -86,7 +86,7 @@ function inPlot(u, draw) {
 }
 
 // A line has a gap where a value cannot be drawn.
-function strokeColumns(u, ctx, xs, values) {
+export function strokeColumns(u, ctx, xs, values) {
   ctx.beginPath();
   let isGap = true;
   xs.forEach((x, index) => {
@@ -106,18 +106,18 @@ function placeOf(u, x, value) {
   return [u.valToPos(x, "x", true), u.valToPos(value, "y", true)];
 }
 
-function places(u, xs, values) {
+export function places(u, xs, values) {
   const shown = [...xs.keys()].filter((index) => canShow(u, values[index]));
   return shown.map((index) => placeOf(u, xs[index], values[index]));
 }
 
-function lonePlaces(u, { x, mean }) {
+export function lonePlaces(u, { x, mean }) {
   const isAlone = (index) => (mean[index - 1] ?? null) === null && (mean[index + 1] ?? null) === null;
   const lone = mean.map((value, index) => (value !== null && isAlone(index) ? value : null));
   return places(u, x, lone);
 }
 
-function dot(ctx, x, y, size) {
+export function dot(ctx, x, y, size) {
   ctx.beginPath();
   ctx.arc(x, y, size * devicePixelRatio, 0, 2 * Math.PI);
   ctx.fill();

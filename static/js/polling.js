@@ -1,5 +1,6 @@
-// Reads the page's parts again while one of them is busy, quickly at first and only while somebody looks.
+// Reads the page's parts again when somebody comes back to it, and while one of them is busy and somebody looks.
 import { refreshParts } from "./api.js";
+import { onComingBack } from "./coming_back.js";
 
 const INTERVAL_MS = 1000;
 const AFTER_ERROR_MS = 4000;
@@ -10,6 +11,7 @@ export class Polling {
   constructor() {
     document.addEventListener("visibilitychange", () => this.#plan(0));
     this.#plan(INTERVAL_MS);
+    onComingBack(() => this.now());
   }
 
   async now() {

@@ -1,33 +1,35 @@
 // A run's page: its values over HTTP, then over the websocket from the last seq on; each counts once.
 import { Ancestors } from "./ancestors.js";
-import { getJson, parsePage, refreshParts, replaceParts } from "./api.js";
+import { getJson, parsePage, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
+import { hashOf, showTools, showWeight, showZone, viewOf } from "./chart_view.js";
 import { count } from "./format.js";
 import { Loads } from "./loads.js";
 import { VALIDATION } from "./overlays.js";
+import { Panels } from "./run_panels.js";
 import { Series } from "./series.js";
 import { shownRange } from "./shown_range.js";
-import { keepWeight, keptWeight } from "./smoothing.js";
+import { keepWeight } from "./smoothing.js";
 import { connectSteering } from "./steering.js";
 import { TokenAxis } from "./token_axis.js";
 import { LiveSocket, showState } from "./socket.js";
 
 const settings = JSON.parse(document.getElementById("chart-settings").textContent);
 const address = `/runs/${encodeURIComponent(settings.runId)}`;
+const panels = new Panels(address);
 const grid = document.querySelector("[data-chart-grid]");
 const tools = document.querySelector("[data-chart-tools]");
 const follow = document.querySelector("[data-follow]");
-const PANELS_INTERVAL_MS = 3000;
 // As many are held one by one, as many does the server send so (LARGE_RUN_VALUES).
 const MAX_LIVE_VALUES = 60_000;
 const ORDER = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "step_time_s"];
 const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
 
-const options = { weight: 0.6, isLog: false, axis: "step", span: "all" };
+// What all charts show: weight, isLog, axis, span.
+const options = {};
 const charts = new Map();
 // Series that are drawn in the loss chart, by metric name.
 const overlays = new Map();
-const AXES = ["step", "tokens", "time"];
 const ancestors = new Ancestors();
 let hasAncestors = false;
 const tokenAxis = new TokenAxis();
@@ -211,6 +213,7 @@ function drawAll() {
   readTokens();
   const range = currentRange();
   for (const chart of charts.values()) chart.update(range);
+  showZone(tools, options.axis, range);
   follow.hidden = !zoom;
   follow.textContent = numMissed ? `${count(numMissed)} new values \u2013 follow` : "Follow";
 }
@@ -237,16 +240,15 @@ function readTokens() {
 }
 
 function setZoom(from, to) {
-  zoom = [from, to];
-  numMissed = 0;
-  keepInAddress();
-  refineHistory();
-  scheduleDraw();
+  look([from, to]);
 }
 
 function resetZoom() {
-  if (!zoom) return;
-  zoom = null;
+  if (zoom) look(null);
+}
+
+function look(range) {
+  zoom = range;
   numMissed = 0;
   keepInAddress();
   refineHistory();
@@ -256,53 +258,55 @@ function resetZoom() {
 // What is shown --------------------------------------------------------------------------------------
 
 function keepInAddress() {
-  const view = new URLSearchParams();
-  if (options.axis !== "step") view.set("axis", options.axis);
-  if (options.isLog) view.set("log", "1");
-  if (options.span !== "all") view.set("span", options.span);
-  if (zoom) view.set("zoom", zoom.map((value) => Number(value.toPrecision(12))).join(","));
-  history.replaceState(null, "", `${location.pathname}${location.search}${view.size ? `#${view}` : ""}`);
+  history.replaceState(null, "", `${location.pathname}${location.search}${hashOf(options, zoom)}`);
 }
 
-function readAddress() {
-  const view = new URLSearchParams(location.hash.slice(1));
-  if (AXES.includes(view.get("axis"))) options.axis = view.get("axis");
-  options.isLog = view.has("log");
-  if (["1000", "tenth"].includes(view.get("span"))) options.span = view.get("span");
-  const numbers = (view.get("zoom") ?? "").split(",").map(Number);
-  if (numbers.length === 2 && numbers.every(Number.isFinite) && numbers[0] < numbers[1]) zoom = numbers;
-  options.weight = keptWeight(options.weight);
-  for (const name of ["weight", "axis", "span"]) tools.elements[name].value = options[name];
-  tools.elements.isLog.checked = options.isLog;
-  showWeight();
+function take({ zoom: shown, ...others }) {
+  Object.assign(options, others);
+  zoom = shown;
+  showTools(tools, options);
 }
 
-function showWeight() {
-  const { weight } = options;
-  tools.elements.weightText.value = weight.toFixed(2);
-  const halfLife = weight > 0 ? Math.log(0.5) / Math.log(weight) : 0;
-  tools.elements.weight.title = weight > 0 ? `A value counts half after ${halfLife.toFixed(1)} steps` : "No smoothing";
+// An address that is pasted over this one, or gone back to, differs in its hash alone.
+function onHash() {
+  const view = viewOf(location.hash);
+  if (!view) return;
+  take(view);
+  numMissed = 0;
+  smooth();
+  redraw();
 }
 
 function onWeight() {
   const was = options.weight;
   options.weight = Number(tools.elements.weight.value);
-  showWeight();
+  showWeight(tools, options.weight);
   keepWeight(options.weight);
-  for (const series of [...allSeries(), ...ancestors.all]) series.setWeight(options.weight);
+  smooth();
   if ((was > 0) !== (options.weight > 0)) rebuildAll();
   refineHistory();
   scheduleDraw();
 }
 
+function smooth() {
+  for (const series of [...allSeries(), ...ancestors.all]) series.setWeight(options.weight);
+}
+
 function onTool(event) {
-  if (event.target.name === "weight") return;
+  if (event.target.name === "weight") {
+    keepInAddress();
+    return;
+  }
   if (event.target.name === "axis") zoom = null;
   options.axis = tools.elements.axis.value;
   options.span = tools.elements.span.value;
   options.isLog = tools.elements.isLog.checked;
   if (event.target.name === "span") zoom = null;
   keepInAddress();
+  redraw();
+}
+
+function redraw() {
   refineHistory();
   rebuildAll();
   scheduleDraw();
@@ -324,33 +328,6 @@ function showProblem(error) {
 
 // The rest of the page --------------------------------------------------------------------------------
 
-let panelsTimer = null;
-let panelsAt = performance.now();
-
-function refreshPanels() {
-  if (panelsTimer) return;
-  const wait = Math.max(0, panelsAt + PANELS_INTERVAL_MS - performance.now());
-  panelsTimer = setTimeout(refreshNow, wait);
-}
-
-async function refreshNow() {
-  clearTimeout(panelsTimer);
-  panelsTimer = null;
-  panelsAt = performance.now();
-  if (document.hidden) return;
-  try {
-    const { version } = document.querySelector("[data-part='checkpoints']").dataset;
-    await refreshParts(`${address}/panels/?checkpoints=${version}`);
-  } catch {
-    // The next change tries again.
-  }
-}
-
-// Another word than that of what is shown: something changed of which no message told.
-function isOutdated(version) {
-  return version !== undefined && version !== document.querySelector("[data-part='version']").dataset.version;
-}
-
 function readMarks() {
   return JSON.parse(document.getElementById("run-marks").dataset.marks);
 }
@@ -363,7 +340,7 @@ async function copyView(button) {
 function onMessage({ points, cursor: next, changed, facts, version }) {
   takePoints(points, next);
   if (facts) replaceParts(parsePage(facts));
-  if (changed || isOutdated(version)) refreshPanels();
+  if (changed || panels.isOutdated(version)) panels.refresh();
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -375,19 +352,16 @@ tools.addEventListener("change", onTool);
 tools.querySelector("[data-copy-view]").addEventListener("click", (event) => copyView(event.currentTarget));
 tools.addEventListener("submit", (event) => event.preventDefault());
 follow.addEventListener("click", resetZoom);
+addEventListener("hashchange", onHash);
 document.addEventListener("themechange", rebuildAll);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", rebuildAll);
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) refreshPanels();
-});
-
 document.addEventListener("partchange", ({ target }) => {
   if (target.dataset.part === "events") charts.get("loss")?.setMarks(readMarks());
   if (target.dataset.part === "lineage") lookForAncestors(target);
 });
-connectSteering(document.querySelector("[data-part='steering']"), refreshNow);
+connectSteering(document.querySelector("[data-part='steering']"), () => panels.refreshNow());
 
-readAddress();
+take(viewOf(location.hash) ?? viewOf(""));
 await loads.add(loadPast);
 lookForAncestors(document.querySelector("[data-part='lineage']"));
 new LiveSocket(`/ws/runs/${encodeURIComponent(settings.runId)}/`, {

@@ -1,5 +1,6 @@
-// The runs list: rows brought up to date as they change, new runs put first and the last ones let go, keys to move.
-import { parsePage } from "./api.js";
+// The runs list: rows brought up to date as they change, runs that come into it and the last ones let go, what holds
+// for the whole server, keys to move.
+import { parsePage, replaceParts } from "./api.js";
 import { morph } from "./morph.js";
 import { LiveSocket, showState } from "./socket.js";
 
@@ -18,9 +19,14 @@ function rowOf(html) {
   return parsePage(`<table><tbody>${html}</tbody></table>`).querySelector("tr");
 }
 
-function apply({ rows: changed }) {
-  for (const { run, html, is_new: isNew, is_gone: isGone } of changed) {
-    const current = body.querySelector(`[data-run="${CSS.escape(run)}"]`);
+function rowOfRun(run) {
+  return body.querySelector(`[data-run="${CSS.escape(run)}"]`);
+}
+
+function apply({ rows: changed, server }) {
+  if (server) replaceParts(parsePage(server));
+  for (const { run, html, is_new: isNew, is_gone: isGone, before } of changed) {
+    const current = rowOfRun(run);
     if (isGone) {
       current?.remove();
       continue;
@@ -31,13 +37,15 @@ function apply({ rows: changed }) {
       morph(current, fresh);
     } else if (isNew) {
       leaveFirstSteps();
-      body.prepend(document.adoptNode(fresh));
+      body.insertBefore(document.adoptNode(fresh), before && rowOfRun(before));
     }
   }
   letGo();
+  // Who counts the chosen rows has to hear of those that went.
+  if (changed.length) list.dispatchEvent(new Event("change"));
 }
 
-// What new runs push off the end, but not what somebody has chosen.
+// What runs that came push off the end, but not what somebody has chosen.
 function letGo() {
   for (const row of rows().slice(MAX_ROWS)) {
     if (row.querySelector(".run-choice").checked) continue;

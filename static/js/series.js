@@ -9,6 +9,8 @@ export class Series {
     this.weight = 0;
     // Says how many tokens the run had seen at a step; there is no such axis before it is set.
     this.tokensAt = null;
+    // The time axis counts seconds from here on; from 0 it is that of the clock.
+    this.startsAt = 0;
     this.clear();
   }
 
@@ -102,13 +104,13 @@ export class Series {
 
   // The places of steps on an axis ("step", "time" or "tokens").
   #onAxis(axis, step, time) {
-    if (axis === "time") return time;
+    if (axis === "time") return this.startsAt ? time.map((moment) => moment - this.startsAt) : time;
     return axis === "tokens" && this.tokensAt ? step.map(this.tokensAt) : step;
   }
 
   // Where a value of the tail is on an axis.
   #placeAt(axis, index) {
-    if (axis === "time") return this.time[index];
+    if (axis === "time") return this.time[index] - this.startsAt;
     const step = this.step[index];
     return axis === "tokens" && this.tokensAt ? this.tokensAt(step) : step;
   }
@@ -219,7 +221,7 @@ export class Series {
     return width;
   }
 
-  #see(step, low, mean, numBad) {
+  #see(step, low, high, mean, numBad) {
     const facts = this.facts;
     facts.numBad += numBad;
     if (numBad && facts.firstBad === null) facts.firstBad = step;
@@ -227,13 +229,14 @@ export class Series {
     facts.first ??= mean;
     facts.last = mean;
     if (facts.lowest === null || low < facts.lowest) [facts.lowest, facts.lowestStep] = [low, step];
+    if (facts.highest === null || high > facts.highest) [facts.highest, facts.highestStep] = [high, step];
   }
 
   #seeAgain() {
     this.facts = noFacts();
     const past = this.whole;
     for (let index = 0; past && index < past.step.length; index += 1) {
-      this.#see(past.step[index], past.low[index], past.mean[index], past.num_nonfinite[index]);
+      this.#see(past.step[index], past.low[index], past.high[index], past.mean[index], past.num_nonfinite[index]);
     }
     if (past) {
       [this.facts.first, this.facts.last] = [past.first_value, past.last_value];
@@ -243,14 +246,14 @@ export class Series {
   }
 
   #seeValue(step, value) {
-    if (Number.isFinite(value)) this.#see(step, value, value, 0);
-    else this.#see(step, null, null, 1);
+    if (Number.isFinite(value)) this.#see(step, value, value, value, 0);
+    else this.#see(step, null, null, null, 1);
   }
 }
 
 // What the words under a chart are made of.
 function noFacts() {
-  return { first: null, last: null, lowest: null, lowestStep: 0, numBad: 0, firstBad: null, isRough: false };
+  return { first: null, last: null, lowest: null, lowestStep: 0, highest: null, highestStep: 0, numBad: 0, firstBad: null, isRough: false };
 }
 
 class Buckets {

@@ -1,10 +1,11 @@
 // Steering of a run: dialogs open over the page, forms are sent without leaving it, errors stand at their field.
 import { postForm } from "./api.js";
+import { connectDialogs, finish } from "./dialogs.js";
 
 // `refresh` reads the page's parts again. The section stays the same element while its contents change.
 export function connectSteering(section, refresh) {
   if (!section) return;
-  section.addEventListener("click", (event) => onClick(event));
+  connectDialogs(section, clear);
   section.addEventListener("submit", (event) => {
     if (!event.target.matches("[data-steer]")) return;
     event.preventDefault();
@@ -12,34 +13,9 @@ export function connectSteering(section, refresh) {
   });
 }
 
-// Without JavaScript the dialogs are popovers; with it they are modal and keep the focus inside.
-function onClick(event) {
-  const button = event.target.closest("[popovertarget]");
-  if (!button) {
-    closeFromBackdrop(event);
-    return;
-  }
-  const dialog = document.getElementById(button.getAttribute("popovertarget"));
-  event.preventDefault();
-  if (button.matches("[data-dialog-close]")) dialog.close();
-  else open(dialog);
-}
-
-function open(dialog) {
-  for (const form of dialog.querySelectorAll("form")) {
-    form.reset();
-    clearErrors(form);
-  }
+function clear(dialog) {
+  for (const form of dialog.querySelectorAll("form")) clearErrors(form);
   dialog.querySelector("[data-dialog-error]")?.setAttribute("hidden", "");
-  dialog.showModal();
-}
-
-function closeFromBackdrop(event) {
-  if (event.target.nodeName !== "DIALOG") return;
-  const { left, right, top, bottom } = event.target.getBoundingClientRect();
-  const isInside = event.clientX >= left && event.clientX <= right && event.clientY >= top && event.clientY <= bottom;
-  // A press of a key on a button has no place.
-  if (!isInside && event.detail > 0) event.target.close();
 }
 
 async function send(section, form, refresh) {
@@ -51,7 +27,7 @@ async function send(section, form, refresh) {
   try {
     const { isDone, answer } = await postForm(form.action, fieldsOf(form));
     if (isDone) {
-      form.closest("dialog")?.close();
+      finish(form.closest("dialog"));
       say(section, answer.detail, false);
     } else {
       showProblems(section, form, answer);

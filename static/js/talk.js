@@ -1,10 +1,10 @@
 // A box to talk to weights: each column is a set of weights with a conversation of its own, all are asked at once.
 // Text from a model is only ever put into text nodes.
-import { getJson, postForm } from "./api.js";
+import { postForm } from "./api.js";
 import { LiveSocket } from "./socket.js";
 import { messagesOf, textOf } from "./talk_turns.js";
-import { offerWeights } from "./talk_weights.js";
-import { factsOf, sentence, SIGNED_OUT } from "./talk_words.js";
+import { followWeights, offerWeights, readWeights } from "./talk_weights.js";
+import { endOf, factsOf, sentence, SIGNED_OUT } from "./talk_words.js";
 
 const SAVE_LOOK_MS = 1500;
 const SAVE_LOOKS = 60;
@@ -20,6 +20,8 @@ class Talk {
   #turns = [];
   // Asks without a last word, by id; sent again when the socket comes back.
   #open = new Map();
+  // Answers that were asked for since nothing was on its way.
+  #round = new Set();
   // Timers of those that are put again once weights are saved, by answer.
   #looks = new Map();
   #socket = null;
@@ -82,9 +84,7 @@ class Talk {
     this.#part("copy").addEventListener("click", (event) => {
       event.currentTarget.dataset.copyText = textOf(this.#turns);
     });
-    document.addEventListener("partchange", (event) => {
-      if (event.target.dataset.part === "checkpoints") this.#refreshWeights();
-    });
+    followWeights(() => this.#refreshWeights());
   }
 
   #showMode() {
@@ -100,6 +100,8 @@ class Talk {
     const element = this.#clone("column");
     const column = { number: (this.#number += 1), element, select: element.querySelector("select") };
     offerWeights(column.select, this.#groups, value);
+    // While it has the focus, and may be open, it is left alone.
+    column.select.addEventListener("blur", () => offerWeights(column.select, this.#groups, column.select.value));
     element.querySelector(".talk-remove").addEventListener("click", () => this.#removeColumn(column));
     this.#columns.push(column);
     this.#part("columns").append(element);
@@ -121,7 +123,7 @@ class Talk {
   async #refreshWeights() {
     const number = (this.#numReads += 1);
     try {
-      const { groups } = await getJson(this.#root.dataset.weightsUrl);
+      const groups = await readWeights(this.#root.dataset.weightsUrl);
       if (number !== this.#numReads) return;
       this.#groups = groups;
     } catch {
@@ -180,6 +182,7 @@ class Talk {
     answer.id = `${(this.#number += 1)}`;
     answer.isSent = false;
     this.#open.set(answer.id, answer);
+    this.#round.add(answer);
     if (this.#isSignedOut) {
       this.#giveUp(answer);
       return;
@@ -216,6 +219,7 @@ class Talk {
     this.#stop();
     this.#turns = [];
     this.#open.clear();
+    this.#round.clear();
     for (const element of this.#log.querySelectorAll(".talk-turn")) element.remove();
     this.#part("empty").hidden = false;
     this.#showBusy();
@@ -383,7 +387,8 @@ class Talk {
     const isBusy = this.#isBusy;
     const status = this.#part("status");
     if (isBusy || this.#isSignedOut) status.textContent = "";
-    else if (!this.#part("stop").hidden) status.textContent = "All answers are there.";
+    else if (this.#round.size) status.textContent = endOf([...this.#round].map(({ element }) => element.dataset.state));
+    if (!isBusy) this.#round.clear();
     this.#part("stop").hidden = !isBusy;
   }
 }

@@ -7,6 +7,15 @@ export function factsOf({ num_tokens: numTokens, seconds, stop_reason: reason })
   return `${numTokens} ${numTokens === 1 ? "token" : "tokens"}${rate}, ${ENDS[reason]}`;
 }
 
+// What became of answers, by their states.
+export function endOf(states) {
+  const numFailed = states.filter((state) => state === "failed").length;
+  const words = [];
+  if (numFailed) words.push(`${numFailed === states.length ? numFailed : `${numFailed} of ${states.length}`} ${states.length === 1 ? "answer" : "answers"} failed.`);
+  if (states.includes("stopped")) words.push("Stopped.");
+  return words.join(" ") || (states.length ? "All answers are there." : "");
+}
+
 export function sentence(text) {
   const first = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?\u2026]$/.test(first) ? first : `${first}.`;

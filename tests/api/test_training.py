@@ -283,6 +283,35 @@ async def test_any_refused_request_takes_up_its_seq(
     assert again.text == reply.text
 
 
+@pytest.mark.parametrize("path", ["save_weights_external", "create_custom_loss", "odd%0Apath"])
+async def test_an_operation_that_is_not_served_takes_up_its_seq(
+    alice: Actor, run: TrainingRun, worker: HandWorker, path: str
+) -> None:
+    body = {"model_id": run.public_id, "path": "e-1", "seq_id": 1, "type": path}
+    reply = await alice.post(path, body)
+    error = error_of(reply, 404)
+    if path == "save_weights_external":
+        assert "save_state" in error["detail"]
+        assert "/rest/v1/runs/" in error["detail"]
+    assert (await alice.post(path, body)).text == reply.text
+    await follows(alice, run, worker)
+    conflict = error_of(await alice.post("optim_step", bodies.optim_step(run, 1)), 422)
+    assert conflict["detail"].startswith("seq_id 1: already holds another request")
+
+
+async def test_a_call_of_mints_own_that_is_not_served_takes_up_no_number(
+    alice: Actor, run: TrainingRun
+) -> None:
+    body = {"model_id": run.public_id, "seq_id": 1, "data": []}
+    error_of(await alice.post("mint/forward_backward_reverse_kl", body), 404)
+    assert await seqs_of(run) == [(0, "create_model", "queued")]
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[1]", b'{"model_id": 3}', b"--x\r\n"])
+async def test_whatever_comes_to_an_address_that_is_none_is_404(alice: Actor, body: bytes) -> None:
+    assert error_of(await alice.post("nothing", body), 404)["detail"] == "there is no such endpoint"
+
+
 async def follows(alice: Actor, run: TrainingRun, worker: HandWorker) -> None:
     """Check that seq 1 was taken up and that seq 2 is accepted and reached."""
     refused = await Operation.objects.aget(run=run, seq=1)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings as django_settings
+from django.core.files.storage import FileSystemStorage
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from runs.models import Dataset, DatasetVersion, Upload
-from runs.services import uploads
+from runs.services import datasets, uploads
 from tests.api.client import Actor, error_of
 from tests.api.tus import REST, Tus, part_of, rows_of, upload_of
 
@@ -184,6 +185,62 @@ async def test_a_complete_file_whose_end_was_lost_is_finished_later(tus: Tus, da
     part_of(swept).write_bytes(data + b"\n")
     await sync_to_async(uploads.clean_up)()
     assert (await upload_of(swept)).version is not None
+
+
+async def test_an_upload_whose_dataset_was_deleted_is_not_unfinished(
+    tus: Tus, data: bytes, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = await tus.begin(len(data))
+    await tus.patch(path, 0, data)
+    upload = await upload_of(path)
+    assert upload.version is not None
+    settings.MAX_UPLOAD_BYTES = 10**18
+    stats = os.statvfs(settings.DATA_DIR)
+    third = stats.f_bavail * stats.f_frsize // 3
+    await Upload.objects.filter(pk=upload.pk).aupdate(size_bytes=third)
+    await sync_to_async(lambda: datasets.delete(Dataset.objects.get(versions=upload.version_id)))()
+    monkeypatch.setattr(uploads, "MAX_UNFINISHED", 1)
+    assert (await tus.send("DELETE", await tus.begin(third))).status_code == 204
+    await sync_to_async(uploads.clean_up)()
+    assert not await Upload.objects.filter(pk=upload.pk).aexists()
+
+
+async def test_an_upload_without_a_file_is_promised_nothing(tus: Tus, settings: Settings) -> None:
+    settings.MAX_UPLOAD_BYTES = 10**18
+    stats = os.statvfs(settings.DATA_DIR)
+    third = stats.f_bavail * stats.f_frsize // 3
+    part_of(await tus.begin(third)).unlink()
+    assert (await tus.send("DELETE", await tus.begin(third))).status_code == 204
+
+
+async def test_an_upload_that_storage_refuses_keeps_no_other_and_rests(
+    tus: Tus, data: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused, expired = await tus.begin(len(data)), await tus.begin(len(data))
+    part_of(refused).write_bytes(data)
+    long_ago = timezone.now() - timedelta(seconds=1)
+    await Upload.objects.filter(pk=(await upload_of(expired)).pk).aupdate(expires_at=long_ago)
+    asked_for: list[str] = []
+    clean_up = sync_to_async(uploads.clean_up)
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemStorage, "path", lambda _, name: refuse(asked_for, name))
+        await clean_up()
+        assert not part_of(expired).exists()
+        assert f"upload {refused.rpartition('/')[2]} could not be finished" in caplog.text
+        num_asked = len(asked_for)
+        await clean_up()
+        assert len(asked_for) == num_asked > 0
+    resting = await upload_of(refused)
+    assert resting.metadata["tries"] == 1
+    resting.metadata["rests_until"] = 0
+    await resting.asave(update_fields=["metadata"])
+    await clean_up()
+    assert (await upload_of(refused)).version is not None
+
+
+def refuse(asked_for: list[str], name: str) -> str:
+    asked_for.append(name)
+    raise PermissionError(name)
 
 
 async def test_housekeeping_removes_what_has_expired(tus: Tus, data: bytes) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from django.core.files.storage import default_storage
@@ -122,9 +123,7 @@ def _expected(run: RunNotes, state: Chain) -> Expected:
         elif op.kind == "optim_step":
             expected.state, norm = chain.optim_step(state, op.learning_rate)
             values = {"grad_norm": norm, "learning_rate": op.learning_rate}
-            content = responses.to_json(
-                responses.optim_step_result({"step": float(expected.state.step), **values})
-            )
+            content = _json(responses.optim_step_result({"step": float(expected.state.step), **values}))
             values |= _of_step(examples, losses)
             expected.points |= {(note.seq, name): value for name, value in values.items()}
             examples, losses = [], []
@@ -133,31 +132,29 @@ def _expected(run: RunNotes, state: Chain) -> Expected:
                 expected.saved[Checkpoint.Kind.TRAINING, op.name], optimizer=op.optimizer
             )
             path = f"tinker://{run.model_id}/weights/{op.name}"
-            content = responses.to_json(responses.load_weights_result(path, model_id=run.model_id))
+            content = _json(responses.load_weights_result(path, model_id=run.model_id))
         elif op.kind == "save":
             expected.saved[Checkpoint.Kind.TRAINING, op.name] = state
-            content = responses.to_json(
-                responses.save_weights_result(f"tinker://{run.model_id}/weights/{op.name}")
-            )
+            content = _json(responses.save_weights_result(f"tinker://{run.model_id}/weights/{op.name}"))
         elif op.kind == "save_for_session":
             expected.saved[Checkpoint.Kind.SAMPLER, f".{note.seq}"] = expected.frozen[op.name] = state
             session = run.model_id.partition(":")[0]
-            content = responses.to_json(
+            content = _json(
                 responses.ephemeral_sampler_result(ids.sampling_session_id(session, int(op.name)))
             )
         else:
             expected.saved[Checkpoint.Kind.SAMPLER, op.name] = expected.frozen[""] = state
             path = f"tinker://{run.model_id}/sampler_weights/{op.name}"
-            content = responses.to_json(responses.save_weights_for_sampler_result(path))
+            content = _json(responses.save_weights_for_sampler_result(path))
         expected.answers[note.seq] = content
     return expected
 
 
 def _begun(run: RunNotes, note: Note) -> bytes:
     if note.kind == "create":
-        return responses.to_json(responses.create_model_result(run.model_id))
+        return _json(responses.create_model_result(run.model_id))
     path = f"tinker://{run.parent}/weights/{KEPT}"
-    return responses.to_json(responses.load_weights_result(path, model_id=run.model_id))
+    return _json(responses.load_weights_result(path, model_id=run.model_id))
 
 
 def _of_step(examples: Sequence[chain.Example], losses: Sequence[float]) -> dict[str, float]:
@@ -328,3 +325,7 @@ def _left_in_storage(place: Place) -> list[str]:
 
 
 _PAYLOAD_TURNS: Final = 32
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(dict(content), separators=(",", ":"), allow_nan=False).encode()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from django.test import Client
 
 from runs.exceptions import NotAuthenticated
-from runs.models import ApiKey, User
+from runs.models import ApiKey, IdempotentReply, User
 from runs.services import keys
 from tests.pages import seed
 from tests.pages.conftest import PASSWORD
@@ -26,6 +27,36 @@ def test_a_new_key_is_shown_once_and_works(page: Client, alice: User) -> None:
     assert "no-store" in reply["cache-control"]
     assert keys.authenticate(secret) == alice
     assert secret not in page.get("/settings/").content.decode()
+
+
+def test_a_form_that_comes_again_makes_no_second_key(page: Client, alice: User) -> None:
+    form = {"name": "laptop", "csrfmiddlewaretoken": "a" * 64}
+    secret = page.post("/settings/keys/create", form).context["spellings"]["tinker"]
+    again = page.post("/settings/keys/create", form, follow=True)
+    assert again.redirect_chain == [("/settings/", 302)]
+    assert b"Key laptop was already created" in again.content
+    assert secret.encode() not in again.content
+    assert ApiKey.objects.count() == 1
+    # The same page, gone back to, with another name; and another page with the same name.
+    page.post("/settings/keys/create", {**form, "name": "server"})
+    page.post("/settings/keys/create", {**form, "csrfmiddlewaretoken": "b" * 64})
+    assert sorted(ApiKey.objects.values_list("name", flat=True)) == ["laptop", "laptop", "server"]
+
+
+def test_no_secret_is_kept_for_a_form_that_may_come_again(page: Client, alice: User) -> None:
+    form = {"name": "laptop", "csrfmiddlewaretoken": "a" * 64}
+    secret = page.post("/settings/keys/create", form).context["spellings"]["tinker"]
+    kept = IdempotentReply.objects.get()
+    assert bytes(kept.body or b"") == b""
+    assert secret not in str(vars(kept))
+
+
+def test_each_page_has_a_form_of_its_own(page: Client, alice: User) -> None:
+    texts = [page.get(address).content.decode() for address in ("/runs/", "/settings/", "/settings/")]
+    tokens = [re.findall(r'name="csrfmiddlewaretoken" value="(\w{64})"', text) for text in texts]
+    assert len({one for found in tokens for one in set(found)}) == 3
+    for text in texts:
+        assert re.search(r'action="/settings/keys/create"[^>]* data-once>', text)
 
 
 def test_a_revoked_key_is_refused(page: Client, alice: User) -> None:

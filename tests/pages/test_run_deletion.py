@@ -6,7 +6,7 @@ import pytest
 from django.test import Client
 
 from runs.models import Checkpoint, Operation, TrainingRun, User
-from tests.pages import seed
+from tests.pages import recipe_seed, seed
 
 pytestmark = pytest.mark.django_db
 
@@ -61,6 +61,21 @@ def test_a_run_with_work_is_kept_and_the_page_says_why(page: Client, run: Traini
     assert TrainingRun.objects.filter(pk=run.pk).exists()
 
 
+@pytest.mark.parametrize("state", ["failed", "discarding", "stopping"])
+def test_a_run_that_no_worker_comes_for_is_deleted_though_operations_wait(
+    page: Client, alice: User, state: str
+) -> None:
+    run = seed.make_run(alice, name="never loaded", source="browser")
+    Operation.objects.create(owner=alice, run=run, seq=0, kind="create_model", state="queued")
+    recipe_seed.make_recipe(run, state=state, started_at=None)
+    text = page.get(f"/runs/{run.public_id}/").content.decode()
+    assert "Delete run" in text
+    assert "cannot delete" not in text
+    text = page.post(f"/runs/{run.public_id}/delete", follow=True).content.decode()
+    assert "The run never loaded was deleted." in text
+    assert not TrainingRun.objects.exists()
+
+
 def test_it_is_nobody_elses_to_delete(client: Client, bob: User, rested: TrainingRun) -> None:
     client.force_login(bob)
     assert client.post(f"/runs/{rested.public_id}/delete").status_code == 404
@@ -93,3 +108,28 @@ def test_one_that_is_not_mine_is_as_good_as_gone(page: Client, alice: User, bob:
 def test_as_many_are_deleted_as_a_live_list_holds(page: Client, alice: User) -> None:
     chosen = [seed.make_run(alice).public_id for _ in range(60)]
     assert "60 runs were deleted." in page.post("/runs/delete", {"run": chosen}, follow=True).content.decode()
+
+
+@pytest.mark.parametrize(
+    ("form", "address"),
+    [
+        ({"q": "idle & fox?", "status": "failed"}, "/runs/?q=idle+%26+fox%3F&status=failed"),
+        ({"after": "abc:def", "q": ""}, "/runs/?after=abc%3Adef"),
+        (
+            {"next": "//evil.example", "q": "//evil.example\r\nx: y"},
+            "/runs/?q=%2F%2Fevil.example%0D%0Ax%3A+y",
+        ),
+        ({"q": "x" * 5000}, f"/runs/?q={'x' * 200}"),
+    ],
+)
+def test_the_list_comes_back_as_it_was_searched(page: Client, form: dict[str, str], address: str) -> None:
+    assert page.post("/runs/delete", form).headers["location"] == address
+
+
+def test_a_searched_list_sends_its_search_along(page: Client, alice: User) -> None:
+    seed.make_run(alice, name='a "quoted" run', state="failed")
+    text = page.get("/runs/?q=%22quoted%22&status=failed&more=x").content.decode()
+    assert '<input type="hidden" name="q" value="&quot;quoted&quot;" form="delete-runs">' in text
+    assert '<input type="hidden" name="status" value="failed" form="delete-runs">' in text
+    assert 'form="delete-runs">' in text
+    assert "more" not in "".join(line for line in text.splitlines() if 'form="delete-runs"' in line)

@@ -50,9 +50,9 @@ def test_it_counts_its_queries(
         seed.add_sample(run, seed.chat(tokenizer, name), [[5, 6]])
         RunEvent.objects.create(run=run, seq=1, kind="saved")
     # session, user, run three times (access, its version, then its state), size of the past, samples, base models,
-    # checkpoints and their losses, operations, events, forks, what would be deleted, unfinished operations,
-    # workers (why it waits)
-    with django_assert_num_queries(16):
+    # checkpoints and their losses, operations, events, forks, what would be deleted, unfinished operations and
+    # samples, whether the client has left, whether a worker comes, workers (why it waits)
+    with django_assert_num_queries(19):
         assert page.get(f"/runs/{run.public_id}/").status_code == 200
 
 

@@ -11,10 +11,10 @@ import pytest
 from django.test import Client
 from django.utils import timezone
 
-from runs.models import User
+from runs.models import Recipe, User
 from runs.pages import run_list
 from runs.pages.run_list import PAGE_SIZE
-from tests.pages import seed
+from tests.pages import recipe_seed, seed
 
 pytestmark = pytest.mark.django_db
 Counter = Callable[..., AbstractContextManager[object]]
@@ -35,6 +35,59 @@ def test_it_counts_its_queries_whatever_the_number_of_runs(
     # session, user, runs, loss curves, base models, live worker
     with django_assert_num_queries(6):
         assert len(names(page)) == 12
+
+
+def test_the_paces_of_all_runs_that_train_cost_one_query(
+    page: Client, alice: User, django_assert_num_queries: Counter
+) -> None:
+    worker = seed.make_worker()
+    for index in range(4):
+        run = seed.make_run(alice, name=f"run {index}", worker=worker)
+        seed.add_values(run, seed.curve(100), step_s=2.0)
+        recipe_seed.make_recipe(run, num_steps=400)
+    with django_assert_num_queries(7):
+        rows = page.get("/runs/").context["rows"]
+    assert {row.progress.time_left for row in rows} == {"9 to 11 min left"}
+
+
+@pytest.mark.parametrize(
+    ("state", "first_step", "percent", "time_left"),
+    [
+        ("running", 0, 25, "9 to 11 min left"),
+        ("running", 98, 25, ""),  # two steps have no pace yet
+        ("queued", 150, 37, ""),
+        ("paused", 0, 25, ""),
+        ("stopped", 0, None, ""),
+        ("failed", 0, None, ""),
+    ],
+)
+def test_it_shows_how_far_a_run_without_code_has_come(
+    page: Client, alice: User, state: Recipe.State, first_step: int, percent: int | None, time_left: str
+) -> None:
+    run = seed.make_run(alice, worker=seed.make_worker())
+    seed.add_values(run, seed.curve(100), step_s=2.0)
+    recipe_seed.make_recipe(run, state=state, num_steps=400, first_step=first_step)
+    reply = page.get("/runs/")
+    (row,) = reply.context["rows"]
+    assert (row.step, row.progress.num_steps) == (max(first_step, 100), 400)
+    assert (row.progress.percent, row.progress.time_left) == (percent, time_left)
+    text = reply.content.decode()
+    assert (f'value="{percent}"' in text) is (percent is not None)
+    assert ("<progress" in text) is (percent is not None)
+
+
+def test_without_a_worker_nobody_knows_how_long_it_takes(page: Client, alice: User) -> None:
+    run = seed.make_run(alice)
+    seed.add_values(run, seed.curve(100), step_s=2.0)
+    recipe_seed.make_recipe(run, num_steps=400)
+    (row,) = page.get("/runs/").context["rows"]
+    assert (row.status, row.progress.percent, row.progress.time_left) == ("waiting for worker", 25, "")
+
+
+def test_a_clients_run_has_no_end_that_anybody_knows(page: Client, alice: User) -> None:
+    seed.make_run(alice)
+    assert [row.progress for row in page.get("/runs/").context["rows"]] == [None]
+    assert "<progress" not in page.get("/runs/").content.decode()
 
 
 def test_it_shows_what_a_run_does(page: Client, alice: User) -> None:

@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runs.recipes.batches import BatchPlan, Mix, UInt64Array, by_content, by_seed, some_of, split
-from runs.schemas.recipes import Validation
+from runs.schemas.recipes import MAX_STEPS, Validation
 from runs.services.data_starts import BEGINNING, DataStart
 
 LENGTHS = np.array([5, 9, 3, 14, 7, 2, 8, 6, 4, 30], dtype=np.int32)
@@ -92,6 +92,81 @@ def test_steps_by_tokens_cover_the_epochs_and_no_more(num_epochs: float, batch_t
 
     assert len(stream(made, num_steps)) >= wanted
     assert len(stream(made, num_steps - 1)) < wanted
+
+
+def walked(
+    lengths: list[int], order: list[int], *, start: int, batch_tokens: int, num_batches: int
+) -> list[int]:
+    """Return where batches begin, found row by row: `order` is every row of the stream, from its beginning."""
+    starts = [start]
+    while len(starts) <= num_batches:
+        position, num_tokens = starts[-1], 0
+        while True:
+            num_tokens += lengths[order[position]]
+            if num_tokens > batch_tokens and position > starts[-1]:
+                break
+            position += 1
+        starts.append(position)
+    return starts
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    batch_tokens=st.integers(1, 150),
+    start=st.integers(0, 70),
+    steps=st.lists(st.integers(0, 11), min_size=1, max_size=5),
+)
+def test_batches_by_tokens_are_those_that_a_walk_over_all_rows_finds(
+    lengths: list[int], batch_tokens: int, start: int, steps: list[int]
+) -> None:
+    num_rows = len(lengths)
+    whole = BatchPlan(
+        np.arange(num_rows), np.array(lengths, dtype=np.int32), seed=3, batch_size=num_rows, batch_tokens=None
+    )
+    order = stream(whole, (start + 12 * 150) // num_rows + 1)
+    starts = walked(lengths, order, start=start, batch_tokens=batch_tokens, num_batches=12)
+
+    made = BatchPlan(
+        np.arange(num_rows),
+        np.array(lengths, dtype=np.int32),
+        seed=3,
+        batch_size=1,
+        batch_tokens=batch_tokens,
+        start=DataStart(step=7, row=start),
+    )
+
+    for step in steps:
+        assert made.rows_of(7 + step).tolist() == order[starts[step] : starts[step + 1]]
+    for number in (1, 5, 12):  # the epochs that end with a batch, and those that end just behind it
+        assert made.num_steps((starts[number] - 0.5) / num_rows) == 7 + number
+        assert made.num_steps((starts[number] + 0.5) / num_rows) == 8 + number
+
+
+def test_steps_by_tokens_are_counted_no_further_than_a_run_can_go() -> None:
+    epochs: list[int] = []
+    made = BatchPlan(
+        np.arange(10),
+        LENGTHS,
+        seed=1,
+        batch_size=4,
+        batch_tokens=20,
+        start=DataStart(step=MAX_STEPS - 20),
+        on_epoch=lambda: epochs.append(1),
+    )
+
+    assert made.num_steps(1_000) == MAX_STEPS + 1
+    assert len(epochs) < 10
+    assert made.num_steps(1) < MAX_STEPS
+
+
+def test_who_looks_for_batches_can_be_stopped() -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    made = BatchPlan(np.arange(10), LENGTHS, seed=1, batch_size=4, batch_tokens=20, on_epoch=stop)
+    with pytest.raises(InterruptedError):
+        made.num_steps(3)
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 20])

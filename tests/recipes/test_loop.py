@@ -118,7 +118,7 @@ def test_more_epochs_than_a_run_has_steps_are_refused_in_words(
     recipe = ended(begin(num_steps=None, num_epochs=1_000, **settings))
 
     assert recipe.state == State.FAILED
-    assert recipe.error == "num_epochs: 1000 come to 1001000 steps; a run has at most 1000000"
+    assert recipe.error == "num_epochs: 1000 come to more than 1000000 steps, the most that a run has"
 
 
 def test_a_new_loop_at_every_turn_makes_the_same_adapter(begin: Begin) -> None:
@@ -261,6 +261,20 @@ def test_several_held_out_datasets_have_losses_of_their_own(
     total = sum(row.num_tokens for row in rows)
     expected = sum((row.loss or 0) * row.num_tokens for row in rows) / total
     assert dict(series(recipe, "validation_loss"))[2] == pytest.approx(expected)
+
+
+def test_held_out_datasets_of_one_name_have_losses_of_their_own(
+    begin: Begin, add_dataset: Callable[..., Any]
+) -> None:
+    others = [add_dataset(questions(5, start=start), name="split") for start in (500, 600)]
+    given = [other.dataset.public_id for other in others]
+    recipe = ended(begin(num_steps=2, validation={"share": 0.1, "datasets": given}))
+
+    rows = Evaluation.objects.filter(run=recipe.run, step=2)
+    losses = {f"validation_loss/{row.label}": row.loss for row in rows}
+    assert set(losses) == {"validation_loss/split", *(f"validation_loss/{ref}@1" for ref in given)}
+    measured = Metric.objects.filter(run=recipe.run, name__startswith="validation_loss/", step=2)
+    assert dict(measured.values_list("name", "value")) == pytest.approx(losses)
 
 
 def break_a_step(recipe: Recipe, worker: Staff, *, after: int) -> Recipe:

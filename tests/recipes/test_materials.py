@@ -18,7 +18,9 @@ from pytest_django.fixtures import Settings
 
 from runs.models import Recipe
 from runs.recipes import sft, tokens
+from runs.recipes.batches import BatchPlan
 from runs.recipes.loop import RecipeLoop
+from runs.recipes.materials import Materials
 from runs.recipes.rendering import renderer_of
 from runs.services import base_models, recipe_status, recipes
 from runs.services.recipe_rows import State
@@ -148,6 +150,26 @@ def test_a_queued_run_is_not_measured_before_its_turn(begin: Begin, settings: Se
         turned(loop, lambda: states(second) == [State.RUNNING], what="its turn")
     assert calls
     recipes.stop(Recipe.objects.get(pk=second.pk), keep=False)
+
+
+def test_batches_by_tokens_are_found_beside_the_loop(begin: Begin) -> None:
+    loop = RecipeLoop()
+    recipe = begin(num_steps=None, num_epochs=900, batch_tokens=64)
+    walk = BatchPlan._extend.__code__
+    with calls_of(walk) as calls:
+        turned(loop, lambda: states(recipe) == [State.QUEUED], what="its end is known")
+    recipe.refresh_from_db()
+    assert calls == []
+    assert recipe.num_steps > 9_000
+
+    Recipe.objects.filter(pk=recipe.pk).update(next_step=9_000)
+    recipe.refresh_from_db()
+    started_again = Materials()
+    material = wait_for(lambda: started_again.get(recipe), what="its data", deadline_s=DEADLINE_S)
+    with calls_of(walk) as calls:
+        material.plan.rows_of(9_000)
+    assert len(calls) == 1
+    recipes.stop(recipe, keep=False)
 
 
 @contextmanager

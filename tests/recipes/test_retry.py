@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from runs.models import Checkpoint, Evaluation, FixedSample, Operation, Recipe, TrainingRun, User
-from runs.services import active_recipes, recipe_samples, recipes
+from runs.recipes.loop import RecipeLoop
+from runs.services import active_recipes, recipe_samples, recipe_steps, recipes
 from runs.services.recipe_rows import State
 from tests.pages import recipe_seed, seed
-from tests.recipes.conftest import Staff, ended, turn_until
+from tests.recipes.conftest import Staff, ended, read, turn_until
 from tests.recipes.test_loop import adapter_digest, break_a_step, series
 from tests.worker.conftest import wait_for
 
@@ -143,6 +144,60 @@ def test_weights_of_samples_that_a_retry_draws_again_go(recipe: Recipe) -> None:
     assert list(weights.values_list("seq", flat=True)) == [10]
     drawn = FixedSample.objects.filter(run=recipe.run).order_by("step")
     assert list(drawn.values_list("step", flat=True)) == [5, 10]
+
+
+def add_unasked(recipe: Recipe, *, save_seq: int | None, step: int | None) -> FixedSample:
+    return FixedSample.objects.create(run=recipe.run, step=step, prompt="Hello!", save_seq=save_seq)
+
+
+def test_a_discarded_run_has_no_samples_that_wait(recipe: Recipe, worker: Staff) -> None:
+    worker.stop()
+    add_sampled_weights(recipe, 10, step=5, state="done")
+    add_sampled_weights(recipe, 20, step=10, state=None)
+    add_unasked(recipe, save_seq=30, step=15)
+    add_unasked(recipe, save_seq=None, step=None)
+    Recipe.objects.filter(pk=recipe.pk).update(state=State.DISCARDING, next_seq=recipe.run.applied_seq + 1)
+
+    recipe = ended(recipe)
+
+    assert recipe.state == State.DISCARDED
+    assert not recipe_samples.has_open(recipe)
+    errors = dict(FixedSample.objects.filter(run=recipe.run).values_list("step", "error"))
+    assert errors == {5: "", **dict.fromkeys((10, 15, None), "the run ended before this was asked")}
+
+
+def test_samples_whose_weights_do_not_come_end_with_the_run_that_fails(recipe: Recipe, worker: Staff) -> None:
+    worker.stop()
+    Recipe.objects.filter(pk=recipe.pk).update(state=State.RUNNING)
+    add_unasked(recipe, save_seq=recipe.run.applied_seq + 1, step=25)
+    TrainingRun.objects.filter(pk=recipe.run_id).update(state="failed", error="it diverged")
+
+    recipe = ended(recipe)
+
+    assert (recipe.state, recipe.error) == (State.FAILED, "it diverged")
+    assert not recipe_samples.has_open(recipe)
+    assert FixedSample.objects.get(run=recipe.run).error == "the run ended before this was asked"
+
+
+def test_a_retry_asks_the_base_model_what_was_given_up(begin: Begin, worker: Staff) -> None:
+    recipe = begin(num_steps=4, save_every=2, samples={"prompts": ["Hello!"], "max_tokens": 4, "every": 2})
+    read(loop := RecipeLoop(), recipe)
+    worker.stop()
+    for _ in range(2):  # it is prepared, and begins
+        loop.turn()
+    recipe.refresh_from_db()
+    recipe_steps.fail(recipe, "for the test")
+    drawn = FixedSample.objects.filter(run=recipe.run)
+    assert drawn.get().error == "the run ended before this was asked"
+    worker.start()
+
+    recipes.retry(recipe)
+    recipe = ended(recipe)
+
+    assert (recipe.state, recipe.error) == (State.FINISHED, "")
+    assert set(drawn.values_list("step", "operation__state", "error")) == {
+        (step, "done", "") for step in (None, 2, 4)
+    }
 
 
 def test_a_stopped_run_ends_without_sampled_weights(begin: Begin) -> None:

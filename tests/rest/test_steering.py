@@ -52,7 +52,7 @@ def test_a_run_is_paused_and_resumed(alice: Rest, recipe: Recipe) -> None:
     [
         ("pause", None, State.PAUSED, "preparing, queued, running"),
         ("resume", None, State.RUNNING, "paused, stopped"),
-        ("stop", {}, State.FINISHED, "preparing, queued, running, paused"),
+        ("stop", {}, State.FINISHED, "preparing, queued, running, paused, finishing, stopping"),
         ("change", {"learning_rate": 1e-3}, State.STOPPED, "preparing, queued, running, paused"),
         ("save", {}, State.FINISHED, "running, paused"),
         ("extend", {"num_steps": 5}, State.RUNNING, "finished, stopped"),

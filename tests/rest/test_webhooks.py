@@ -13,7 +13,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from runs.models import Operation, Recipe, TrainingRun, Webhook, WebhookDelivery
-from runs.services import commits, recipe_steps, webhooks
+from runs.services import commits, recipe_steps, sessions, webhooks
 from runs.services.recipe_rows import State
 from runs.tasks import deliver_webhooks, housekeeping
 from tests.rest.client import Rest
@@ -193,6 +193,27 @@ def test_a_run_that_its_client_closed_is_told(alice: Rest, receiver: Receiver) -
     webhooks.client_ended(run.pk)
     deliver_webhooks()
     assert receiver.told[0].content["run"]["id"] == run.public_id
+
+
+@pytest.mark.parametrize(
+    ("reason", "event", "error"),
+    [
+        ("success", "run.finished", ""),
+        ("errored", "run.stopped", "its client closed the session as errored"),
+    ],
+)
+def test_a_run_that_ended_with_its_session_is_told_with_the_reason(
+    reason: str, event: str, error: str, alice: Rest, receiver: Receiver
+) -> None:
+    watch(alice, receiver.url, "run.finished", "run.stopped")
+    rows.make_worker()
+    run = rows.make_run(alice.user)
+    sessions.finish(run.session, reason)
+    TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.CLOSED)
+    webhooks.client_ended(run.pk)
+    deliver_webhooks()
+    (told,) = receiver.told
+    assert (told.content["event"], told.content["run"]["error"]) == (event, error)
 
 
 @pytest.mark.parametrize(

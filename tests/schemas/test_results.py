@@ -91,8 +91,6 @@ def test_values_that_are_not_finite_are_not_stored(value: float) -> None:
         encode_forward_backward([np.array([0.0, value])], {})
     with pytest.raises(ValueError, match="not finite"):
         encode_sample(SampleOutput(sequences=(sequence([1], logprob=value),)))
-    with pytest.raises(ValueError, match="JSON"):
-        responses.to_json({"metrics": {"a": value}})
     assert responses.optim_step_result({"a": value, "b": 1.0}) == {"metrics": {"b": 1.0}}
 
 

@@ -20,7 +20,16 @@ from runs.models import (
     User,
     Worker,
 )
-from runs.services import base_models, commits, operations, sampling, sessions, training_runs, workers
+from runs.services import (
+    base_models,
+    commits,
+    operations,
+    playground,
+    sampling,
+    sessions,
+    training_runs,
+    workers,
+)
 from runs.services.base_models import BaseModelInfo
 from runs.services.commits import NewCheckpoint, Result
 from runs.services.operations import Submission
@@ -115,7 +124,8 @@ def make_checkpoint(
 
 def make_recipe(run: TrainingRun, *, state: str) -> Recipe:
     """Let a recipe train the run, on a dataset without rows."""
-    dataset = Dataset.objects.create(owner=run.owner, public_id="ds-000000000000", name="rows")
+    public_id = f"ds-{next(_numbers):012x}"
+    dataset = Dataset.objects.create(owner=run.owner, public_id=public_id, name="rows")
     version = DatasetVersion.objects.create(
         dataset=dataset,
         number=1,
@@ -139,6 +149,11 @@ def sample(session: SamplingSession, seq: int) -> int:
     """Submit a sample request and return the operation's number."""
     submission = Submission(kind=Operation.Kind.SAMPLE, seq=seq, payload=_json({"seq_id": seq}))
     return operations.submit_sample(session, submission)
+
+
+def talk(session: SamplingSession, seq: int = 0) -> int:
+    """Ask for a sample as the playground does and return the operation's number."""
+    return playground.submit(session, [1, 2], seq=seq, max_tokens=4, temperature=1.0, seed=1, stop_tokens=[])
 
 
 def answer_sample(operation_pk: int, body: bytes = b"{}") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 from django.db import IntegrityError
+from django.db.models.functions import Now
 from pytest_django.fixtures import DjangoCaptureOnCommitCallbacks, Settings
 
 from runs.exceptions import NotFound, RequestInvalid
@@ -24,21 +26,26 @@ from runs.models import (
     Recipe,
     RunEvent,
     SamplingSession,
+    ServerClock,
     Session,
     Snapshot,
     TrainingRun,
     User,
+    Worker,
 )
 from runs.services import (
     access,
     blobs,
     claims,
     commits,
+    holdups,
     operations,
     payload_files,
     run_deletion,
     sample_claims,
     sampling,
+    sessions,
+    workers,
 )
 from runs.services.operations import Submission
 from tests.services import rows
@@ -171,6 +178,115 @@ def test_unfinished_operations_and_samples_keep_it(run: TrainingRun, worker: Han
     assert not TrainingRun.objects.exists()
 
 
+def make_trained_without_code(run: TrainingRun, *, state: str) -> Recipe:
+    TrainingRun.objects.filter(pk=run.pk).update(source=TrainingRun.Source.BROWSER)
+    run.refresh_from_db()
+    return rows.make_recipe(run, state=state)
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped", "discarded", "finished", "discarding"])
+def test_what_nobody_waits_for_and_no_worker_has_does_not_keep_it(
+    run: TrainingRun, worker: HandWorker, state: str
+) -> None:
+    make_trained_without_code(run, state=state)
+    late = claims.claim_runs(
+        worker.row, ["another/model"]
+    )  # a worker that lives and does not have its base model
+    run_deletion.delete(run)
+    assert late == []
+    assert claims.claim_runs(worker.row, [run.base_model]) == []
+    assert not Operation.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("failed", "a run with 1 unfinished operation; wait for it"),
+        ("discarding", "a run that is discarding; wait until it has ended"),
+    ],
+)
+def test_a_run_that_a_live_worker_has_is_kept_until_that_ends(
+    run: TrainingRun, worker: HandWorker, state: str, reason: str
+) -> None:
+    make_trained_without_code(run, state=state)
+    held = worker.hold(run)
+    with pytest.raises(RequestInvalid, match=f"cannot delete {reason}$"):
+        run_deletion.delete(run)
+    Worker.objects.filter(pk=worker.row.pk).update(
+        lease_until=Now()
+    )  # it hangs, and nobody has buried it yet
+    run_deletion.delete(run)
+    late = commit_of(held, [applied(None, 0)], from_seq=-1)
+    assert commits.commit_all([late]) == [False]
+    assert not Operation.objects.exists()
+
+
+@pytest.mark.parametrize("state", ["stopping", "finishing"])
+def test_a_run_whose_last_weights_no_worker_will_save_can_be_deleted(
+    run: TrainingRun, worker: HandWorker, state: str
+) -> None:
+    make_trained_without_code(run, state=state)
+    with pytest.raises(RequestInvalid, match=f"a run that is {state}; wait until it has ended"):
+        run_deletion.delete(run)
+    hour = timedelta(hours=1)
+    for away in ({"rests_until": Now() + hour}, {"rests_until": None, "base_model": "another/model"}):
+        TrainingRun.objects.filter(pk=run.pk).update(**away)
+        run.refresh_from_db()
+        assert run_deletion.obstacle_to_deletion(run, run.recipe) == ""
+    TrainingRun.objects.filter(pk=run.pk).update(base_model=rows.BASE_MODEL)
+    workers.drain(worker.row)
+    run_deletion.delete(run)
+    assert not TrainingRun.objects.exists()
+
+
+def test_a_run_whose_last_weights_cannot_be_saved_just_now_can_be_deleted(rested: TrainingRun) -> None:
+    make_trained_without_code(rested, state="stopping")
+    with pytest.raises(RequestInvalid, match="a run that is stopping; wait until it has ended"):
+        run_deletion.delete(rested)
+    holdups.enter(rested.pk, "the disk is full")
+    run_deletion.delete(rested)
+    assert not TrainingRun.objects.exists()
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_what_a_client_has_left_behind_does_not_keep_it(
+    run: TrainingRun, worker: HandWorker, is_closed: bool
+) -> None:
+    workers.stop(worker.row)
+    with pytest.raises(RequestInvalid, match="1 unfinished operation; stop its client, which counts as gone"):
+        run_deletion.delete(run)
+    if is_closed:
+        sessions.finish(run.session, "error")
+    else:
+        ServerClock.objects.update_or_create(pk=1, defaults={"uptime_s": sessions.SILENT_S + 1})
+    other = HandWorker()
+    other.hold(run)
+    with pytest.raises(RequestInvalid, match=r"1 unfinished operation; wait for it$"):
+        run_deletion.delete(run)
+    other.release(run)
+    run_deletion.delete(run)
+    assert not TrainingRun.objects.exists()
+
+
+def test_samples_keep_it_while_a_client_waits_or_a_worker_draws_them(
+    run: TrainingRun, worker: HandWorker, alice: User
+) -> None:
+    own = sampling.create_sampling_session(run.session, seq_id=0, base_model=rows.BASE_MODEL, checkpoint=None)
+    clients = rows.make_sampling_session(alice, rows.make_checkpoint(run))
+    make_trained_without_code(run, state="failed")
+    pk, _ = rows.sample(own, 0), rows.sample(clients, 0)
+    with pytest.raises(RequestInvalid, match="1 unfinished operation; stop its client and wait for it"):
+        run_deletion.delete(run)
+    sessions.finish(clients.session, "success")
+    (taken,) = sample_claims.take_samples(worker.row, [rows.BASE_MODEL], limit=1)
+    assert taken.pk == pk
+    with pytest.raises(RequestInvalid, match="1 unfinished operation; wait for it"):
+        run_deletion.delete(run)
+    workers.stop(worker.row)
+    run_deletion.delete(run)
+    assert not Operation.objects.exists()
+
+
 def test_another_persons_samples_do_not_keep_it_and_stay(rested: TrainingRun, alice: User, bob: User) -> None:
     checkpoint = rows.make_checkpoint(rested, is_public=True)
     session = rows.make_sampling_session(bob, checkpoint)
@@ -243,6 +359,30 @@ def test_whoever_comes_first_an_operation_is_never_lost(alice: User, worker: Han
         outcome = race([submit, remove])
         assert outcome in (["taken", "kept"], ["refused", "deleted"])
         assert Operation.objects.filter(run_id=run.pk).exists() == (outcome[0] == "taken")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_whoever_comes_first_a_worker_has_the_run_or_it_is_gone(alice: User, worker: HandWorker) -> None:
+    held: list[int] = []
+    for _ in range(8):
+        run = rows.make_run(alice)
+        make_trained_without_code(run, state="failed")
+
+        def claim(run: TrainingRun = run) -> str:
+            found = claims.claim_runs(worker.row, [run.base_model], held=held)
+            held.extend(one.pk for one in found)
+            return "claimed" if found else "nothing"
+
+        def remove(run: TrainingRun = run) -> str:
+            try:
+                run_deletion.delete(run)
+            except RequestInvalid:
+                return "kept"
+            return "deleted"
+
+        outcome = race([claim, remove])
+        assert outcome in (["claimed", "kept"], ["nothing", "deleted"])
+        assert Operation.objects.filter(run_id=run.pk).exists() == (outcome[1] == "kept")
 
 
 @pytest.mark.django_db(transaction=True)

@@ -8,8 +8,8 @@ import pytest
 from django.db.models.functions import Now
 
 from runs.exceptions import SessionFinished
-from runs.models import Operation, RunEvent, ServerClock, Session, TrainingRun, User, Worker
-from runs.services import access, operations, run_rows, sessions, training_runs, waiting, workers
+from runs.models import Operation, Recipe, RunEvent, ServerClock, Session, TrainingRun, User, Worker
+from runs.services import access, operations, playground, run_rows, sessions, training_runs, waiting, workers
 from runs.services.operations import Submission
 from runs.services.run_rows import RunRow
 from runs.services.training_runs import DisplayState
@@ -27,7 +27,7 @@ def shown(user: User, run: TrainingRun) -> DisplayState:
 
 
 def row_of(user: User, run: TrainingRun) -> RunRow:
-    return run_rows.rows_of(training_runs.with_activity(access.runs_of(user)).filter(pk=run.pk))[0]
+    return run_rows.rows_of(run_rows.by_activity(user).filter(pk=run.pk))[0]
 
 
 def let_time_pass(seconds: float, *, heard: bool = False) -> None:
@@ -97,6 +97,58 @@ def test_a_client_that_was_heard_is_not_silent(alice: User, run: TrainingRun, wo
     assert shown(alice, run) == DisplayState.WAITING_FOR_CLIENT
 
 
+def test_a_run_is_at_work_while_samples_of_its_weights_are_drawn(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    session = rows.make_sampling_session(alice, rows.make_checkpoint(run, kind="sampler_weights"))
+    TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None, tokens_per_s=7.0)
+    assert shown(alice, run) == DisplayState.WAITING_FOR_CLIENT
+    pks = [rows.sample(session, seq) for seq in range(2)]
+    assert shown(alice, run) == DisplayState.RUNNING
+    assert row_of(alice, run).tokens_per_s == 7.0
+    rows.answer_sample(pks[0])
+    workers.stop(worker.row)
+    assert shown(alice, run) == DisplayState.WAITING_FOR_WORKER
+    run.refresh_from_db()
+    assert waiting.reason_of_run(run) == waiting.NO_WORKER
+    rows.answer_sample(pks[1])
+    assert (
+        shown(alice, run) == DisplayState.RUNNING
+    )  # its client, which has the answers now, goes on in a moment
+    Operation.objects.filter(pk__in=pks).update(finished_at=Now() - timedelta(seconds=10))
+    assert shown(alice, run) == DisplayState.WAITING_FOR_CLIENT
+
+
+def test_samples_that_its_client_does_not_wait_for_leave_a_run_as_it_is(
+    alice: User, bob: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    checkpoint = rows.make_checkpoint(run, is_public=True)
+    TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=None)
+    weights = playground.Weights(base_model=rows.BASE_MODEL, checkpoint=checkpoint)
+    rows.sample(rows.make_sampling_session(alice), 0)
+    rows.sample(rows.make_sampling_session(bob, checkpoint), 0)
+    rows.talk(playground.open_sampling(playground.open_session(alice), weights, seq_id=0))
+    assert shown(alice, run) == DisplayState.WAITING_FOR_CLIENT
+    sessions.finish(run.session, "success")
+    rows.sample(rows.make_sampling_session(alice, checkpoint), 0)
+    assert shown(alice, run) == DisplayState.CLOSED
+
+
+def test_a_loop_that_was_told_to_stop_is_stopping_unless_something_keeps_it(
+    alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    worker.hold(run)
+    rows.make_recipe(run, state="stopping")
+    assert shown(alice, run) == DisplayState.STOPPING
+    assert row_of(alice, run).tone == "warn"
+    workers.stop(worker.row)
+    assert shown(alice, run) == DisplayState.WAITING_FOR_WORKER
+    Recipe.objects.filter(run=run).update(state="discarding")
+    rows.report_base_model(HandWorker().row)
+    worker.finish(Operation.objects.get(run=run, seq=0).pk)
+    assert shown(alice, run) == DisplayState.STOPPING
+
+
 @pytest.mark.parametrize(
     ("reason", "state"), [("success", DisplayState.CLOSED), ("interrupted", DisplayState.STOPPED)]
 )
@@ -118,6 +170,21 @@ def test_a_finished_session_ends_its_runs_and_refuses_more(
         rows.optim_step(run, 3)
     unload = Submission(kind=Operation.Kind.UNLOAD_MODEL, seq=3, payload=b"{}")
     assert operations.submit(run, unload)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"), [("success", DisplayState.CLOSED), ("errored", DisplayState.STOPPED)]
+)
+def test_a_run_that_was_let_go_is_shown_as_its_client_left_it(
+    reason: str, state: DisplayState, alice: User, run: TrainingRun, worker: HandWorker
+) -> None:
+    worker.finish(rows.optim_step(run, 1))
+    sessions.finish(run.session, reason)
+    TrainingRun.objects.filter(pk=run.pk).update(state=TrainingRun.State.CLOSED, last_applied_at=Now())
+    assert shown(alice, run) == state
+    before = Now() - timedelta(minutes=1)  # it was let go by its client, which went on with others
+    TrainingRun.objects.filter(pk=run.pk).update(last_applied_at=before)
+    assert shown(alice, run) == DisplayState.CLOSED
 
 
 def test_a_divergence_is_on_the_badge(alice: User, run: TrainingRun, worker: HandWorker) -> None:

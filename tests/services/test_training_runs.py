@@ -177,6 +177,8 @@ def test_what_a_person_sees_follows_the_rows(alice: User, run: TrainingRun, work
         ("running", DisplayState.RUNNING),
         ("paused", DisplayState.PAUSED),
         ("finishing", DisplayState.RUNNING),
+        ("stopping", DisplayState.STOPPING),
+        ("discarding", DisplayState.STOPPING),
         ("finished", DisplayState.CLOSED),
         ("stopped", DisplayState.STOPPED),
         ("discarded", DisplayState.STOPPED),
@@ -256,11 +258,36 @@ def test_sessions_are_listed_without_a_look_at_each_pair_of_what_they_made(
     assert max(num_rows(plan["Plan"])) <= 2 * number
 
 
-def num_rows(node: dict[str, Any]) -> Iterator[float]:
-    """Yield how many rows came out of each step of a plan."""
-    yield node["Actual Rows"] * node["Actual Loops"]
+def test_runs_are_listed_without_a_look_at_all_their_samples(alice: User, worker: HandWorker) -> None:
+    number = 40
+    runs = [seed.make_run(alice) for _ in range(number)]
+    SamplingSession.objects.bulk_create(
+        SamplingSession(public_id=f"s{run.pk}", owner=alice, session=run.session, seq_id=0, run=run)
+        for run in runs
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO runs_operation (owner_id, sampling_session_id, sampled_run_pk, seq, kind, state, payload_file,"
+            " payload_digest, num_tokens, result_is_proto, error, error_category, fence, attempts, lone_attempts,"
+            " finished_at) SELECT owner_id, id, run_id, n, 'sample', CASE WHEN n < 9 THEN 'queued' ELSE 'done' END, '',"
+            " '', 0, false, '', '', 0, 0, 0, CASE WHEN n >= 9 THEN now() - n * interval '1 s' END"
+            " FROM runs_samplingsession, generate_series(1, 500) n WHERE owner_id = %s",
+            [alice.pk],
+        )
+        cursor.execute("ANALYZE runs_operation, runs_trainingrun, runs_samplingsession")
+    listed = training_runs.with_activity(access.runs_of(alice))
+    assert {training_runs.display_state(one) for one in listed} == {DisplayState.RUNNING}
+    for shown in (listed, training_runs.in_display_state(listed, DisplayState.RUNNING)):
+        (plan,) = json.loads(shown.explain(analyze=True, format="json"))
+        assert max(num_rows(plan["Plan"], of="runs_operation")) <= 10 * number  # of 500 * number
+
+
+def num_rows(node: dict[str, Any], *, of: str = "") -> Iterator[float]:
+    """Yield how many rows came out of each step of a plan, or of each that reads a table."""
+    if not of or node.get("Relation Name") == of:
+        yield node["Actual Rows"] * node["Actual Loops"]
     for inner in node.get("Plans", []):
-        yield from num_rows(inner)
+        yield from num_rows(inner, of=of)
 
 
 def test_a_sampling_session_is_opened_once_per_number(session: Session, alice: User) -> None:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 from django.core.files.storage import default_storage
 from django.db.models import F
 
@@ -256,6 +257,24 @@ def test_a_loaded_state_is_kept_even_when_its_checkpoint_goes(
     start_worker()
 
     assert losses_of(finished(other.forward_backward(TOKENS))) == expected
+
+
+@pytest.mark.parametrize("is_rebuilt", [False, True])
+def test_passes_whose_gradient_a_load_throws_away_count_for_no_step(
+    is_rebuilt: bool, start_worker: Start, new_client: NewClient
+) -> None:
+    worker, client = start_worker(), new_client()
+    path = json.loads(bytes(finished(client.save("kept")).result or b""))["path"]
+    thrown_away = finished(client.forward_backward(TOKENS * 3))
+    finished(client.load(Checkpoint.objects.get(run=client.run).directory, path, optimizer=True))
+    if is_rebuilt:
+        worker.give_up(client.run.pk)
+    counted = losses_of(finished(client.forward_backward(TOKENS)))
+    finished(client.optim_step())
+    values = dict(Metric.objects.filter(run=client.run).values_list("name", "value"))
+    assert values["loss_sum"] == pytest.approx(counted)
+    assert values["tokens"] == len(TOKENS) - 1
+    assert losses_of(thrown_away) != pytest.approx(counted)
 
 
 def test_a_load_reads_what_was_there_when_it_was_asked_for(

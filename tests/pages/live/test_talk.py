@@ -14,7 +14,8 @@ from runs.models import Checkpoint, Operation, Recipe, TrainingRun, User
 from runs.recipes import rendering
 from runs.schemas.requests import from_canonical
 from runs.schemas.sampling import StoredSample
-from runs.services import sessions, training_runs
+from runs.services import commits, sessions, training_runs
+from runs.services.commits import Result
 from runs.services.training_runs import Lora
 from tests.pages import recipe_seed, seed
 from tests.pages.live.browser import LIVE
@@ -178,3 +179,70 @@ def test_a_question_stays_in_the_box_when_somebody_is_signed_out(tab: Page, alic
     expect(box(tab).get_by_label("Message", exact=True)).to_have_value("And now?")
     expect(box(tab).get_by_role("alert")).to_be_visible()
     expect(box(tab).locator(".talk-answer")).to_have_count(1)
+
+
+def test_the_end_of_answers_is_told_as_it_is(tab: Page, alice: User) -> None:
+    tab.goto("/playground/")
+    status = box(tab).get_by_role("status")
+    box(tab).get_by_role("button", name="Add a column").click()
+    say(tab, "Are you there?")
+    for _ in range(2):
+        row = wait_for(
+            lambda: Operation.objects.filter(kind="sample", state="queued").first(), what="a question"
+        )
+        commits.commit_samples({row.pk: Result(error="no room", category="server")})
+    expect(status).to_have_text("2 answers failed.")
+    say(tab, "And now?")
+    answer("Here I am")
+    expect(status).to_have_text("")
+    box(tab).get_by_role("button", name="Stop").click()
+    expect(status).to_have_text("Stopped.")
+    say(tab, "Still?")
+    for _ in range(2):
+        answer("Here I am")
+    expect(status).to_have_text("All answers are there.")
+    box(tab).get_by_role("button", name="Clear").click()
+    say(tab, "Again?")
+    expect(status).to_have_text("")
+    box(tab).get_by_role("button", name="Clear").click()
+    expect(status).to_have_text("")
+
+
+def test_the_playground_keeps_up_with_checkpoints(tab: Page, alice: User) -> None:
+    run = seed.make_run(alice, name="teacher")
+    seed.add_checkpoint(run, "step-000001", step=1)
+    tab.clock.install()
+    tab.goto("/playground/")
+    chosen = box(tab).locator(".talk-weights").last
+    expect(chosen.locator("option:checked")).to_have_text("step-000001 (step 1)")
+    seed.add_checkpoint(run, "step-000002", step=2)
+    tab.clock.run_for(30_000)
+    expect(chosen.get_by_role("option", name="step-000002")).to_have_count(1)
+    expect(chosen.locator("option:checked")).to_have_text("step-000001 (step 1)")
+    seed.add_checkpoint(run, "step-000003", step=3)
+    chosen.focus()
+    with tab.expect_response("**/weights.json"):
+        tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # back from another tab
+    expect(box(tab).locator(".talk-weights").first.get_by_role("option", name="step-000003")).to_have_count(1)
+    expect(chosen.get_by_role("option", name="step-000003")).to_have_count(0)  # it may be open
+    chosen.blur()
+    expect(chosen.get_by_role("option", name="step-000003")).to_have_count(1)
+    expect(chosen.locator("option:checked")).to_have_text("step-000001 (step 1)")
+    Checkpoint.objects.get(name="step-000001").delete()
+    tab.clock.run_for(30_000)
+    expect(chosen.locator("option:checked")).to_have_text("No longer listed: step-000001 (step 1)")
+
+
+def test_a_look_for_weights_leads_nobody_away_who_was_signed_out(tab: Page, alice: User) -> None:
+    tab.clock.install()
+    tab.goto("/playground/")
+    message = box(tab).get_by_label("Message", exact=True)
+    message.evaluate(
+        "field => { field.value = 'A long question'; }"
+    )  # without a focus there is no socket, which would tell
+    Session.objects.all().delete()
+    with tab.expect_response("**/login/**"):
+        tab.clock.run_for(30_000)
+    tab.wait_for_timeout(300)
+    expect(message).to_have_value("A long question")
+    assert tab.url.endswith("/playground/")
