@@ -181,7 +181,9 @@ def extend(recipe: Recipe, num_steps: int) -> None:
                 f"{num_steps} more after step {row.next_step} end at {end}; a run has at most {MAX_STEPS} steps",
                 place="num_steps",
             )
-        _keep_end(row)
+        if row.next_step > row.first_step:
+            # Over one of that name, too: what was saved behind a step that failed is not what its retry has come to.
+            recipe_rows.submit_save(row, name=recipe_rows.automatic_name(row.next_step))
         held = {**row.config, "num_steps": end, "num_epochs": None}
         row.config = recipe_checks.parse_config(held).model_dump(mode="json")
         row.num_steps = end
@@ -333,13 +335,6 @@ def _spoiled(recipe: Recipe) -> list[range]:
             stretches.append(range(failed_at, seq))
             failed_at = None
     return stretches if failed_at is None else [*stretches, range(failed_at, recipe.next_seq)]
-
-
-def _keep_end(row: Recipe) -> None:
-    """Save the weights of the end that a run has come to under the name of its step, unless they have it."""
-    name = recipe_rows.automatic_name(row.next_step)
-    if row.next_step > row.first_step and name not in recipe_rows.saved_names(row):
-        recipe_rows.submit_save(row, name=name)
 
 
 def _refuse_name(row: Recipe, name: str) -> None:

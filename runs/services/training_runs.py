@@ -179,7 +179,8 @@ def with_activity(runs: QuerySet[TrainingRun]) -> QuerySet[TrainingRun]:
     """Annotate what `display_state` needs."""
     waiting = Operation.objects.filter(run=OuterRef("pk"), state=Operation.State.QUEUED)
     samples = Operation.objects.filter(sampled_run_pk=OuterRef("pk"))
-    open_samples = samples.filter(finished_at=None)  # asked for their state, too, the database may read all that wait
+    # Not by their state, for which the database would read all that wait.
+    open_samples = samples.filter(finished_at=None)
     drawn = samples.filter(finished_at__gt=Now() - _RECENT)
     # Not by a query of its own, for which the database would read every run there is.
     was_applied = Q(last_applied_at__gt=Now() - _RECENT)

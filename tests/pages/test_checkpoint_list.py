@@ -228,6 +228,7 @@ def test_what_is_deleted_or_kept_leads_back_to_the_same_page(page: Client, run: 
         "kind=x",
         "q=%00",
     ],
+    ids=["no place", "place in another order", "order", "kind", "search"],
 )
 def test_an_address_that_makes_no_sense_shows_the_first_page(
     page: Client, run: TrainingRun, query: str
@@ -295,7 +296,8 @@ def touched_buffers(rows: Any) -> int:
 def test_each_page_reads_as_little_among_many_as_among_few(alice: User, run: TrainingRun) -> None:
     other = seed.make_run(alice, name="other")
     fill(other, 20_000)
-    Checkpoint.objects.filter(run=other).update(size_bytes=100)  # those of `run` come last by size
+    # Those of `run` come last by size and, newest first, by age.
+    Checkpoint.objects.filter(run=other).update(size_bytes=100, created_at=timezone.now())
     fill(run, 20_000)
     middle = Checkpoint.objects.get(run=run, name="filled-10001")
     for sort, order in checkpoint_list.ORDERS.items():

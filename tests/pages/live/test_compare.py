@@ -70,11 +70,8 @@ def make_run(alice: User, name: str, num_steps: int, **values: float) -> Trainin
 
 
 def test_runs_are_chosen_drawn_together_and_hidden(tab: Page, alice: User) -> None:
-    first, second, third = (
-        make_run(alice, "first", 30),
-        make_run(alice, "second", 20),
-        make_run(alice, "third", 9),
-    )
+    for name, num_steps in (("first", 30), ("second", 20), ("third", 9)):
+        make_run(alice, name, num_steps)
     tab.goto("/runs/")
     tab.get_by_role("button", name="Select").click()
     tab.get_by_label("Choose second").check()
@@ -88,15 +85,11 @@ def test_runs_are_chosen_drawn_together_and_hidden(tab: Page, alice: User) -> No
         "second 1.050 lowest 1.050 at step 20",
     ]
     assert all(number > 20 for number in num_drawn(chart))
-    expect(tab.get_by_role("link", name=third.name)).to_have_count(0)
+    expect(tab.get_by_role("link", name="third")).to_have_count(0)
     tab.get_by_label("Show first").uncheck()
     loss_of(tab, 1)
     assert values_of(chart) == ["second 1.050 lowest 1.050 at step 20"]
-    place = (
-        tab.locator(".run-key")
-        .all_text_contents()
-        .index(tab.locator(".run-key", has_text="first").text_content() or "")
-    )
+    place = int(tab.locator(".run-key", has_text="first").get_attribute("data-run-key") or "")
     assert num_drawn(chart)[place] == 0
     assert num_drawn(chart)[1 - place] > 20
     tab.get_by_label("Show second").uncheck()
@@ -110,7 +103,6 @@ def test_runs_are_chosen_drawn_together_and_hidden(tab: Page, alice: User) -> No
     tab.get_by_label("third").check()
     tab.get_by_role("button", name="Compare").click()
     expect(tab.get_by_role("heading", name="Compare 2 runs")).to_be_visible()
-    assert first.pk != second.pk
 
 
 def test_the_keys_of_the_list_choose_and_compare(tab: Page, alice: User) -> None:
