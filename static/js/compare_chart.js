@@ -208,9 +208,8 @@ export class CompareChart {
     const summary = this.entries.length ? summaryOf(this.entries, this.options) : this.#emptyWords();
     this.part("summary").textContent = summary;
     this.part("summary").title = summary;
-    const best = bestOf(this.name);
-    const words = this.entries.map((entry) => `${nameOf(entry)} ${lastWords(entry, best).filter(Boolean).join(", ")}`);
-    this.holder.setAttribute("aria-label", `${this.title} of ${this.entries.length} lines by ${RUN_AXES[this.options.axis].title}: ${words.join("; ")}`);
+    const number = this.entries.length;
+    this.holder.setAttribute("aria-label", `${this.title} by ${RUN_AXES[this.options.axis].title}, ${number} ${number === 1 ? "line" : "lines"}; their values are listed below`);
     this.#showChips();
     if (!this.part("table").hidden) this.#fillTable();
   }
@@ -274,10 +273,6 @@ export class CompareChart {
     const legend = this.entries.filter(({ isValidation }) => !isValidation).map(({ run, look }) => ({ label: run.title.slice(0, MAX_LABEL), ...look }));
     saveImage({ canvas: this.plot.ctx.canvas, title: `${this.title} by ${RUN_AXES[this.options.axis].title}`, legend, colors: this.colors, name: `compare-${this.name}` });
   }
-}
-
-function nameOf({ run, isValidation }) {
-  return isValidation ? `${run.title}, validation` : run.title;
 }
 
 function itemOf(entry, place) {

@@ -7,7 +7,8 @@ const ELAPSED_STEPS = [
   0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 10_800, 21_600, 43_200,
   86_400, 172_800, 432_000, 864_000, 1_728_000, 4_320_000, 8_640_000,
 ];
-const SHORT = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
+// From where on numbers are said in a unit, its size and sign.
+const SHORT = [[1e9, 1e9, "G"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]];
 
 // Names and labels of the axes, and the words for a place on them.
 export const RUN_AXES = {
@@ -33,6 +34,6 @@ export function elapsed(seconds) {
 }
 
 function short(value) {
-  const [size, sign] = SHORT.find(([limit]) => Math.abs(value) >= 10 * limit || Math.abs(value) === limit) ?? [1, ""];
-  return sign ? `${Number((value / size).toPrecision(6))}${sign}` : count(value);
+  const [, size, sign] = SHORT.find(([from]) => Math.abs(value) >= from) ?? [];
+  return size ? `${Number((value / size).toPrecision(6))}${sign}` : count(value);
 }
