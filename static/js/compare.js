@@ -87,6 +87,7 @@ function rank(name) {
 
 let isScheduled = false;
 let loadedTimer = null;
+let drawMs = 0;
 
 function scheduleDraw() {
   if (isScheduled) return;
@@ -97,19 +98,22 @@ function scheduleDraw() {
   });
 }
 
-// Of twenty long runs many lines come one after the other, and each drawing is one of all of them.
+// Of twenty long runs many lines come one after the other, and each drawing is one of all of them: a fifth of the time
+// at most goes to that.
 function scheduleLoaded() {
   loadedTimer ??= setTimeout(() => {
     loadedTimer = null;
     scheduleDraw();
-  }, LOADED_MS);
+  }, Math.max(LOADED_MS, 4 * drawMs));
 }
 
 function drawAll() {
+  const began = performance.now();
   showNotes();
   const range = currentRange();
   for (const chart of charts.values()) chart.update(range);
   whole.hidden = !zoom;
+  drawMs = performance.now() - began;
   grid.dataset.numHeld = runs.reduce((sum, run) => sum + [...run.lines.values()].filter(({ isHeld }) => isHeld).length, 0);
 }
 
