@@ -1,6 +1,9 @@
 // Saves a chart as a PNG: what is shown, on the page's own background, with its title and legend.
 const HEAD = 44;
 const LINE = 16;
+// A mark beside a name; dashes need more room to be seen.
+const MARK = 14;
+const DASHED_MARK = 28;
 
 export function saveImage({ canvas, title, legend, colors, name }) {
   const scale = devicePixelRatio;
@@ -24,12 +27,13 @@ export function saveImage({ canvas, title, legend, colors, name }) {
 // The items of a legend with where they are: the next row takes what does not fit into one.
 function placed(ctx, legend, width, colors, scale) {
   ctx.font = `${11 * scale}px ${colors.font}`;
+  const mark = (legend.some(({ dash }) => dash) ? DASHED_MARK : MARK) * scale;
   let [left, row] = [12 * scale, 0];
   return legend.map((item) => {
-    const end = left + ctx.measureText(item.label).width + 19 * scale;
-    if (end > width && left > 12 * scale) [left, row] = [12 * scale, row + 1];
-    const place = { ...item, left, row };
-    left += ctx.measureText(item.label).width + 36 * scale;
+    const space = ctx.measureText(item.label).width + mark + 5 * scale;
+    if (left + space > width && left > 12 * scale) [left, row] = [12 * scale, row + 1];
+    const place = { ...item, left, row, mark };
+    left += space + 17 * scale;
     return place;
   });
 }
@@ -37,16 +41,16 @@ function placed(ctx, legend, width, colors, scale) {
 function writeLegend(ctx, items, colors, scale) {
   ctx.font = `${11 * scale}px ${colors.font}`;
   ctx.lineWidth = 3 * scale;
-  for (const { label, color, dash = [], left, row } of items) {
+  for (const { label, color, dash = [], left, row, mark } of items) {
     const top = (34.5 + LINE * row) * scale;
     ctx.strokeStyle = color;
     ctx.setLineDash(dash.map((length) => length * scale));
     ctx.beginPath();
     ctx.moveTo(left, top);
-    ctx.lineTo(left + 14 * scale, top);
+    ctx.lineTo(left + mark, top);
     ctx.stroke();
     ctx.fillStyle = colors.axis;
-    ctx.fillText(label, left + 19 * scale, top);
+    ctx.fillText(label, left + mark + 5 * scale, top);
   }
 }
 

@@ -271,7 +271,9 @@ export class CompareChart {
   #saveImage() {
     if (!this.plot) return;
     const legend = this.entries.filter(({ isValidation }) => !isValidation).map(({ run, look }) => ({ label: run.title.slice(0, MAX_LABEL), ...look }));
-    saveImage({ canvas: this.plot.ctx.canvas, title: `${this.title} by ${RUN_AXES[this.options.axis].title}`, legend, colors: this.colors, name: `compare-${this.name}` });
+    const { axis, weight } = this.options;
+    const title = `${this.title} by ${RUN_AXES[axis].title}${weight > 0 ? `, smoothed with weight ${weight.toFixed(2)}` : ""}`;
+    saveImage({ canvas: this.plot.ctx.canvas, title, legend, colors: this.colors, name: `compare-${this.name}` });
   }
 }
 
