@@ -15,7 +15,8 @@ from runs import heap
 
 @pytest.fixture
 def nothing_frozen() -> Iterator[None]:
-    """Let the collector look at everything again afterwards."""
+    """Let the collector look at everything, though another test may have imported the web, and again afterwards."""
+    gc.unfreeze()
     yield
     gc.unfreeze()
 
