@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from gpuworker.engine.exceptions import EngineError
+from runs.services.claims import LONE_ATTEMPTS
 
-# Workers that took an operation in vain before it is tried alone, and that may die of it alone before it fails.
+# Workers that took an operation in vain before it is tried alone.
 ATTEMPTS_TOGETHER: Final = 2
-LONE_ATTEMPTS: Final = 2
 
 
 class Taken(Protocol):

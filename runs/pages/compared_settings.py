@@ -114,7 +114,7 @@ def _values_of(run: TrainingRun) -> Iterator[tuple[Place, Value]]:
     yield (_ADAPTER, "Base model"), _plain(run.base_model)
     yield (_ADAPTER, "LoRA rank"), _plain(str(run.lora_rank))
     yield (_ADAPTER, "LoRA alpha"), _plain(f"{run.lora_alpha:g}")
-    yield (_ADAPTER, "Trained parts"), _plain(_parts_of(run))
+    yield (_ADAPTER, "Trained parts"), _plain(run_rows.parts_of(run))
     yield (_ADAPTER, "LoRA seed"), _plain(str(run.lora_seed))
     if recipe := _recipe_of(run):
         yield from _of_recipe(recipe)
@@ -149,11 +149,6 @@ def _parent_of(run: TrainingRun) -> Value:
     kind = "with optimizer" if run.continues_parent else "weights only"
     text = f"{title} at step {count(run.parent_step or 0)}"
     return Value(key=f"{run.parent_path} {kind}", text=_short(text), note=kind)
-
-
-def _parts_of(run: TrainingRun) -> str:
-    parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
-    return ", ".join(part for part, is_trained in parts.items() if is_trained)
 
 
 def _plain(text: str) -> Value:

@@ -106,6 +106,8 @@ WHERE op.id = ANY(%s) AND before.finished_at < op.created_at
 # So short a gap is not worth a look at the samples.
 _NOTABLE_S: Final = 0.05
 MAX_CLAIMS: Final = 256
+# Workers that an operation may end alone before it is given up: done again it would end more.
+LONE_ATTEMPTS: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)

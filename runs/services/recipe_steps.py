@@ -21,11 +21,10 @@ from runs.schemas import results
 from runs.schemas.recipes import SftConfig
 from runs.services import checkpoints, recipe_rows, recipe_samples, webhooks
 from runs.services.advisory_locks import LockClass
+from runs.services.claims import LONE_ATTEMPTS
 from runs.services.recipe_rows import RunDeleted, State
 
 VALIDATION_LOSS: Final = "validation_loss"
-# Who ended as many workers alone is given up (`gpuworker.suspicion`): done again it would end more.
-_GIVEN_UP: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +165,9 @@ def failed_final(recipe: Recipe) -> Operation | None:
         return None
     saves = Operation.objects.filter(run_id=recipe.run_id, kind=Operation.Kind.SAVE_WEIGHTS)
     newest = saves.order_by("-seq").defer("payload", "result").first()
-    is_passing = newest is not None and newest.error_category == "server" and newest.lone_attempts < _GIVEN_UP
-    return newest if is_passing else None
+    if newest is None or newest.error_category != "server" or newest.lone_attempts >= LONE_ATTEMPTS:
+        return None
+    return newest
 
 
 def save_again(recipe: Recipe, failed: Operation, *, after_s: float) -> bool:
@@ -335,9 +335,15 @@ def _note_best(row: Recipe, step: int) -> None:
 
 def _settle_best(row: Recipe, *, has_saved: bool) -> None:
     """Let another step be the best if weights could not be saved, or only now, or were deleted."""
-    is_lost = row.best_step is not None and not _is_among(recipe_rows.saved_names(row), row, row.best_step)
-    if has_saved or is_lost:
+    if has_saved or (row.best_step is not None and not _has_weights(row, row.best_step)):
         row.best_step = best_step(row)
+
+
+def _has_weights(row: Recipe, step: int) -> bool:
+    """Say whether a step's weights are there, or will be; asked with each step, so the saves to come are read last."""
+    names = [recipe_rows.automatic_name(step), *([recipe_rows.FINAL] if step == row.next_step else [])]
+    there = Checkpoint.objects.filter(run_id=row.run_id, kind=Checkpoint.Kind.TRAINING, name__in=names)
+    return there.exists() or _is_among(recipe_rows.saved_names(row), row, step)
 
 
 def _saved_losses(recipe: Recipe) -> dict[int, float]:

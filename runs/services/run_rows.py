@@ -127,7 +127,6 @@ def facts_of(run: TrainingRun) -> RunFacts:
     """Return the head of a run's page; the run comes from `with_facts`."""
     recipe = getattr(run, "recipe", None)
     shown = training_runs.display_state(run)
-    parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
     return RunFacts(
         row=_row(run, None, None),
         progress=None if recipe is None else recipe_facts.progress_of(run, recipe, shown),
@@ -135,7 +134,7 @@ def facts_of(run: TrainingRun) -> RunFacts:
         rank=run.lora_rank,
         alpha=run.lora_alpha,
         seed=run.lora_seed,
-        trained_parts=", ".join(part for part, is_trained in parts.items() if is_trained),
+        trained_parts=parts_of(run),
         num_tokens=run.num_tokens,
         session_id=run.session.public_id,
         sdk_version=run.session.sdk_version,
@@ -154,6 +153,12 @@ def title_of(run: TrainingRun) -> str:
     """Return the run's name, or a short form of its id."""
     session, _, number = run.public_id.partition(":train:")
     return run.name or f"{session[:8]}-{number}"
+
+
+def parts_of(run: TrainingRun) -> str:
+    """Return which parts of the model the run's adapter is on."""
+    parts = {"attention": run.train_attn, "MLP": run.train_mlp, "unembedding": run.train_unembed}
+    return ", ".join(part for part, is_trained in parts.items() if is_trained)
 
 
 def tone_of(state: DisplayState) -> str:

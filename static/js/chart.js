@@ -5,6 +5,7 @@ import { saveImage } from "./chart_image.js";
 import { EventsLane } from "./events_lane.js";
 import { readColors } from "./chart_colors.js";
 import { drawEvents, drawNotFinite } from "./chart_marks.js";
+import { chip } from "./chart_parts.js";
 import { tableOf } from "./chart_table.js";
 import { clock, count, decimal, timeLabels, timeTitle } from "./format.js";
 import { titleOf } from "./metric_titles.js";
@@ -323,7 +324,8 @@ export class Chart {
     if (!x.length) return;
     const at = this.plot.cursor.left < 0 ? x.length : this.plot.cursor.idx;
     const next = Math.min(Math.max(at + move, 0), x.length - 1);
-    this.plot.setCursor({ left: this.plot.valToPos(x[next], "x"), top: 10 });
+    // All charts move theirs, as with the pointer.
+    this.plot.setCursor({ left: this.plot.valToPos(x[next], "x"), top: 10 }, true, true);
   }
 
   #toggleTable() {
@@ -336,11 +338,6 @@ export class Chart {
   #fillTable() {
     this.part("table").replaceChildren(tableOf(this.view, this.overlays));
   }
-}
-
-function chip(element, number, text) {
-  element.hidden = number === 0;
-  if (number) element.textContent = text;
 }
 
 // A value between two gaps would be no line at all: it is drawn as a dot.

@@ -1,4 +1,5 @@
 // A chart as a table, the newest step first, for whoever reads numbers rather than lines.
+import { rowOf } from "./chart_parts.js";
 import { count, decimal } from "./format.js";
 import { valueBefore } from "./overlays.js";
 import { lowerBound } from "./series.js";
@@ -30,15 +31,4 @@ function measuredAt(view, index, overlays) {
     const place = lowerBound(other.step, view.step[index]);
     return other.step[place] < end && other.mean[place] === null ? "not finite" : "";
   });
-}
-
-function rowOf(kind, texts) {
-  const row = document.createElement("tr");
-  for (const text of texts) {
-    const cell = document.createElement(kind);
-    cell.className = "number";
-    cell.textContent = text;
-    row.append(cell);
-  }
-  return row;
 }

@@ -4,6 +4,7 @@ import { onComingBack } from "./coming_back.js";
 import { CompareChart } from "./compare_chart.js";
 import { hashOf, showTools, viewOf } from "./compare_view.js";
 import { ComparedRun } from "./compared_runs.js";
+import { oncePerFrame } from "./frames.js";
 import { LineLoads } from "./line_loads.js";
 import { VALIDATION } from "./overlays.js";
 import { shownRange } from "./shown_range.js";
@@ -85,18 +86,9 @@ function rank(name) {
   return place < 0 ? `1${name}` : `2${String(place).padStart(2, "0")}`;
 }
 
-let isScheduled = false;
+const scheduleDraw = oncePerFrame(drawAll);
 let loadedTimer = null;
 let drawMs = 0;
-
-function scheduleDraw() {
-  if (isScheduled) return;
-  isScheduled = true;
-  requestAnimationFrame(() => {
-    isScheduled = false;
-    drawAll();
-  });
-}
 
 // Of twenty long runs many lines come one after the other, and each drawing is one of all of them: a fifth of the time
 // at most goes to that.

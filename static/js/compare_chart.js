@@ -4,9 +4,11 @@ import { yRange } from "./axes.js";
 import { saveImage } from "./chart_image.js";
 import { readColors } from "./chart_colors.js";
 import { drawNotFinite } from "./chart_marks.js";
+import { chip } from "./chart_parts.js";
 import { drawEntry } from "./compare_lines.js";
 import { tableOf } from "./compare_table.js";
 import { count } from "./format.js";
+import { oncePerFrame } from "./frames.js";
 import { bestOf, titleOf } from "./metric_titles.js";
 import { extremes, VALIDATION } from "./overlays.js";
 import { padded, xAxis, yAxis } from "./plot_axes.js";
@@ -30,7 +32,8 @@ export class CompareChart {
     this.isStale = true;
     this.entries = [];
     this.pointed = null;
-    this.isReading = false;
+    // The pointer moves more often than a frame is shown.
+    this.readSoon = oncePerFrame(() => this.#read());
     this.items = new Map();
     this.element = template.content.firstElementChild.cloneNode(true);
     this.part = (part) => this.element.querySelector(`.chart-${part}`);
@@ -122,7 +125,7 @@ export class CompareChart {
         },
         hooks: {
           draw: [(u) => this.#drawLines(u)],
-          setCursor: [() => this.#readSoon()],
+          setCursor: [() => this.readSoon()],
           setSelect: [(u) => this.#zoomTo(u)],
         },
       },
@@ -178,16 +181,6 @@ export class CompareChart {
   #place() {
     if (!this.plot || this.plot.cursor.left < 0) return null;
     return nearestPlace(this.entries, this.plot.posToVal(this.plot.cursor.left, "x"));
-  }
-
-  // The pointer moves more often than a frame is shown.
-  #readSoon() {
-    if (this.isReading) return;
-    this.isReading = true;
-    requestAnimationFrame(() => {
-      this.isReading = false;
-      this.#read();
-    });
   }
 
   #read() {
@@ -299,9 +292,4 @@ function itemOf(entry, place) {
   }
   item.append(value, note);
   return { item, entry, value, note };
-}
-
-function chip(element, number, text) {
-  element.hidden = number === 0;
-  if (number) element.textContent = text;
 }

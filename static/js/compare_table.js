@@ -1,4 +1,5 @@
 // A chart of several runs as a table, the newest step first: a column for each line.
+import { rowOf } from "./chart_parts.js";
 import { count, decimal } from "./format.js";
 
 const MAX_ROWS = 300;
@@ -23,15 +24,4 @@ function captionOf(entries, numSteps) {
   const width = Math.max(...entries.map(({ view }) => view.width), 1);
   const words = width > 1 ? `Means of up to ${count(width)} steps` : "Every value";
   return numSteps > MAX_ROWS ? `${words}; the newest ${MAX_ROWS} of ${count(numSteps)} rows` : words;
-}
-
-function rowOf(kind, texts) {
-  const row = document.createElement("tr");
-  for (const text of texts) {
-    const cell = document.createElement(kind);
-    cell.className = "number";
-    cell.textContent = text;
-    row.append(cell);
-  }
-  return row;
 }

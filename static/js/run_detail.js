@@ -4,6 +4,7 @@ import { getJson, parsePage, replaceParts } from "./api.js";
 import { Chart } from "./chart.js";
 import { hashOf, showTools, showWeight, showZone, viewOf } from "./chart_view.js";
 import { count } from "./format.js";
+import { oncePerFrame } from "./frames.js";
 import { Loads } from "./loads.js";
 import { VALIDATION } from "./overlays.js";
 import { Panels } from "./run_panels.js";
@@ -197,16 +198,7 @@ function rank(name) {
   return place < 0 ? `9${name}` : `${place}`;
 }
 
-let isScheduled = false;
-
-function scheduleDraw() {
-  if (isScheduled) return;
-  isScheduled = true;
-  requestAnimationFrame(() => {
-    isScheduled = false;
-    drawAll();
-  });
-}
+const scheduleDraw = oncePerFrame(drawAll);
 
 function drawAll() {
   if (isRestarting) return;

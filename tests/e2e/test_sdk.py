@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from runs.services import operations
 from tests.e2e.conftest import GUIDE_MODEL, MINT022, OWN022, OWN038, ROOT, TINKER038, Sdk
 from tests.up.instances import Instance
 
@@ -60,6 +61,14 @@ def test_failures_leave_the_rest_alone(facts: Facts) -> None:
     assert len(failed["others"]) == 2
     assert failed["still_works"] < failed["others"][0]
     assert facts["out_of_vocabulary"]["target"]["text"].count("data[0].loss_fn_inputs.target_tokens[1]") >= 1
+
+
+def test_an_operation_that_is_not_served_holds_up_nothing(facts: Facts) -> None:
+    unserved = facts["unserved_operation"]
+    if unserved["is_known"]:
+        assert "use save_state" in unserved["error"]["text"]
+        assert unserved["fell"]
+        assert unserved["duration_s"] < operations.GAP_PATIENCE_S / 2
 
 
 def test_saving_and_loading(facts: Facts) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 from django.core.files.base import ContentFile
@@ -35,12 +32,10 @@ from runs.models import (
 )
 from runs.services import (
     access,
-    blobs,
     claims,
     commits,
     holdups,
     operations,
-    payload_files,
     run_deletion,
     sample_claims,
     sampling,
@@ -52,6 +47,7 @@ from tests.services import rows
 from tests.services.flaky_bucket import use_flaky_bucket
 from tests.services.hand_worker import HandWorker, applied, commit_of
 from tests.services.races import race
+from tests.services.test_payload_files import make_old
 
 
 def finish_all(worker: HandWorker, run: TrainingRun) -> None:
@@ -59,12 +55,6 @@ def finish_all(worker: HandWorker, run: TrainingRun) -> None:
     if last is not None:
         worker.finish(last.pk)
         worker.release(run)
-
-
-def make_old(name: str) -> Path:
-    path = Path(default_storage.path(name))
-    os.utime(path, (0, 0))
-    return path
 
 
 def submit_large(run: TrainingRun, content: bytes) -> str:
@@ -391,35 +381,3 @@ def test_deleted_twice_at_once_it_is_gone_once(alice: User, worker: HandWorker) 
     finish_all(worker, run)
     race([partial(run_deletion.delete, run)] * 4)
     assert not TrainingRun.objects.filter(pk=run.pk).exists()
-
-
-def test_a_file_that_is_stored_again_outlives_its_deletion(db: None) -> None:
-    digest = hashlib.sha256(b"again").hexdigest()
-    name = blobs.put(digest, b"again")
-    make_old(name)
-    blobs.put(digest, b"again")  # its row is not there yet
-    assert payload_files.delete_unused([name]) == 0
-    assert blobs.get(name) == b"again"
-    make_old(name)
-    assert payload_files.delete_unused([name]) == 1
-    assert not default_storage.exists(name)
-
-
-def test_a_file_that_cannot_be_deleted_keeps_no_other(db: None) -> None:
-    names = [blobs.put(hashlib.sha256(data).hexdigest(), data) for data in (b"one", b"two", b"three")]
-    for name in names:
-        make_old(name)
-    in_the_way = Path(default_storage.path(names[0])).with_name(f".old-{Path(names[0]).name}")
-    in_the_way.mkdir()
-    assert payload_files.delete_unused(names) == 2
-    assert [default_storage.exists(name) for name in names] == [True, False, False]
-    in_the_way.rmdir()
-
-
-def test_files_that_take_long_are_left_for_another_turn(db: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = blobs.put(hashlib.sha256(b"late").hexdigest(), b"late")
-    make_old(name)
-    monkeypatch.setattr(blobs, "CLEANUP_S", 0)
-    assert payload_files.delete_unused([name]) == 0
-    monkeypatch.undo()
-    assert payload_files.delete_unused([name]) == 1

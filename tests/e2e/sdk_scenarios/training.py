@@ -241,6 +241,23 @@ def out_of_vocabulary():
     }
 
 
+def unserved_operation():
+    """One that only newer clients know; they count it and go on with the next number."""
+    client = new_client()
+    before = step(client)
+    if not hasattr(client, "save_weights_external"):
+        return {"is_known": False}
+    error = error_of(lambda: client.save_weights_external("outside").result())
+    started_at = time.monotonic()
+    after = step(client)
+    return {
+        "is_known": True,
+        "error": error,
+        "fell": after < before,
+        "duration_s": time.monotonic() - started_at,
+    }
+
+
 def double_await():
     """The style that tinker 0.22 documents, with this project's mint too."""
 
@@ -276,5 +293,6 @@ SCENARIOS = (
     chunked_batch,
     failed_future,
     out_of_vocabulary,
+    unserved_operation,
     double_await,
 )

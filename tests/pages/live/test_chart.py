@@ -117,7 +117,12 @@ def test_zoom_follow_log_and_keys(tab: Page, alice: User) -> None:
     plot = tab.get_by_role("img", name="Loss per token")
     plot.focus()
     plot.press("ArrowLeft")
-    expect(tab.locator('[data-metric="learning_rate"] .chart-readout')).to_contain_text("1.000e-4")
+    readout = tab.locator('[data-metric="learning_rate"] .chart-readout')
+    expect(readout).to_contain_text("1.000e-4")
+    tab.get_by_label("x axis").select_option("step")
+    plot.press("ArrowLeft")
+    plot.press("ArrowLeft")
+    expect(readout).to_contain_text("step 209")  # the crosshairs of all charts move together
 
 
 @pytest.mark.parametrize("axis", ["step", "tokens", "time"])
