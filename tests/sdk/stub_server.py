@@ -24,6 +24,7 @@ from tests.sdk.stub_protobuf import (
 from tests.sdk.stub_state import BASE_MODEL, NEVER_HELD, State
 
 POLL_S = 2.0
+UNSERVED = ("save_weights_external",)
 NOW = "2026-01-02T03:04:05Z"
 
 
@@ -63,6 +64,9 @@ class Handler(BaseHTTPRequestHandler):
             self.state.log.append((path, body | {"api_key": self.headers.get("X-API-Key")}))
             if hasattr(self.state, f"run_{path.replace('/', '_')}"):
                 self.reply(self.state.submit(path, body))
+            elif path in UNSERVED:
+                self.state.skip(body)
+                self.reply({"detail": f"{path} is not served here; use save_state"}, 404)
             elif path.startswith("training_runs/"):
                 try:
                     self.reply(self.one_run(method, path, body))

@@ -24,7 +24,7 @@ class Run:
     moments: int = 0
     num_backward: int = 0
     next_seq: int = 1
-    waiting: dict[int, tuple[str, str, dict[str, Any]]] = field(default_factory=dict)
+    waiting: dict[int, tuple[str, str, dict[str, Any]] | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,12 +54,24 @@ class State:
             self.results[request_id] = self._guarded(path, body)
         else:
             run.waiting[body["seq_id"]] = (request_id, path, body)
-            while run.next_seq in run.waiting:
-                ready_id, ready_path, ready_body = run.waiting.pop(run.next_seq)
-                run.next_seq += 1
-                self.results[ready_id] = self._guarded(ready_path, ready_body)
+            self._run_ready(run)
         self.condition.notify_all()
         return {"request_id": request_id, "sample_sequence_ids": ["seq"] * body.get("num_samples", 0)}
+
+    def skip(self, body: dict[str, Any]) -> None:
+        """Count an operation that is refused: what follows it does not wait for it."""
+        run = self.runs[body["model_id"]]
+        run.waiting[body["seq_id"]] = None
+        self._run_ready(run)
+        self.condition.notify_all()
+
+    def _run_ready(self, run: Run) -> None:
+        while run.next_seq in run.waiting:
+            ready = run.waiting.pop(run.next_seq)
+            run.next_seq += 1
+            if ready is not None:
+                request_id, path, body = ready
+                self.results[request_id] = self._guarded(path, body)
 
     def _guarded(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
