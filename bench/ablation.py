@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 from unittest.mock import patch
@@ -14,10 +14,13 @@ from bench import plainly
 from bench.candidates.data import engine_data
 from bench.loaded import RANKS, Bench
 from bench.table import Row
-from gpuworker.engine import attention, batching, logprobs, lora, optimizer, passes, products
+from gpuworker.engine import attention, batching, logprobs, lora, memory, optimizer, passes, products
 
 _NUM_NEW: Final = 32
 _CPU: Final = ("cpu float32", "cpu bfloat16")
+_CPU_DEVICE: Final = torch.device("cpu")
+_KEPT_BY_DEFAULT: Final = 32 << 20
+"""The largest part that glibc then takes from its heap and not from the system; mallopt(3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +199,15 @@ def _sixteen_rows(bench: Bench) -> AbstractContextManager[object]:
     return patch.object(bench.engine.engine.sampler.weights, "row_step", batching.MIN_BATCH_ROWS)
 
 
+@contextmanager
+def _returning_memory(_: Bench) -> Iterator[None]:
+    """Have glibc keep what it keeps by default once large tensors were freed."""
+    with patch.object(memory, "_KEPT_BYTES", _KEPT_BY_DEFAULT):
+        memory.keep_freed(_CPU_DEVICE)
+    yield
+    memory.keep_freed(_CPU_DEVICE)
+
+
 PARTS: Final = (
     Part(name="runs packed together", work=_eight_runs, without=_one_by_one),
     Part(
@@ -257,6 +269,12 @@ PARTS: Final = (
         name="adapters side by side while decoding",
         work=_eight_sequences,
         without=lambda bench: patch.object(bench.engine.engine.sampler.weights, "stacks", None),
+        kinds=_CPU,
+    ),
+    Part(
+        name="freed memory kept for the next tensors",
+        work=_one_run,
+        without=_returning_memory,
         kinds=_CPU,
     ),
     Part(

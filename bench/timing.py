@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from gpuworker.engine.memory import free_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,7 @@ def synchronize(device: torch.device) -> None:
 def free(device: torch.device) -> None:
     """Give memory that nothing uses back to the device or the system."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    free_cache(device)
 
 
 def describe(error: BaseException) -> str:

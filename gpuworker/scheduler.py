@@ -23,6 +23,7 @@ from gpuworker.committer import Committer
 from gpuworker.device_share import DeviceShare
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
+from gpuworker.engine.memory import return_freed
 from gpuworker.engine.types import ForwardBackward, OptimStep
 from gpuworker.handlers import Outcome, Turn
 from gpuworker.intake import AHEAD, Intake
@@ -44,6 +45,8 @@ REPLAY_BUDGET_S: Final = 20.0
 REPLAY_TOGETHER_S: Final = 4.0
 SNAPSHOT_SHARE: Final = 0.02
 IDLE_RELEASE_S: Final = 900.0
+REST_S: Final = 60.0
+"""After so long without work the worker keeps no memory for its next."""
 _HOUSEKEEPING_S: Final = 5.0
 
 
@@ -80,6 +83,7 @@ class Scheduler:
         self._is_pausing = False
         self._is_stopping = False
         self._checked_at = time.monotonic()
+        self._worked_at: float | None = None
 
     @property
     def is_draining(self) -> bool:
@@ -101,7 +105,7 @@ class Scheduler:
         return self._can_compute or self._desk.is_waiting
 
     def tidy(self) -> None:
-        """Let go of idle runs, unless some thread is at work."""
+        """Let go of what idles, unless some thread is at work."""
         if self._draining.acquire(blocking=False):
             try:
                 self._tidy()
@@ -144,6 +148,7 @@ class Scheduler:
             self._intake.ready.clear()
             with self._busy.measuring(), device_loss.noticed():
                 self._work()
+            self._worked_at = time.monotonic()
             self._tidy()
 
     def _wait(self, idle_s: float) -> bool:
@@ -370,7 +375,7 @@ class Scheduler:
     # Seats --------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """Now and then: let go of runs that were idle for long."""
+        """Now and then: let go of runs that were idle for long, and of memory that is kept for more work."""
         now = time.monotonic()
         if now - self._checked_at < _HOUSEKEEPING_S:
             return
@@ -380,6 +385,9 @@ class Scheduler:
                 self._forget(seat)
             elif seat.is_leaving or (not seat.queue and now - seat.last_used_at > IDLE_RELEASE_S):
                 self._let_go(seat)
+        if self._worked_at is not None and now - self._worked_at > REST_S:
+            self._worked_at = None
+            return_freed()
 
     def _let_go(self, seat: Seat) -> None:
         if seat.is_restored and not seat.is_lost and not seat.is_suspect:

@@ -35,7 +35,15 @@ from gpuworker.engine.exceptions import (
     OutOfMemory,
 )
 from gpuworker.engine.logprobs import Head
-from gpuworker.engine.memory import Made, available_bytes, free_bytes, free_cache, total_bytes, with_room
+from gpuworker.engine.memory import (
+    Made,
+    available_bytes,
+    free_bytes,
+    free_cache,
+    keep_freed,
+    total_bytes,
+    with_room,
+)
 from gpuworker.engine.residency import AdapterMemory, Residency
 from gpuworker.engine.sampling import Sampler
 from gpuworker.engine.tensor_parallel import ALONE, ProcessGroup
@@ -98,6 +106,7 @@ class Engine:
             BaseModelError: the directory holds no model that the engine can run.
         """
         base = base_model.load(directory, device=device, dtype=dtype, group=group)
+        keep_freed(base.device)
         return cls(base, adapter_memory=adapter_memory)
 
     @property

@@ -64,11 +64,12 @@ class Segment(NamedTuple):
 
     def add(self, outputs: Mapping[str, Tensor], rows_TD: Tensor) -> dict[str, Tensor]:
         """Add the segment's LoRA products in place and return their inner products, (rows, R) each."""
-        scaling, inner = self.weights.scaling, {}
+        (pairs, scaling), inner = self.weights, {}
+        own_TD = rows_TD[self.start : self.stop]
         for name, output_TF in outputs.items():
-            if name in self.weights.pairs:
-                pair = self.weights.pairs[name]
-                inner[name] = factor_product(rows_TD[self.start : self.stop], pair.a)
+            if name in pairs:
+                pair = pairs[name]
+                inner[name] = factor_product(own_TD, pair.a)
                 add_matmul(output_TF[self.start : self.stop], inner[name], pair.b.t(), scaling)
         return inner
 
@@ -82,13 +83,13 @@ class Segment(NamedTuple):
     ) -> None:
         """Add the gradients of A and B to the segment's views, and that of the input rows in place."""
         part = slice(self.start, self.stop)
+        own_TD = rows_TD[part]
+        own_grad_TD = None if grad_rows_TD is None else grad_rows_TD[part]
         for name, inner_TR in kept.items():
-            grad_inner_TR = backward_pair(
-                self, name, grads[name][part], inner_TR=inner_TR, rows_TD=rows_TD[part]
-            )
-            if grad_rows_TD is not None:
+            grad_inner_TR = backward_pair(self, name, grads[name][part], inner_TR=inner_TR, rows_TD=own_TD)
+            if own_grad_TD is not None:
                 pair = self.weights.pairs[name]
-                grad_rows_TD[part].addmm_(grad_inner_TR, pair.a, alpha=self.weights.scaling)
+                own_grad_TD.addmm_(grad_inner_TR, pair.a, alpha=self.weights.scaling)
 
     def finish(self) -> None:
         """Nothing is left to hand over: the gradients are the job's own views."""

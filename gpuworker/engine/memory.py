@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,12 @@ _CONTAINER_PARTS = Path("/sys/fs/cgroup/memory.stat")
 _CACHED_FILES = ("inactive_file", "active_file")
 _SYSTEM_MEMORY = Path("/proc/meminfo")
 _HOST_MARKS = ("DefaultCPUAllocator", "not enough memory")
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_ALLOCATOR_SETTINGS: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_KEPT_BYTES: Final = 1 << 30
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -64,10 +71,37 @@ def with_room(action: Callable[[], Made], *, free: Callable[[], None], what: str
         raise OutOfMemory(f"no room for {what}: {error}") from error
 
 
+def keep_freed(device: torch.device) -> None:
+    """Let a process that computes on a CPU keep up to a GiB that it freed for its next tensors.
+
+    By default glibc returns what is large at once, and the system clears each page that it hands out again: with
+    a vocabulary of 150,000 that was up to two fifths of a training step. Settings in the environment stay.
+
+    Source: mallopt(3); other C libraries have no such function.
+    """
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if device.type == "cpu" and mallopt is not None and not any(map(os.environ.get, _ALLOCATOR_SETTINGS)):
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def return_freed() -> None:
+    """Return the host's memory that the process freed and keeps to the system."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def free_cache(device: torch.device) -> None:
-    """Give memory that torch keeps for later back to the device."""
+    """Give memory that is kept for later back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        return_freed()
+
+
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def total_bytes(device: torch.device) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 
-from gpuworker import tasks, turns
+from gpuworker import scheduler, tasks, turns
 from gpuworker.intake import Intake
 from gpuworker.scheduler import Scheduler
 from gpuworker.seats import Seat
@@ -21,6 +24,7 @@ from tests.worker.conftest import Client, finished, wait_for
 from tests.worker.test_device_share import TOKENS, ask
 
 NUM_RUNS = 6
+NUM_MIB = 256
 
 
 def test_runs_that_fill_the_budget_take_turns(
@@ -143,3 +147,25 @@ def test_compute_looks_for_work_while_intake_adds_runs(
         thread.join()
         sys.setswitchinterval(interval)
     assert not failures
+
+
+def test_a_worker_at_rest_returns_the_memory_that_it_kept(
+    start_worker: Callable[[], GpuWorker], new_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start_worker()
+    finished(new_client().forward_backward(TOKENS))
+    wait_for(lambda: not worker.scheduler.is_draining, what="the worker is idle")
+    for _ in range(8):  # so that some lie where the allocator has been before
+        torch.ones(NUM_MIB << 18)
+    kept_mib = resident_mib()
+    monkeypatch.setattr(scheduler, "_HOUSEKEEPING_S", 0.0)
+    worker.scheduler.tidy()
+    assert resident_mib() > kept_mib - NUM_MIB // 2, "it has not rested yet"
+    monkeypatch.setattr(scheduler, "REST_S", 0.0)
+    worker.scheduler.tidy()
+    assert resident_mib() < kept_mib - NUM_MIB // 2
+
+
+def resident_mib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() >> 20
