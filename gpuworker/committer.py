@@ -21,7 +21,7 @@ from gpuworker.outcomes import Item, OutcomeQueue, RunOutcome, SampleOutcome, Sa
 from gpuworker.seats import Seat
 from gpuworker.snapshots import StorageError
 from runs.models import TrainingRun
-from runs.services import blobs, claims, commits, early_answers
+from runs.services import blobs, claims, commits, deletions, early_answers
 from runs.services.commits import AppliedOperation, NewCheckpoint, Result, RunCommit
 from runs.threads import database_thread, until_reachable
 
@@ -96,12 +96,13 @@ class Committer:
 
     def _commit(self, item: Sequence[RunOutcome] | SnapshotOutcome) -> None:
         if isinstance(item, SnapshotOutcome):
-            if not self._attempt(lambda: _commit_snapshot(item)):
-                item.seat.replay_cost_s += _UNWRITTEN_COST_S
+            is_written = self._attempt(lambda: _commit_snapshot(item))
+            _note_snapshot(item, is_written=is_written)
         elif not self._attempt(lambda: self._commit_cycle(item)):
             for run in item:
                 run.seat.is_lost |= not self._attempt(lambda run=run: self._commit_cycle([run]))  # type: ignore[misc]
-        if not isinstance(item, SnapshotOutcome) and any(run.seat.is_lost for run in item):
+        if not isinstance(item, SnapshotOutcome) and (lost := [run for run in item if run.seat.is_lost]):
+            self._attempt(lambda: _remove_files(lost))
             self._on_lost()
 
     def _commit_cycle(self, runs: Sequence[RunOutcome]) -> None:
@@ -197,6 +198,27 @@ def _commit_snapshot(item: SnapshotOutcome) -> None:
         seat.snapshot_directory = kept[item.seq]
         seat.snapshot_seq = item.seq
     seat.snapshot_cost_s = item.copy_s + time.monotonic() - began
+
+
+def _note_snapshot(item: SnapshotOutcome, *, is_written: bool) -> None:
+    """Leave a state that could not be written with its seat, where it is in no other place any more."""
+    seat = item.seat
+    if is_written:
+        seat.unwritten = None
+        return
+    seat.replay_cost_s += _UNWRITTEN_COST_S
+    if seat.is_shelved and item.seq == seat.applied_seq:
+        seat.unwritten = item.state
+
+
+def _remove_files(lost: Sequence[RunOutcome]) -> None:
+    """Delete what was written for commits that did not come about; a folder that a row names all the same stays.
+
+    No other worker has a folder of the same name, see `snapshots.new_directory`.
+    """
+    pending = [one.checkpoint for run in lost for one in run.outcomes if one.checkpoint is not None]
+    if pending:
+        until_reachable(partial(deletions.add, *(checkpoint.directory for checkpoint in pending)))
 
 
 def _run_commit(run: RunOutcome) -> RunCommit:

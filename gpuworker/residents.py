@@ -1,6 +1,7 @@
 """Which held runs have their adapters in memory, and which are shelved: kept on the disk until their turn.
 
-A shelved run keeps its seat; its state is its newest snapshot. Used by the compute stage alone.
+A shelved run keeps its seat; its state is its newest snapshot, or stays in memory where that cannot be written. Used
+by the compute stage alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final
 from gpuworker import device_loss, snapshots
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
+from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, OutOfMemory
 from gpuworker.engine.memory import is_out_of_memory
@@ -48,7 +50,7 @@ class Residents:
         for seat in sorted(waiting, key=lambda seat: seat.last_used_at):
             if seat.engine in full:
                 continue
-            if not self._make_room(seat, seats):
+            if not self._has_made_room(seat, seats):
                 full.add(seat.engine)
                 continue
             self._bring_back(seat)
@@ -58,13 +60,26 @@ class Residents:
 
     def snapshot(self, seat: Seat) -> None:
         """Keep the state after the last applied operation, unless it is kept; it becomes a row after its commit."""
-        if seat.applied_seq <= seat.snapshot_seq or not seat.engine.has_adapter(seat.adapter_id):
+        if seat.applied_seq <= seat.snapshot_seq:
             return
-        began = time.monotonic()
-        state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
-        copy_s = time.monotonic() - began
+        if seat.unwritten is not None:
+            self._put(seat, seat.unwritten, copy_s=0.0)
+        elif seat.engine.has_adapter(seat.adapter_id):
+            began = time.monotonic()
+            state = seat.engine.export_state(seat.adapter_id, optimizer=True, gradients=True)
+            self._put(seat, state, copy_s=time.monotonic() - began)
+
+    def _put(self, seat: Seat, state: AdapterState, *, copy_s: float) -> None:
         seat.replay_cost_s, seat.snapshot_cost_s = 0.0, math.inf  # what it costs is known once it is written
         self._committer.put(SnapshotOutcome(seat=seat, seq=seat.applied_seq, state=state, copy_s=copy_s))
+
+    def _has_made_room(self, wanted: Seat, seats: Sequence[Seat]) -> bool:
+        """Make room for a seat; one for which the storage has to take the states of others first is put off."""
+        try:
+            return self._make_room(wanted, seats)
+        except StorageError as error:
+            _put_back(wanted, error)
+            return False
 
     def _make_room(self, wanted: Seat, seats: Sequence[Seat]) -> bool:
         """Shelve others until the seat fits; false while they have a right to stay. One alone always fits."""
@@ -81,9 +96,24 @@ class Residents:
                 excess -= seat.num_bytes
         if excess > 0 and len(leaving) < len(inside):
             return False
+        if leaving and wanted.unwritten is None:  # else as much memory becomes free as may be taken
+            self._write_again(seats)
         for seat in leaving:
             self._shelve(seat)
         return True
+
+    def _write_again(self, seats: Sequence[Seat]) -> None:
+        """Write the states that the storage did not take when their runs were shelved: memory has no room for more.
+
+        Raises:
+            StorageError: it does not take them now either.
+        """
+        for seat in seats:
+            if seat.unwritten is not None:
+                self.snapshot(seat)
+                self._committer.flush()
+                if seat.unwritten is not None:
+                    raise StorageError("the states of other runs, which make room for it, cannot be written")
 
     def _shelve(self, seat: Seat) -> None:
         """Keep the state and free its memory; a run without an adapter yet starts over."""
@@ -125,17 +155,14 @@ class Residents:
             self._committer.flush()
         self._busy.beat()
         try:
-            if seat.snapshot_seq < seat.applied_seq:
-                raise CheckpointError("it was not written")
-            seat.engine.import_state(
-                seat.adapter_id, snapshots.fetch(seat.snapshot_directory), optimizer=True
-            )
+            seat.engine.import_state(seat.adapter_id, _shelved_state(seat), optimizer=True)
         except CheckpointError as error:
             logger.warning("the state of shelved run %s cannot be used: %s", seat.run.public_id, error)
             seat.is_lost = True
             return
         seat.is_restored = True
         seat.is_shelved = False
+        seat.unwritten = None
 
 
 def put_off(seat: Seat, error: Exception, reason: str) -> None:
@@ -153,6 +180,14 @@ def let_on(seat: Seat) -> None:
     if seat.restoring.pause_s:
         until_reachable(partial(holdups.clear, seat.run.pk, seat.restoring.reason))
         seat.restoring = PutOff()
+
+
+def _shelved_state(seat: Seat) -> AdapterState:
+    if seat.snapshot_seq >= seat.applied_seq:
+        return snapshots.fetch(seat.snapshot_directory)
+    if seat.unwritten is None:
+        raise CheckpointError("it was not written")
+    return seat.unwritten
 
 
 def _put_back(seat: Seat, error: Exception) -> None:

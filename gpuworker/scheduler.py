@@ -20,6 +20,7 @@ from typing import Final
 from gpuworker import device_loss, failpoints, handlers, suspicion
 from gpuworker.busy import BusyMeter
 from gpuworker.committer import Committer
+from gpuworker.departures import Departures
 from gpuworker.device_share import DeviceShare
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.exceptions import CheckpointError, EngineError
@@ -66,7 +67,6 @@ class Scheduler:
         self._engines = engines
         self._intake = intake
         self._committer = committer
-        self._release = release
         self._busy = busy
         self._desk = SampleDesk(
             engines,
@@ -78,6 +78,7 @@ class Scheduler:
         self._share = DeviceShare()
         self._turns = Turns()
         self._residents = Residents(committer, busy)
+        self._departures = Departures(self._residents, committer, intake, release=release)
         self._draining = threading.Lock()
         self._tried_alone: set[int] = set()
         self._is_pausing = False
@@ -108,20 +109,27 @@ class Scheduler:
         """Let go of what idles, unless some thread is at work."""
         if self._draining.acquire(blocking=False):
             try:
-                self._tidy()
+                if not self._is_pausing:
+                    self._tidy()
             finally:
                 self._draining.release()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the running cycle end, and no other begin while inside: the engines are the caller's alone."""
+        """Let the running cycle end, and no other begin while inside: the engines are the caller's alone.
+
+        Every run's state is kept before, so that `stop` can set the runs free meanwhile.
+        """
         self._is_pausing = True
         self._intake.ready.set()
         try:
             with self._draining:
-                yield
+                for seat in list(self._intake.seats.values()):
+                    self._departures.keep(seat)
+                self._departures.are_engines_lent = True
+            yield
         finally:
-            self._is_pausing = False
+            self._is_pausing = self._departures.are_engines_lent = False
             self._intake.ready.set()
 
     def end_soon(self) -> None:
@@ -137,7 +145,7 @@ class Scheduler:
         self._intake.ready.set()
         with self._draining:
             for seat in list(self._intake.seats.values()):
-                self._let_go(seat)
+                self._departures.let_go(seat)
             self._committer.flush()
         self._desk.stop()
 
@@ -230,9 +238,9 @@ class Scheduler:
         seats = list(self._intake.seats.values())
         for seat in seats:
             if seat.is_lost:
-                self._forget(seat)
+                self._departures.forget(seat)
             elif seat.is_leaving or seat.is_suspect:
-                self._let_go(seat)
+                self._departures.let_go(seat)
         gone = {seat for seat in seats if seat.is_lost or seat.is_leaving or seat.is_suspect}
         return self._residents.usable([seat for seat in seats if seat not in gone])
 
@@ -361,7 +369,7 @@ class Scheduler:
             seat.last_used_at = time.monotonic()
             if seat.is_closed or seat.is_suspect:
                 self._committer.flush()
-                self._forget(seat)
+                self._departures.forget(seat)
                 continue
             if self._is_snapshot_due(seat):
                 self._residents.snapshot(seat)
@@ -382,21 +390,9 @@ class Scheduler:
         self._checked_at = now
         for seat in list(self._intake.seats.values()):
             if seat.is_lost:
-                self._forget(seat)
+                self._departures.forget(seat)
             elif seat.is_leaving or (not seat.queue and now - seat.last_used_at > IDLE_RELEASE_S):
-                self._let_go(seat)
+                self._departures.let_go(seat)
         if self._worked_at is not None and now - self._worked_at > REST_S:
             self._worked_at = None
             return_freed()
-
-    def _let_go(self, seat: Seat) -> None:
-        if seat.is_restored and not seat.is_lost and not seat.is_suspect:
-            self._residents.snapshot(seat)
-        self._committer.flush()
-        self._forget(seat)
-
-    def _forget(self, seat: Seat) -> None:
-        """Set a run free. The seat goes last: until then intake does not claim the run again."""
-        seat.engine.drop_adapter(seat.adapter_id)
-        until_reachable(partial(self._release, seat))
-        self._intake.drop(seat)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Final, TypeAlias
 
 from gpuworker import suspicion
+from gpuworker.engine.adapters import AdapterState
 from gpuworker.engine.engine import Engine
 from gpuworker.engine.types import (
     ForwardBackward,
@@ -194,8 +195,9 @@ class Seat:
     Three threads meet here: intake appends to `queue`, compute takes from it, the committer sets
     `is_lost` when another worker owns the run by now. Intake sets `is_leaving`
     when the run is to go to another worker, or anywhere but here. `replay_cost_s` is the computing since the last
-    snapshot, `snapshot_cost_s` what keeping that took (without end until it is kept). `failure` says why nothing can be
-    applied any more. `restoring` is compute's, `reading` intake's: what of the run fails just now.
+    snapshot, `snapshot_cost_s` what keeping that took (without end until it is kept). `unwritten` is the state of a
+    shelved run that the storage did not take. `failure` says why nothing can be applied any more. `restoring` is
+    compute's, `reading` intake's: what of the run fails just now.
     """
 
     def __init__(self, run: HeldRun, engine: Engine) -> None:
@@ -210,6 +212,7 @@ class Seat:
         self.snapshot_directory = ""
         self.replay_cost_s = 0.0
         self.snapshot_cost_s = 0.0
+        self.unwritten: AdapterState | None = None
         self.saved_names: dict[tuple[str, str], int] = {}
         self.step = run.step
         self.tally = Tally()

@@ -150,8 +150,8 @@ def _fingerprint(directory: str) -> dict[str, str]:
 
 def _reason(error: BaseException) -> str:
     """Return what the operating system said, without the names of this machine's folders."""
-    cause = error if isinstance(error, OSError) else error.__cause__
-    return (cause.strerror or str(cause)).lower() if isinstance(cause, OSError) else str(error)
+    cause = error if isinstance(error, OSError) else error.__cause__ or error
+    return (cause.strerror or str(cause)).lower() if isinstance(cause, OSError) else str(cause)
 
 
 def _size(path: Path) -> int:

@@ -50,6 +50,7 @@ class ServerAdapters:
         self._client = client
         self._folders = folders
         self._known: dict[str, _Adapter] = {}
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.refused: dict[str, str] = {}
         self.num_loads = 0  # grows at the begin and at the end of each
@@ -64,7 +65,8 @@ class ServerAdapters:
         """
         adapter = self._known.get(sampler_id)
         if adapter is None:
-            adapter = self._known[sampler_id] = _Adapter(self._start(self._load(sampler_id)))
+            loading = self._start(self._load(sampler_id, after=self._leaving.get(sampler_id)))
+            adapter = self._known[sampler_id] = _Adapter(loading)
         adapter.num_users += 1
         adapter.is_dropped = False
         try:
@@ -83,12 +85,16 @@ class ServerAdapters:
             self._let_go(sampler_id, adapter)
 
     def forget(self, sampler_id: str) -> None:
-        """Assume that the server does not know an adapter."""
-        self._known.pop(sampler_id, None)
+        """Assume that the server does not know an adapter; its folder is taken back once no request uses it."""
+        adapter = self._known.pop(sampler_id, None)
+        if adapter is not None:
+            adapter.is_dropped = True
+            self._let_go(sampler_id, adapter)
 
     def forget_all(self) -> None:
         """Assume nothing of the server: it may have been started anew, with other limits."""
-        self._known.clear()
+        for sampler_id in list(self._known):
+            self.forget(sampler_id)
         self.refused.clear()
 
     async def stop(self) -> None:
@@ -107,10 +113,27 @@ class ServerAdapters:
         )
         if adapter.num_users or not (adapter.is_dropped or is_failed):
             return
-        if self._known.get(sampler_id) is adapter:
+        is_known = self._known.get(sampler_id) is adapter
+        if is_known:
             del self._known[sampler_id]
-            if not is_failed:
-                self._start(self._unload(sampler_id, adapter.loading))
+        if not (is_failed or self._is_lent_anew(sampler_id, adapter.loading)):
+            self._leave(sampler_id, adapter.loading, is_known=is_known)
+
+    def _is_lent_anew(self, sampler_id: str, loading: asyncio.Task[None] | None) -> bool:
+        """Say whether the folder is another one's by now, which was loaded after this one was forgotten."""
+        known = self._known.get(sampler_id)
+        return known is not None and known.loading is not loading
+
+    def _leave(self, sampler_id: str, loading: asyncio.Task[None], *, is_known: bool) -> None:
+        """Take the folder back; it is not lent again before that is done."""
+        leaving = self._start(self._unload(sampler_id, loading, is_known=is_known))
+        self._leaving[sampler_id] = leaving
+
+        def end(_: asyncio.Task[None]) -> None:
+            if self._leaving.get(sampler_id) is leaving:
+                del self._leaving[sampler_id]
+
+        leaving.add_done_callback(end)
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -118,7 +141,9 @@ class ServerAdapters:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _load(self, sampler_id: str) -> None:
+    async def _load(self, sampler_id: str, *, after: asyncio.Task[None] | None) -> None:
+        if after is not None:
+            await asyncio.wait([after])
         try:
             folder = await asyncio.to_thread(self._folders.lend, sampler_id)
         except (EngineError, OSError) as error:
@@ -126,7 +151,8 @@ class ServerAdapters:
         try:
             await self._tell(sampler_id, folder)
         except BaseException:
-            self._folders.take_back(sampler_id)
+            if not self._is_lent_anew(sampler_id, asyncio.current_task()):
+                self._folders.take_back(sampler_id)
             raise
 
     async def _tell(self, sampler_id: str, folder: Path) -> None:
@@ -139,9 +165,10 @@ class ServerAdapters:
             self.refused[sampler_id] = vllm_wire.reason_of(answer.content)
             raise Refusal(f"an adapter that the server does not take: {self.refused[sampler_id]}")
 
-    async def _unload(self, sampler_id: str, loading: asyncio.Task[None]) -> None:
+    async def _unload(self, sampler_id: str, loading: asyncio.Task[None], *, is_known: bool = True) -> None:
         await asyncio.wait([loading])
         with contextlib.suppress(httpx.TransportError):  # then it has forgotten everything
-            body = {"lora_name": sampler_id}
-            await self._client.post("/v1/unload_lora_adapter", json=body, timeout=_LOAD_S)
+            if is_known:
+                body = {"lora_name": sampler_id}
+                await self._client.post("/v1/unload_lora_adapter", json=body, timeout=_LOAD_S)
         await asyncio.to_thread(self._folders.take_back, sampler_id)

@@ -140,6 +140,8 @@ class GpuWorker:
                 if self._stopping.is_set():
                     return
                 engines = boot.load(self.row, name, folder)
+                if self._stopping.is_set():
+                    return
                 self._prepare(engines)
                 self._engines.add(engines)
             self._announce()

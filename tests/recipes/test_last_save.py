@@ -51,6 +51,7 @@ def test_a_last_checkpoint_without_room_is_saved_once_there_is(
     assert recipe.state == ending
     assert facts.row.status == "held up"
     assert facts.reason.startswith("the checkpoint cannot be written: ")
+    assert facts.reason.count("cannot be written") == 1
     assert facts.reason.endswith(
         "the run's last checkpoint is tried again until it is saved, and nothing is lost"
     )

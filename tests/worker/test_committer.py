@@ -17,13 +17,13 @@ from django.core.files.storage import default_storage
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
-from gpuworker import outcomes
+from gpuworker import handlers, outcomes, snapshots
 from gpuworker.committer import Committer
 from gpuworker.engine.adapters import AdapterState
-from gpuworker.outcomes import SampleOutcome, SnapshotOutcome
-from gpuworker.seats import Seat
+from gpuworker.outcomes import RunOutcome, SampleOutcome, SnapshotOutcome
+from gpuworker.seats import PreparedOperation, Save, Seat
 from gpuworker.worker import GpuWorker
-from runs.models import Operation, Snapshot, TrainingRun, User, Worker
+from runs.models import Checkpoint, Operation, PendingDeletion, Snapshot, TrainingRun, User, Worker
 from runs.services import workers
 from runs.services.commits import Result
 from tests.worker.conftest import Client, finished, wait_for
@@ -177,6 +177,54 @@ def test_a_snapshot_of_a_run_that_others_have_by_now_counts_for_nothing(held: He
     assert seat.snapshot_seq == -1
     assert seat.snapshot_directory == ""
     assert held.folders() == set()
+
+
+def saved(held: Held) -> RunOutcome:
+    """Return what a cycle did that saved the run's weights."""
+    save = Save(kind=Checkpoint.Kind.TRAINING, name="kept")
+    operation = PreparedOperation(seq=held.seat.applied_seq + 1, request=save, taken=None)
+    outcome = handlers.single(held.seat, operation)
+    return RunOutcome(seat=held.seat, from_seq=held.seat.applied_seq, outcomes=[outcome])
+
+
+def folder_of(run: RunOutcome) -> Path:
+    (outcome,) = run.outcomes
+    assert outcome.checkpoint is not None
+    return Path(default_storage.path(outcome.checkpoint.directory))
+
+
+def test_files_of_a_save_that_others_do_by_now_are_deleted(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, written, store = saved(held), list[bool](), snapshots.store
+
+    def store_and_look(*args: Any) -> int:
+        size = store(*args)
+        written.append(folder_of(run).is_dir())
+        return size
+
+    monkeypatch.setattr(snapshots, "store", store_and_look)
+    TrainingRun.objects.filter(pk=held.seat.run.pk).update(fence=held.seat.run.fence + 1)
+    held.committer.put([run])
+    held.committer.flush()
+    assert held.seat.is_lost
+    assert written == [True]
+    assert not folder_of(run).exists()
+    assert not PendingDeletion.objects.exists()
+
+
+def test_files_of_a_save_whose_commit_was_not_confirmed_stay(held: Held) -> None:
+    """It came about, and another worker has the run since."""
+    run = saved(held)
+    held.committer.put([run])
+    held.committer.flush()
+    TrainingRun.objects.filter(pk=held.seat.run.pk).update(fence=held.seat.run.fence + 1)
+    held.committer.put([run])  # once more, as after an answer that was lost
+    held.committer.flush()
+    assert held.seat.is_lost
+    assert Checkpoint.objects.get(run_id=held.seat.run.pk).name == "kept"
+    assert folder_of(run).is_dir()
+    assert not PendingDeletion.objects.exists()
 
 
 @pytest.mark.parametrize("num_looks", [1, 2])

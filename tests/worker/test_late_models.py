@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -13,16 +15,19 @@ from django.test import Client as Browser
 from huggingface_hub.errors import HfHubHTTPError
 from pytest_django.fixtures import Settings
 
+from gpuworker.engine.engine import Engine
 from gpuworker.worker import GpuWorker
-from runs.models import BaseModel, Operation, SamplingSession, User, Worker
+from runs.models import BaseModel, Operation, SamplingSession, Snapshot, TrainingRun, User, Worker
 from runs.services import base_models, operations, placement, sessions, training_runs, waiting
 from runs.services.training_runs import Lora
+from runs.threads import database_thread
 from tests.services.hand_worker import HandWorker
-from tests.worker.conftest import Client, Start, drawing_no_end, finished, wait_for
+from tests.worker.conftest import LONG_S, Client, Start, drawing_no_end, finished, wait_for
 from tests.worker.test_streaming import ask
 
 LATER = "hub/later"
 TOKENS = [3, 14, 15, 92, 65]
+STOP_S = 20.0
 
 
 class Hub:
@@ -153,3 +158,69 @@ def test_a_worker_may_stop_while_it_downloads(hub: Hub, start_worker: Start, bas
     hub.may_answer.set()
     wait_for(lambda: not worker._loading.is_alive(), what="the loading ends")
     assert not BaseModel.objects.filter(name=LATER).exists()
+
+
+@contextmanager
+def loading_slowly(hub: Hub) -> Iterator[None]:
+    """Have the base model that comes later be loaded for as long as this takes."""
+    load, is_loading, may_load = Engine.load, threading.Event(), threading.Event()
+
+    def load_later(directory: Path, **kwargs: Any) -> Engine:
+        is_loading.set()
+        may_load.wait()
+        return load(directory, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "load", load_later)
+        hub.may_answer.set()
+        assert is_loading.wait(LONG_S)
+        try:
+            yield
+        finally:
+            may_load.set()
+
+
+def test_a_worker_that_stops_while_it_loads_sets_everything_free(
+    hub: Hub,
+    start_worker: Start,
+    new_client: Callable[..., Client],
+    session: SamplingSession,
+    base_model: str,
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+    with drawing_no_end(worker):
+        sample = ask(session, num_tokens=200, stream=False)
+        wait_for(lambda: Operation.objects.get(pk=sample).worker_id, what="the sample is being drawn")
+        with loading_slowly(hub):
+            waits = client.optim_step()
+            wait_for(lambda: Operation.objects.get(pk=waits).worker_id, what="the operation is taken")
+            stopping = database_thread("stopping", worker.stop)
+            stopping.start()
+            stopping.join(STOP_S)
+            has_stopped = not stopping.is_alive()
+            run = TrainingRun.objects.get(pk=client.run.pk)
+            takers = [Operation.objects.get(pk=pk).worker_id for pk in (sample, waits)]
+            assert has_stopped
+            assert {run.worker_id, *takers} == {None}
+            assert Snapshot.objects.get(run=run).seq == run.applied_seq
+            assert Worker.objects.get(pk=worker.row.pk).stopped_at is not None
+    wait_for(lambda: not worker._loading.is_alive(), what="the loading ends")
+    assert worker.scheduler._engines.keys() == Worker.objects.get(pk=worker.row.pk).fingerprint.keys()
+    assert worker.scheduler._engines.keys() == {base_model}
+    start_worker()
+    assert finished(waits).state == Operation.State.DONE
+
+
+def test_runs_are_kept_when_another_has_the_engines_and_go_on_later(
+    start_worker: Start, new_client: Callable[..., Client]
+) -> None:
+    worker, client = start_worker(), new_client()
+    finished(client.forward_backward(TOKENS))
+    with worker.scheduler.paused():
+        kept = Snapshot.objects.filter(run=client.run)
+        wait_for(kept.exists, what="the state is kept")
+    assert finished(client.optim_step()).state == Operation.State.DONE
+    worker.stop()
+    run = TrainingRun.objects.get(pk=client.run.pk)
+    assert kept.filter(seq=run.applied_seq).exists()

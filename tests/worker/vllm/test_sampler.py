@@ -162,6 +162,29 @@ def test_an_adapter_that_the_server_has_lost_is_loaded_again(
     drawn(sampler, one)
 
 
+def test_the_files_of_an_adapter_that_the_server_has_lost_are_given_back(
+    sampler: VllmSampler, engine: Engine, replay: Replay, given_back: list[str]
+) -> None:
+    one = cases.by_name(engine)["greedy_adapter"]
+    drawn(sampler, one)
+    given_back.clear()
+    replay.loaded.clear()
+    assert isinstance(outcome_of(sampler, one), Refusal)
+    wait_for(lambda: given_back == [ADAPTER], what="they are given back")
+    drawn(sampler, one)
+    assert [path for path, _ in replay.requests].count("/v1/unload_lora_adapter") == 0
+
+
+def test_the_files_of_all_adapters_of_a_server_that_has_become_another_are_given_back(
+    sampler: VllmSampler, engine: Engine, replay: Replay, given_back: list[str]
+) -> None:
+    drawn(sampler, cases.by_name(engine)["greedy_adapter"])
+    given_back.clear()
+    replay.serve("other/model")
+    assert isinstance(outcome_of(sampler, cases.request("base")), Refusal)
+    wait_for(lambda: given_back == [ADAPTER], what="they are given back")
+
+
 def test_an_adapter_that_another_worker_has_loaded_is_used(
     sampler: VllmSampler, engine: Engine, replay: Replay
 ) -> None:
