@@ -111,7 +111,8 @@ class Metric(models.Model):
     """
 
     pk = models.CompositePrimaryKey("run_id", "seq", "name")
-    run = models.ForeignKey(TrainingRun, on_delete=models.CASCADE, related_name="metrics")
+    # Found by the primary key and by `metric_series`, which begin with it.
+    run = models.ForeignKey(TrainingRun, on_delete=models.CASCADE, related_name="metrics", db_index=False)
     seq = models.BigIntegerField()
     name = models.CharField(max_length=64)
     step = models.BigIntegerField()

@@ -19,8 +19,10 @@ from runs.pages import compared_settings, comparison
 from runs.pages.compared_settings import Group
 from runs.pages.comparison import Column
 from runs.pages.policies import signed_in
-from runs.services import comparisons, run_rows
+from runs.services import compared_exports, comparisons, run_rows
+from runs.services.compared_exports import Exported
 from runs.services.comparisons import MAX_RUNS
+from runs.streams import streamed
 
 NUM_OFFERED: Final = 30
 _SHOWN_OF_ID: Final = 128
@@ -62,13 +64,43 @@ def panels(request: HttpRequest) -> HttpResponseBase:
         NotFound: one of the runs is gone, so that its column must go, too.
     """
     user: User = request.user  # type: ignore[assignment]
-    run_ids = _run_ids(request)
+    context = _side_by_side(_all_chosen(user, _run_ids(request)))
+    context["has_settings"] = request.GET.get("settings") == context["settings_version"]
+    return render(request, "runs/_compare_panels.html", context)
+
+
+@signed_in
+@require_GET
+def as_csv(request: HttpRequest) -> HttpResponseBase:
+    """Return every stored value of the runs as one CSV file.
+
+    Raises:
+        NotFound: one of the runs is gone; a file without it would look complete.
+    """
+    user: User = request.user  # type: ignore[assignment]
+    runs = _all_chosen(user, _run_ids(request))
+    names = comparisons.names_of(runs)
+    parts = compared_exports.as_csv([_exported(run, names[run.pk]) for run in runs])
+    number = f"{len(runs)}-runs" if len(runs) > 1 else "1-run"
+    return streamed(parts, content_type="text/csv; charset=utf-8", filename=f"compare-{number}.csv")
+
+
+def _all_chosen(user: User, run_ids: Sequence[str]) -> list[TrainingRun]:
     runs = comparisons.chosen(user, run_ids)
     if not runs or len(runs) < len(run_ids):
         raise NotFound("one of these training runs is no longer there")
-    context = _side_by_side(runs)
-    context["has_settings"] = request.GET.get("settings") == context["settings_version"]
-    return render(request, "runs/_compare_panels.html", context)
+    return runs
+
+
+def _exported(run: TrainingRun, names: Sequence[str]) -> Exported:
+    last_seq: int | None = run.last_seq  # type: ignore[attr-defined]
+    return Exported(
+        run=run,
+        title=run_rows.title_of(run),
+        began_at=comparison.began_at(run),
+        last_seq=-1 if last_seq is None else last_seq,
+        names=names,
+    )
 
 
 def _run_ids(request: HttpRequest) -> list[str]:

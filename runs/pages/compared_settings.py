@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Final, TypeAlias
 
 from runs.models import Recipe, TrainingRun
 from runs.pages import recipe_settings
+from runs.pages.comparison import query_of
 from runs.services import run_rows
 from runs.templatetags.formats import count
 
@@ -46,12 +48,16 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A setting of all runs; a line may break between the parts of its name."""
+    """A setting of all runs; a line may break between the parts of its name.
+
+    `ordered` is the query of the page with the runs in the order of this setting, empty where they are all alike.
+    """
 
     name: str
     parts: list[str]
     cells: list[Cell]
     is_same: bool
+    ordered: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +94,10 @@ def _rows(
     others = [_NOT_SET if is_of_all or _recipe_of(run) else _UNKNOWN for run in runs]
     for name in names:
         pairs = zip(settings, others, strict=True)
-        yield _row(name, [values.get((title, name), other) for values, other in pairs])
+        yield _row(name, runs, [values.get((title, name), other) for values, other in pairs])
 
 
-def _row(name: str, values: Sequence[Value]) -> Row:
+def _row(name: str, runs: Sequence[TrainingRun], values: Sequence[Value]) -> Row:
     first = next(value.key for value in values if value.is_known)
     cells = [
         Cell(
@@ -103,7 +109,31 @@ def _row(name: str, values: Sequence[Value]) -> Row:
         for value in values
     ]
     parts = re.findall(r"[^_.]*[_.]?", name)[:-1]
-    return Row(name=name, parts=parts, cells=cells, is_same=not any(cell.differs for cell in cells))
+    is_same = not any(cell.differs for cell in cells)
+    ordered = "" if is_same else query_of([runs[place].public_id for place in _order(values)])
+    return Row(name=name, parts=parts, cells=cells, is_same=is_same, ordered=ordered)
+
+
+def _order(values: Sequence[Value]) -> list[int]:
+    """Return the places of values from small to large, or the other way where they stand so already.
+
+    Without a value comes last.
+    """
+    with_value = [place for place, value in enumerate(values) if value.is_known and value is not _NOT_SET]
+    without = [place for place in range(len(values)) if place not in with_value]
+    rising = sorted(with_value, key=lambda place: _rank(values[place]))
+    if rising + without != list(range(len(values))):
+        return rising + without
+    return sorted(with_value, key=lambda place: _rank(values[place]), reverse=True) + without
+
+
+def _rank(value: Value) -> tuple[bool, float, str]:
+    try:
+        number = float(value.text)
+    except ValueError:
+        number = math.nan
+    is_number = math.isfinite(number)
+    return not is_number, number if is_number else 0.0, value.text.casefold()
 
 
 def _values_of(run: TrainingRun) -> Iterator[tuple[Place, Value]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Final, overload
 
-from django.http import HttpRequest, HttpResponseBase, JsonResponse
+import orjson
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 
@@ -48,19 +48,22 @@ def series(request: HttpRequest, run_id: str) -> HttpResponseBase:
         weight = math.nan
     if not 0 <= weight < 1:
         raise RequestInvalid("must be at least 0 and below 1", place="weight")
+    up_to_seq = _whole(request, "up_to", default=None)
+    if up_to_seq is None:
+        up_to_seq = metrics.last_seq(run)
     found = [
         histories.history(
             run,
             name,
             num_buckets=min(max(_whole(request, "buckets", default=1000), 1), histories.MAX_BUCKETS),
             weight=weight,
-            up_to_seq=_whole(request, "up_to", default=metrics.last_seq(run)),
+            up_to_seq=up_to_seq,
             from_step=_whole(request, "from", default=None),
             to_step=_whole(request, "to", default=None),
         )
         for name in names
     ]
-    return JsonResponse({"series": [asdict(history) for history in found]})
+    return HttpResponse(orjson.dumps({"series": found}), content_type="application/json")
 
 
 @signed_in

@@ -12,11 +12,16 @@ from django.db import connection
 from runs.models import TrainingRun
 
 MAX_BUCKETS: Final = 2000
-# Seconds instead of timestamps: making datetime objects would take longer than all the rest.
-_READ = """
-SELECT step, value, EXTRACT(EPOCH FROM recorded_at)::float8
-FROM runs_metric WHERE run_id = %s AND name = %s AND seq <= %s ORDER BY seq
+# Whole columns as bytes: of 50,000 values, rows of their own would take three times as long to come here.
+_READ: Final = """
+SELECT string_agg(int8send(step), '' ORDER BY seq), string_agg(float8send(value), '' ORDER BY seq),
+  string_agg(timestamptz_send(recorded_at), '' ORDER BY seq)
+FROM runs_metric WHERE run_id = %s AND name = %s AND seq <= %s
 """
+# PostgreSQL sends microseconds since the beginning of 2000.
+_YEAR_2000_US: Final = 946_684_800_000_000
+# What has decayed to this no longer moves an average, but would slow its arithmetic down.
+_DECAYED: Final = 1e-300
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Column = list[float | None]
@@ -126,18 +131,32 @@ def left_behind(steps: Ints) -> npt.NDArray[np.bool_]:
 
 def smoothed(steps: Ints, values: Floats, *, weight: float) -> tuple[Floats, Smoothing]:
     """Return the de-biased exponential moving average at each value; a non-finite value does not move it."""
-    result = np.full(len(values), np.nan)
-    numerator = denominator = 0.0
-    last = int(steps[0]) if len(steps) else 0
-    for index, (step, value, is_finite) in enumerate(
-        zip(steps.tolist(), values.tolist(), np.isfinite(values).tolist(), strict=True)
-    ):
-        if is_finite:
-            decay = weight ** max(step - last, 0)
-            numerator, denominator, last = numerator * decay + value, denominator * decay + 1.0, step
-        if denominator:
-            result[index] = numerator / denominator
-    return result, Smoothing(numerator=numerator, denominator=denominator, step=last)
+    is_finite = np.isfinite(values)
+    if not is_finite.any():
+        return np.full(len(values), np.nan), Smoothing(step=int(steps[0]) if len(steps) else 0)
+    finite_steps = steps[is_finite]
+    gaps = np.maximum(np.diff(finite_steps, prepend=finite_steps[:1]), 0)
+    with np.errstate(under="ignore", over="ignore"):
+        decays = np.power(weight, gaps, dtype=np.float64)
+        numerators = _decaying_sums(values[is_finite], decays)
+        denominators = _decaying_sums(np.ones(len(gaps)), decays)
+    places = np.cumsum(is_finite) - 1
+    result = np.where(places >= 0, (numerators / denominators)[places], np.nan)
+    smoothing = Smoothing(
+        numerator=float(numerators[-1]), denominator=float(denominators[-1]), step=int(finite_steps[-1])
+    )
+    return result, smoothing
+
+
+def _decaying_sums(values: Floats, decays: Floats) -> Floats:
+    """Return `sums[i] = values[i] + decays[i] * sums[i - 1]`, in steps that double what each sum reaches back to."""
+    sums, reach = values.copy(), decays.copy()
+    span = 1
+    while span < len(sums) and reach[span:].max() > _DECAYED:
+        sums[span:] += reach[span:] * sums[:-span]
+        reach[span:] *= reach[:-span]
+        span *= 2
+    return sums
 
 
 def _between(values: _Values, bounds: tuple[float, float]) -> _Values:
@@ -175,9 +194,10 @@ def _stretch(values: _Values, num_buckets: int) -> Stretch:
 def _read(run: TrainingRun, name: str, up_to_seq: int) -> tuple[Ints, Floats, Floats]:
     with connection.cursor() as cursor:
         cursor.execute(_READ, [run.pk, name, up_to_seq])
-        rows = cursor.fetchall()
-    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return table[:, 0].astype(np.int64), table[:, 1], table[:, 2]
+        columns = [column or b"" for column in cursor.fetchone()]
+    step, value = np.frombuffer(columns[0], ">i8"), np.frombuffer(columns[1], ">f8")
+    time_us = np.frombuffer(columns[2], ">i8") + _YEAR_2000_US
+    return step.astype(np.int64), value.astype(np.float64), time_us / 1e6
 
 
 def _bucketed(

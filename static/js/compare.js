@@ -87,23 +87,40 @@ function rank(name) {
 }
 
 const scheduleDraw = oncePerFrame(drawAll);
+const scheduleLoadedDraw = oncePerFrame(drawLoaded);
+// Names of the lines that came since they were last drawn.
+const loaded = new Set();
 let loadedTimer = null;
+let drawnRange = null;
 let drawMs = 0;
 
-// Of twenty long runs many lines come one after the other, and each drawing is one of all of them: a fifth of the time
+// Of twenty long runs many lines come one after the other, and each drawing is one of all runs: a fifth of the time
 // at most goes to that.
-function scheduleLoaded() {
+function scheduleLoaded({ name }) {
+  loaded.add(name);
   loadedTimer ??= setTimeout(() => {
     loadedTimer = null;
-    scheduleDraw();
+    scheduleLoadedDraw();
   }, Math.max(LOADED_MS, 4 * drawMs));
 }
 
+// Only where something came, unless all charts have to move.
+function drawLoaded() {
+  const range = currentRange();
+  const isMoved = options.axis === "tokens" || String(range) !== String(drawnRange);
+  draw([...charts.values()].filter((chart) => isMoved || chart.names.some((name) => loaded.has(name))), range);
+  loaded.clear();
+}
+
 function drawAll() {
+  draw(charts.values(), currentRange());
+}
+
+function draw(shown, range) {
   const began = performance.now();
   showNotes();
-  const range = currentRange();
-  for (const chart of charts.values()) chart.update(range);
+  for (const chart of shown) chart.update(range);
+  drawnRange = range;
   whole.hidden = !zoom;
   drawMs = performance.now() - began;
   grid.dataset.numHeld = runs.reduce((sum, run) => sum + [...run.lines.values()].filter(({ isHeld }) => isHeld).length, 0);

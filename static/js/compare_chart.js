@@ -47,11 +47,14 @@ export class CompareChart {
     this.part("table-button").addEventListener("click", () => this.#toggleTable());
   }
 
+  get names() {
+    return this.name === "loss" && this.options.hasValidation ? ["loss", VALIDATION] : [this.name];
+  }
+
   // The lines of the runs that are not hidden.
   lines() {
-    const names = this.name === "loss" && this.options.hasValidation ? ["loss", VALIDATION] : [this.name];
     const shown = this.runs.filter((run) => !run.isHidden);
-    return names.flatMap((name) => shown.map((run) => run.line(name)).filter((line) => line !== null));
+    return this.names.flatMap((name) => shown.map((run) => run.line(name)).filter((line) => line !== null));
   }
 
   // Uses what the lines hold now; hidden charts wait until they are seen.

@@ -12,7 +12,8 @@ export class LineLoads {
   #delay = FIRST_DELAY_MS;
   #timer = null;
 
-  // `next` gives the line that is wanted most of those that are not in a set; `onProblem` gets an error, null when it is over.
+  // `next` gives the line that is wanted most of those that are not in a set; `onDone` gets each, come or not,
+  // `onProblem` an error, null when it is over.
   constructor({ next, load, onDone, onProblem }) {
     this.#next = next;
     this.#load = load;
@@ -39,7 +40,7 @@ export class LineLoads {
       this.#rest();
     }
     this.#running.delete(line);
-    this.#onDone();
+    this.#onDone(line);
     this.pump();
   }
 

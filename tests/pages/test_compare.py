@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from django.test import Client
@@ -158,6 +159,33 @@ def test_settings_that_differ_are_marked(page: Client, alice: User) -> None:
     assert "was 0.0002 at the start" in text
     assert not reply.context["is_same"]
     assert page.get(address(first, first, third)).context["is_same"] is False
+
+
+def test_runs_can_be_put_in_the_order_of_a_setting(page: Client, alice: User) -> None:
+    own, *trained = make_runs(alice, 5)
+    for run, rate in zip(trained, (1e-3, 1e-5, 1e-2, 1e-5), strict=True):
+        recipe_seed.make_recipe(run)
+        run.recipe.config = {**run.recipe.config, "learning_rate": rate}
+        run.recipe.save()
+    first, second, third, fourth = trained
+    assert ordered_by("learning_rate", page.get(address(own, *trained))) == [
+        second,
+        fourth,
+        first,
+        third,
+        own,
+    ]
+    in_order = page.get(address(second, fourth, first, third, own))
+    assert ordered_by("learning_rate", in_order) == [third, first, second, fourth, own]
+    assert "Order the runs by learning_rate" in in_order.content.decode()
+    assert "Order the runs by LoRA rank" not in in_order.content.decode()
+    TrainingRun.objects.filter(pk=own.pk).update(lora_rank=128)
+    assert ordered_by("LoRA rank", page.get(address(own, *trained))) == [*trained, own]
+
+
+def ordered_by(name: str, reply: Any) -> list[TrainingRun]:
+    [query] = {row.ordered for group in reply.context["groups"] for row in group.rows if row.name == name}
+    return [TrainingRun.objects.get(public_id=run_id) for run_id in parse_qs(query)["run"]]
 
 
 def test_two_datasets_of_one_name_are_two(page: Client, alice: User) -> None:

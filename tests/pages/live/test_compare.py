@@ -7,7 +7,7 @@ import re
 from datetime import timedelta
 
 from django.utils import timezone
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from runs.models import TrainingRun, User
 from runs.pages.comparison import query_of
@@ -34,6 +34,12 @@ _NUM_DRAWN = """(chart) => {
     return number;
   });
 }"""
+
+
+# After a frame in which nothing was left to do.
+_DRAWN_SO_FAR = (
+    "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(drawn.splice(0)))))"
+)
 
 
 def open_runs(tab: Page, *runs: TrainingRun, num_lines: int, view: str = "") -> Locator:
@@ -259,3 +265,40 @@ def test_on_a_phone_the_table_alone_scrolls(tab: Page, alice: User) -> None:
     table.evaluate("(table) => table.scrollTo(200, 0)")
     assert table.evaluate("(table) => table.scrollLeft") == 200
     assert head.evaluate("(head) => head.getBoundingClientRect().left") == left
+
+
+def test_a_line_that_comes_leaves_other_charts_as_they_are(tab: Page, alice: User) -> None:
+    runs = [make_run(alice, name, 30, reward=1.0) for name in ("first", "second")]
+    TrainingRun.objects.update(state="closed")
+    tab.add_init_script(
+        """window.drawn = [];
+        const { clearRect } = CanvasRenderingContext2D.prototype;
+        CanvasRenderingContext2D.prototype.clearRect = function (...place) {
+          drawn.push(this.canvas.closest("[data-metric]")?.dataset.metric);
+          return clearRect.apply(this, place);
+        };"""
+    )
+    held: list[Route] = []
+    tab.route("**/series.json?name=reward&*", lambda route: held.append(route))
+    chart = open_runs(tab, *runs, num_lines=2)
+    expect(tab.locator('[data-metric="reward"] .chart-summary')).to_have_text("Loading\u2026")
+    assert "loss" in tab.evaluate(_DRAWN_SO_FAR)
+    held[0].continue_()
+    reward = tab.locator('[data-metric="reward"] .chart-values li')
+    expect(reward).to_have_count(1)
+    held[1].continue_()
+    expect(reward).to_have_count(2)
+    expect(tab.locator('[data-metric="tokens"] .chart-values li')).to_have_count(2)
+    assert set(tab.evaluate("drawn")) == {"reward", "tokens"}
+    assert len(values_of(chart)) == 2
+
+
+def test_the_values_of_all_runs_can_be_downloaded(tab: Page, alice: User) -> None:
+    runs = [make_run(alice, name, 3) for name in ("first", "second")]
+    open_runs(tab, *runs, num_lines=2)
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Download CSV").click()
+    assert download.value.suggested_filename == "compare-2-runs.csv"
+    text = download.value.path().read_text()
+    assert text.splitlines()[0] == "run,run_id,step,tokens_so_far,seconds,loss,tokens"
+    assert f"second,{runs[1].public_id},3,300," in text
