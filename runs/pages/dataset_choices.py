@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,26 @@ class DatasetChoice:
 
     ref: str
     label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What there is to choose from: another `word` where that is something else, and whether there may soon be more."""
+
+    word: str
+    is_growing: bool
+
+
+def offer_to(user: User) -> Offer:
+    """Return what a form that is open compares with what it has: datasets become ready, get names, are deleted."""
+    states = DatasetVersion.State
+    seen = DatasetVersion.objects.filter(
+        dataset__in=access.datasets_of(user), state__in=(states.READY, states.CHECKING)
+    )
+    rows = list(seen.order_by("pk").values_list("pk", "state", "dataset__name"))
+    ready = [row for row in rows if row[1] == states.READY]
+    word = hashlib.sha256(repr(ready).encode()).hexdigest()[:16]
+    return Offer(word=word, is_growing=len(ready) < len(rows))
 
 
 def choices_of(user: User, chosen: Sequence[str]) -> list[DatasetChoice]:

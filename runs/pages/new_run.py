@@ -98,6 +98,7 @@ def preview(request: HttpRequest) -> HttpResponseBase:
     sent = _sent(request)
     lines = run_preview.lines_of(sent.estimate) if sent.estimate is not None else []
     steps, epochs = _lengths(sent.estimate)
+    offer = dataset_choices.offer_to(_user(request))
     return JsonResponse(
         {
             "html": render_to_string("runs/new/_preview.html", {"lines": lines}),
@@ -106,6 +107,8 @@ def preview(request: HttpRequest) -> HttpResponseBase:
             "rules": _rules(sent),
             "num_steps": steps,
             "num_epochs": epochs,
+            "offer": offer.word,
+            "is_growing": offer.is_growing,
         }
     )
 
@@ -297,6 +300,8 @@ def _page(
             "base_model": base_model.name if base_model is not None else "",
             "base_model_error": base_model.error if base_model is not None else "",
             "base_models": base_models.available(),
+            # Before the datasets: what becomes ready in between is looked for again.
+            "offer": dataset_choices.offer_to(user).word,
             "datasets": dataset_choices.choices_of(user, chosen),
             "dataset": (values.get("dataset") or [""])[-1],
             "validation_datasets": [ref for ref in values.get("validation.datasets", ()) if ref],

@@ -4,11 +4,12 @@ import { aboveZero, yRange } from "./axes.js";
 import { saveImage } from "./chart_image.js";
 import { EventsLane } from "./events_lane.js";
 import { readColors } from "./chart_colors.js";
-import { drawEvents, drawNotFinite } from "./chart_marks.js";
+import { drawBeyond, drawEvents, drawNotFinite } from "./chart_marks.js";
 import { chip } from "./chart_parts.js";
 import { tableOf } from "./chart_table.js";
 import { clock, count, decimal, timeLabels, timeTitle } from "./format.js";
 import { titleOf } from "./metric_titles.js";
+import { beyond, beyondWords } from "./outliers.js";
 import { drawBest, drawFaint, drawOverlay, extremes, valueBefore } from "./overlays.js";
 import { padded, WHOLE, xAxis, yAxis } from "./plot_axes.js";
 
@@ -17,8 +18,8 @@ const LONE_POINTS = 40;
 const template = document.getElementById("chart-template");
 
 export class Chart {
-  // `options` is shared by all charts and changed in place: weight, isLog, axis.
-  constructor(series, options, { onZoom, onReset }) {
+  // `options` is shared by all charts and changed in place: weight, isLog, ignoresOutliers, axis.
+  constructor(series, options, { onZoom, onReset, onShowAll }) {
     this.series = series;
     this.options = options;
     this.onZoom = onZoom;
@@ -42,6 +43,7 @@ export class Chart {
     this.holder.addEventListener("keydown", (event) => this.#onKey(event));
     this.part("image-button").addEventListener("click", () => this.#saveImage());
     this.part("table-button").addEventListener("click", () => this.#toggleTable());
+    this.part("outliers").addEventListener("click", onShowAll);
   }
 
   // Uses what the series holds now; hidden charts wait until they are seen.
@@ -83,6 +85,7 @@ export class Chart {
     this.view = this.series.view(this.options.axis, from, to, Math.max(width, 200));
     this.#viewOthers(from, to, Math.max(width, 200));
     const data = this.#columns();
+    this.beyond = this.options.ignoresOutliers ? beyond(this.#lines(), this.range, this.options.isLog) : null;
     if (!this.plot) this.#build(data);
     else this.plot.batch(() => {
       this.plot.setData(data, false);
@@ -116,6 +119,13 @@ export class Chart {
     return [x, ...columns];
   }
 
+  // All that is drawn in the range, each line with what the rule for outliers looks at.
+  #lines() {
+    const { x, mean, smooth, low, high } = this.view;
+    const own = { x, columns: [mean, low, high], smooth: this.options.weight > 0 ? smooth : null };
+    return [own, ...[...this.overlays.map(({ view }) => view), ...this.faint].map((view) => ({ x: view.x, columns: [view.mean] }))];
+  }
+
   #build(data) {
     const colors = readColors(this.element);
     this.colors = colors;
@@ -131,7 +141,7 @@ export class Chart {
         padding: [8, 22, 0, 0],
         scales: {
           x: { time: options.axis === "time", range: (u, min, max) => [min, max] },
-          y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => yRange(...this.#withOthers(min, max), options.isLog) },
+          y: { distr: options.isLog ? 3 : 1, range: (u, min, max) => this.beyond?.range ?? yRange(...this.#withOthers(min, max), options.isLog) },
         },
         axes: [
           xAxis(colors, options.axis === "time" ? { values: (u, ticks) => timeLabels(ticks) } : { incrs: WHOLE, values: (u, ticks) => ticks.map((value) => count(value)) }),
@@ -190,6 +200,7 @@ export class Chart {
     const bad = [this.view, ...this.overlays.map(({ view }) => view)].flatMap((view) => view.bad);
     drawNotFinite(u, bad.map(([x]) => x), colors.bad);
     drawNotFinite(u, this.floored, colors.floor);
+    if (this.beyond) drawBeyond(u, this.beyond, colors.floor);
     u.ctx.restore();
     this.lane?.place(u, (event) => this.#placeOf(event));
   }
@@ -253,7 +264,7 @@ export class Chart {
     if (!this.plot) return;
     const { colors } = this;
     const axis = this.options.axis === "time" ? timeTitle(...this.range) : this.options.axis;
-    const title = `${this.part("title").textContent} by ${axis}`;
+    const title = `${this.part("title").textContent} by ${axis}${this.beyond ? `, outliers left out: ${beyondWords(this.beyond)}` : ""}`;
     saveImage({ canvas: this.plot.ctx.canvas, title, legend: this.#legend(colors), colors, name: this.series.name });
   }
 
@@ -266,9 +277,10 @@ export class Chart {
       return;
     }
     const bad = view.bad.find(([x]) => x === view.x[index]);
-    const parts = [this.options.axis === "time" ? clock(view.x[index]) : `step ${count(view.step[index])}`];
+    const parts = [`step ${count(view.step[index])}`];
     if (view.mean[index] === null) parts.push(bad ? "not finite" : "no value");
     else parts.push(decimal(view.mean[index]));
+    if (this.options.axis === "time") parts.push(clock(view.x[index]));
     if (this.options.weight > 0 && view.smooth[index] !== null) parts.push(`smooth ${decimal(view.smooth[index])}`);
     if (view.numValues[index] > 1 && view.low[index] !== null) {
       parts.push(`${decimal(view.low[index])} to ${decimal(view.high[index])} in ${count(view.numValues[index])}`);
@@ -294,6 +306,7 @@ export class Chart {
     for (const { label, series: { facts } } of this.overlays) {
       if (facts.last !== null) words.push(`${label} ${decimal(facts.first)} \u2192 ${decimal(facts.last)}, lowest ${decimal(facts.lowest)} at step ${count(facts.lowestStep)}`);
     }
+    if (this.beyond) words.push(`outliers beyond the axis: ${beyondWords(this.beyond)}`);
     if (this.series.hasAbandoned) words.push("grey: left behind when the run went back");
     if (this.ancestors.length) words.push("faint: the run it was forked from");
     const summary = words.join("; ");
@@ -311,6 +324,8 @@ export class Chart {
     const first = bad.reduce((a, b) => (b.firstBad < a.firstBad ? b : a), bad[0]);
     const numBad = bad.reduce((sum, facts) => sum + facts.numBad, 0);
     chip(this.part("bad"), numBad, `${count(numBad)} not finite, first ${first?.isRough ? "near" : "at"} step ${count(first?.firstBad)}`);
+    chip(this.part("outliers"), this.beyond ? 1 : 0, this.beyond ? beyondWords(this.beyond) : "");
+    this.part("outliers").title = this.beyond ? `${farWords(this.beyond)}Press to show all` : "";
     const { length: numFloored } = this.floored;
     chip(this.part("floor"), numFloored, `${count(numFloored)} ${numFloored === 1 ? "point reaches" : "points reach"} 0 or below`);
   }
@@ -350,6 +365,14 @@ function lonePoints(u, index, isShown) {
     if (column[i] !== null && (column[i - 1] ?? null) === null && (column[i + 1] ?? null) === null) lone.push(i);
   }
   return lone.length ? lone : null;
+}
+
+// The furthest of the points that an axis leaves out.
+function farWords({ above, below, leaves }) {
+  const highest = above.reduce((far, [, value]) => Math.max(far, value), -Infinity);
+  const lowest = below.reduce((far, [, value]) => Math.min(far, value), Infinity);
+  const words = [above.length && `the highest is ${decimal(highest)}`, below.length && `the lowest is ${decimal(lowest)}`, leaves && "the smoothed line leaves the chart, too"];
+  return `Beyond the axis: ${words.filter(Boolean).join("; ")}. `;
 }
 
 function cursorPoint(color) {

@@ -20,6 +20,25 @@ export function drawNotFinite(u, xs, color) {
   }
 }
 
+// Where the axis leaves points out: a mark at the edge that they lie beyond.
+export function drawBeyond(u, { above, below }, color) {
+  const { ctx, bbox } = u;
+  const size = 4.5 * devicePixelRatio;
+  ctx.save();
+  ctx.fillStyle = color;
+  for (const [points, edge, way] of [[above, bbox.top, 1], [below, bbox.top + bbox.height, -1]]) {
+    for (const [x] of points) {
+      const place = u.valToPos(x, "x", true);
+      ctx.beginPath();
+      ctx.moveTo(place, edge);
+      ctx.lineTo(place - size, edge + way * 1.7 * size);
+      ctx.lineTo(place + size, edge + way * 1.7 * size);
+      ctx.fill();
+    }
+  }
+  ctx.restore();
+}
+
 // Returns where the line is, null when that is out of view.
 function drawVertical(u, x, color, isStrong, isSolid) {
   const { ctx, bbox } = u;

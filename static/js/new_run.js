@@ -8,6 +8,8 @@ import { ProblemBox } from "./new_run_problems.js";
 
 const DEBOUNCE_MS = 300;
 const REPEAT_MS = 15_000;
+// While a dataset is being checked, which may be chosen once that is done.
+const GROWING_REPEAT_MS = 1500;
 
 const form = document.querySelector("[data-new-run]");
 // Fields named "dataset" and "length" hide the properties of that name.
@@ -61,9 +63,17 @@ async function preview() {
   if (mine === newest) {
     showFailure(problem);
     if (answer) apply(answer);
+    if (answer && answer.offer !== fields.offered) offerDatasets();
   }
   // What was typed meanwhile has planned a preview of its own, which is sooner.
-  timer ??= setTimeout(() => (document.hidden ? schedule(REPEAT_MS) : preview()), REPEAT_MS);
+  const delay = answer?.is_growing ? GROWING_REPEAT_MS : REPEAT_MS;
+  timer ??= setTimeout(() => (document.hidden ? schedule(REPEAT_MS) : preview()), delay);
+}
+
+// What has become ready since the page was opened can be chosen; without an answer the next preview asks again.
+async function offerDatasets() {
+  const page = await getPage(location.pathname + location.search).catch(() => null);
+  if (page) fields.offerDatasets(page);
 }
 
 function showFailure(problem) {
@@ -167,13 +177,14 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// Back from the run that was started: the page is as it was left, and starts the next one. Back from an upload: it can
-// be chosen.
-onComingBack(async () => {
+// Back from the run that was started: the page is as it was left, and starts the next one. Back from an upload, in this
+// tab or another: it can be chosen.
+onComingBack(() => {
   mayStart();
-  const page = await getPage(location.pathname + location.search).catch(() => null);
-  if (page) fields.offerDatasets(page);
   preview();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) preview();
 });
 
 function mayStart() {

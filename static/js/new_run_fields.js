@@ -114,10 +114,18 @@ export class Fields {
     }
   }
 
+  // A word for the datasets that are offered, as the server has it.
+  get offered() {
+    return this.form.elements.namedItem("dataset").dataset.offer;
+  }
+
   // Takes over the datasets that a fresh copy of the page offers.
   offerDatasets(page) {
-    const [, ...options] = page.querySelector("select[name='dataset']").options;
-    offer(this.form.elements.namedItem("dataset"), options);
+    const fresh = page.querySelector("select[name='dataset']");
+    const [, ...options] = fresh.options;
+    const select = this.form.elements.namedItem("dataset");
+    offer(select, options);
+    select.dataset.offer = fresh.dataset.offer;
     this.growing.get("validation.datasets").offer(options);
     document.getElementById("f-dataset-why").replaceWith(page.getElementById("f-dataset-why"));
   }

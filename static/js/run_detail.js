@@ -6,6 +6,7 @@ import { hashOf, showTools, showWeight, showZone, viewOf } from "./chart_view.js
 import { count } from "./format.js";
 import { oncePerFrame } from "./frames.js";
 import { Loads } from "./loads.js";
+import { keepIgnoring } from "./outliers.js";
 import { VALIDATION } from "./overlays.js";
 import { Panels } from "./run_panels.js";
 import { Series } from "./series.js";
@@ -26,7 +27,7 @@ const MAX_LIVE_VALUES = 60_000;
 const ORDER = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "step_time_s"];
 const NUMBERS = { NaN, Infinity, "-Infinity": -Infinity };
 
-// What all charts show: weight, isLog, axis, span.
+// What all charts show: weight, isLog, ignoresOutliers, axis, span.
 const options = {};
 const charts = new Map();
 // Series that are drawn in the loss chart, by metric name.
@@ -180,7 +181,7 @@ function chartOf(name) {
   if (known) return known;
   const series = new Series(name);
   series.setWeight(options.weight);
-  const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom });
+  const chart = new Chart(series, options, { onZoom: setZoom, onReset: resetZoom, onShowAll: showOutliers });
   chart.ancestors = ancestors.of(name);
   charts.set(name, chart);
   if (name === "loss") chart.setMarks(readMarks());
@@ -293,9 +294,15 @@ function onTool(event) {
   options.axis = tools.elements.axis.value;
   options.span = tools.elements.span.value;
   options.isLog = tools.elements.isLog.checked;
+  options.ignoresOutliers = tools.elements.ignoresOutliers.checked;
+  if (event.target.name === "ignoresOutliers") keepIgnoring(options.ignoresOutliers);
   if (event.target.name === "span") zoom = null;
   keepInAddress();
   redraw();
+}
+
+function showOutliers() {
+  tools.elements.ignoresOutliers.click();
 }
 
 function redraw() {

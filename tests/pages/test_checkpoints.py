@@ -9,9 +9,11 @@ from urllib.parse import quote
 import pytest
 from django.core.files.storage import default_storage
 from django.test import Client
+from django.utils import timezone
 from pytest_django import DjangoCaptureOnCommitCallbacks
 
 from runs.models import Checkpoint, Metric, TrainingRun
+from runs.services import checkpoint_facts
 from tests.pages import recipe_seed, seed
 from tests.pages.test_run_detail import streamed
 
@@ -53,6 +55,33 @@ def test_it_shows_the_losses_at_the_step_and_the_best(page: Client, run: Trainin
         assert "best" not in first
         assert "20.50" in second
         assert '<span class="badge badge-best">best</span>' in second
+
+
+@pytest.mark.parametrize(
+    ("state", "next_step", "best"),
+    [("running", 41, "step-000020"), ("finished", 30, "step-000020"), ("finished", 20, "final")],
+)
+def test_the_best_is_found_though_a_step_was_skipped(
+    run: TrainingRun, state: str, next_step: int, best: str
+) -> None:
+    """The worker counts no step whose gradient was not finite, the recipe that measures counts it."""
+    ended_at = timezone.now() if state == "finished" else None
+    recipe_seed.make_recipe(run, best_step=20, state=state, next_step=next_step, ended_at=ended_at)
+    names = {
+        "step-000010": 9,
+        "step-000021": 20,
+        "final" if best == "final" else "step-000020": 19,
+        "mine": 20,
+    }
+    for name, step in names.items():
+        seed.add_checkpoint(run, name, step=step)
+    for step, loss in ((10, 1.5), (20, 0.5), (21, 0.75)):
+        Metric.objects.create(run=run, seq=9000 + step, name="validation_loss", step=step, value=loss)
+    saved = {checkpoint.name: checkpoint for checkpoint in Checkpoint.objects.filter(run=run)}
+    facts = checkpoint_facts.facts_of(saved.values())
+    assert [name for name, one in saved.items() if facts[one.pk].is_best] == [best]
+    losses = {name: facts[one.pk].validation_loss for name, one in saved.items() if name != "mine"}
+    assert losses == {"step-000010": 1.5, "step-000021": 0.75, best: 0.5}
 
 
 def test_it_leads_to_a_talk_and_a_fork(page: Client, checkpoint: Checkpoint, run: TrainingRun) -> None:

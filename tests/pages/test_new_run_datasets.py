@@ -9,7 +9,7 @@ from django.test.utils import CaptureQueriesContext
 from tokenizers import Tokenizer
 
 from runs.models import Dataset, DatasetVersion, User
-from tests.pages.new_run_form import NEW, make_dataset, opened, ref
+from tests.pages.new_run_form import NEW, filled, make_dataset, opened, ref, send
 
 pytestmark = pytest.mark.django_db
 
@@ -65,3 +65,20 @@ def test_another_persons_version_is_not_offered_by_naming_it(page: Client, alice
     html = reply.content.decode()
     assert f'value="{ref(theirs)}"' not in html
     assert html.count(f'<option value="{ref(own)}" selected>') == 1
+
+
+def test_an_open_form_learns_of_what_becomes_ready(page: Client, alice: User, bob: User) -> None:
+    first = make_dataset(alice)
+    form = filled(page, dataset=ref(first))
+    before = send(page, form, action="preview")
+    assert f'data-offer="{before["offer"]}"' in page.get(NEW).content.decode()
+    fresh = make_dataset(alice, number=2)
+    DatasetVersion.objects.filter(pk=fresh.pk).update(state="checking")
+    make_dataset(bob, number=3)
+    during = send(page, form, action="preview")
+    assert (before["is_growing"], during["is_growing"]) == (False, True)
+    assert during["offer"] == before["offer"]
+    DatasetVersion.objects.filter(pk=fresh.pk).update(state="ready")
+    after = send(page, form, action="preview")
+    assert after["offer"] != before["offer"]
+    assert after["is_growing"] is False

@@ -59,7 +59,7 @@ def test_times_say_their_zone(tab: Page, trained: TrainingRun, zone: str, title:
     )
     with tab.expect_download():
         chart.get_by_role("button", name="PNG").click()
-    assert f"Loss per token by {title}" in tab.evaluate("written")
+    assert f"Loss per token by {title}, outliers left out: 3 points above" in tab.evaluate("written")
 
 
 def test_an_address_that_is_pasted_over_the_same_run_is_followed(tab: Page, trained: TrainingRun) -> None:
@@ -109,3 +109,22 @@ def test_a_copied_link_has_the_smoothing_and_changes_nobodys_own(tab: Page, trai
     tab.get_by_role("button", name="Copy link").click()
     expect(tab.locator("[data-copy-view]")).to_have_attribute("data-copy-text", tab.url)
     assert "weight=0.9" in tab.url
+
+
+@pytest.mark.parametrize("axis", ["step", "time"])
+def test_a_phone_shows_all_that_the_crosshair_says(tab: Page, trained: TrainingRun, axis: str) -> None:
+    tab.set_viewport_size({"width": 390, "height": 900})
+    open_in(tab, trained, "America/St_Johns")
+    tab.get_by_label("x axis").select_option(axis)
+    plot = tab.get_by_role("img", name="Loss per token")
+    plot.focus()
+    top = plot.bounding_box()
+    plot.press("ArrowLeft")
+    readout = tab.locator('[data-metric="loss"] .chart-readout')
+    expect(readout).to_contain_text("step 200")
+    expect(readout).to_contain_text("0.01000")
+    expect(readout).to_contain_text("smooth 0.0100")
+    if axis == "time":
+        expect(readout).to_contain_text("09:30:00 UTC\u22122:30")
+    assert readout.evaluate("(element) => element.scrollWidth <= element.clientWidth")
+    assert plot.bounding_box() == top, "the chart jumps under the finger"

@@ -63,6 +63,28 @@ def test_a_run_is_filled_in_and_started_by_a_key(tab: Page, dataset: DatasetVers
     assert (config["schedule"], config["validation"]["datasets"]) == ("linear", [ref(held_out)])
 
 
+def test_a_dataset_that_becomes_ready_meanwhile_can_be_chosen(tab: Page, dataset: DatasetVersion) -> None:
+    tab.clock.install()
+    tab.goto(NEW)
+    choose(tab, dataset)
+    field(tab, "Run name").fill("typed by hand")
+    expect(card(tab, "Steps")).to_be_visible()
+    fresh = make_dataset(dataset.dataset.owner, number=2)
+    DatasetVersion.objects.filter(pk=fresh.pk).update(state="checking")
+    with tab.expect_response("**/preview"):
+        tab.clock.fast_forward(15_000)
+    offered = field(tab, "Dataset").locator(f"option[value='{ref(fresh)}']")
+    expect(offered).to_have_count(0)
+    DatasetVersion.objects.filter(pk=fresh.pk).update(state="ready")
+    with tab.expect_response("**/preview"):
+        tab.clock.fast_forward(2_000)  # sooner while something is being checked
+    expect(offered).to_have_count(1)
+    expect(field(tab, "Dataset")).to_have_value(ref(dataset))
+    choose(tab, fresh)
+    expect(field(tab, "Run name")).to_have_value("typed by hand")
+    expect(tab.locator("select[name='validation.datasets'] option")).to_have_count(3)
+
+
 def test_the_card_follows_what_is_typed(tab: Page, dataset: DatasetVersion) -> None:
     tab.goto(NEW)
     expect(tab.get_by_text("Choose a dataset to see steps")).to_be_visible()
