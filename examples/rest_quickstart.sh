@@ -76,8 +76,7 @@ call POST /datasets -F "file=@\"$file\""
 dataset=$(field id) number=$(field version.number)
 state=checking
 while [ "$state" = checking ]; do
-    sleep 0.5
-    call GET "/datasets/$dataset/versions/$number"
+    call GET "/datasets/$dataset/versions/$number?wait_s=30"
     state=$(field state)
 done
 [ "$state" = ready ] || fail "the dataset is $state: $(field error) - see ${rest%/rest/v1}/datasets/$dataset/"

@@ -91,7 +91,9 @@ def upload(rest, file):
         patience_s=600,
     )
     path = f"datasets/{made['id']}/versions/{made['version']['number']}"
-    version = next(one for one in rest.changes(path) if one["state"] != "checking")
+    version = made["version"]
+    while version["state"] == "checking":
+        version = rest.ask("GET", f"{path}?wait_s=30")
     if version["state"] != "ready":
         raise Refused(
             f"{file} is no dataset yet, it {version['state'].replace('_', ' ')}: {version['error']}"

@@ -25,12 +25,13 @@ with heap.lasting():
     from mintweb.origins import SameOrigin  # reads settings
     from runs import urls  # models exist only once Django is set up
     from runs.api.clock import lifespan
+    from runs.api.rest_waits import RestWaits
     from runs.rest.body_guard import BodyGuard
 
 # Django's types know views only, Channels' router calls ASGI applications.
 _sdk: Any = URLRouter(cast(Any, urls.sdk_routes))
 _uploads: Any = URLRouter(cast(Any, urls.upload_routes))
-_pages: Any = BodyGuard(cast(Any, django_application))
+_pages: Any = BodyGuard(cast(Any, RestWaits(cast(Any, django_application))))
 _sockets: Any = AuthMiddlewareStack(URLRouter(cast(Any, urls.socket_routes)))
 
 _lean = [path("api/v1/", _sdk), path("datasets/uploads/", _uploads), path("rest/v1/uploads/", _uploads)]

@@ -64,6 +64,7 @@ page_urls: list[URLPattern] = [
     path("runs/try", new_run.try_it, name="run-try"),
     path("runs/compare/", compare.compare, name="run-compare"),
     path("runs/compare/panels/", compare.panels, name="run-compare-panels"),
+    path("runs/compare/metrics.csv", compare.as_csv, name="run-compare-csv"),
     path("runs/<str:run_id>/", run_detail.run_detail, name="run-detail"),
     path("runs/<str:run_id>/panels/", run_detail.panels, name="run-panels"),
     path("runs/<str:run_id>/rename", run_detail.rename, name="run-rename"),

@@ -24,24 +24,23 @@ from urllib.parse import parse_qsl
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections
 
+from runs.api import request_bodies
+from runs.api.request_bodies import Body, ClientLeft
 from runs.exceptions import (
-    BodyTooSlow,
     MethodNotAllowed,
     MintError,
     NotAuthenticated,
     NotFound,
-    PayloadTooLarge,
     RateLimited,
     RequestInvalid,
 )
 from runs.models import User
-from runs.schemas.encodings import decompress
 from runs.services import keys
 
 logger = logging.getLogger(__name__)
 
 Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
+Receive = request_bodies.Receive
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Result = TypeVar("Result")
 
@@ -51,7 +50,6 @@ HOLD_S: Final = 25.0
 HOLD_SHARE: Final = 0.6
 _AGAIN_S: Final = 0.5
 _SERVERS_FAULT: Final = 500
-_BODY_TIMEOUT_S: Final = 30
 # What anyone may send who has no key; the SDKs send a few hundred bytes there.
 _OPEN_BODY_BYTES: Final = 64 << 10
 _SHORT_NUMBER: Final = re.compile(r"[0-9]{1,18}")
@@ -72,10 +70,21 @@ class ApiRequest:
     path_args: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]
-    body: bytes
+    received: Body
     credential: str
     held_until: float
     _user: User | None
+
+    @property
+    def body(self) -> bytes:
+        """All of the body.
+
+        Raises:
+            MintError: it was refused.
+        """
+        if self.received.refusal is not None:
+            raise self.received.refusal
+        return self.received.content
 
     @property
     def user(self) -> User:
@@ -86,7 +95,7 @@ class ApiRequest:
     @property
     def is_proto(self) -> bool:
         """Whether the body is protobuf."""
-        return self.headers.get("content-type", "").startswith("application/x-protobuf")
+        return request_bodies.is_proto(self.headers)
 
     @property
     def accepts_proto(self) -> bool:
@@ -149,14 +158,23 @@ View = Callable[[ApiRequest], Reply] | Callable[[ApiRequest], Coroutine[Any, Any
 
 
 class Endpoint:
-    """An ASGI application with one view per method; `needs_key` is its access policy. Some take small bodies only."""
+    """An ASGI application with one view per method; `needs_key` is its access policy. Some take small bodies only.
+
+    A view of operations gets requests whose body is refused, too: it raises that once it asks for the body.
+    """
 
     def __init__(
-        self, views: Mapping[str, View], *, needs_key: bool, max_body_bytes: int | None = None
+        self,
+        views: Mapping[str, View],
+        *,
+        needs_key: bool,
+        max_body_bytes: int | None = None,
+        takes_operations: bool = False,
     ) -> None:
         self.views = views
         self.needs_key = needs_key
         self._max_body_bytes = max_body_bytes
+        self._takes_operations = takes_operations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -178,24 +196,39 @@ class Endpoint:
         if any("\0" in arg for arg in path_args.values()):  # no text of PostgreSQL's holds one
             raise NotFound
         limit = min(self._max_body_bytes or settings.MAX_BODY_BYTES, settings.MAX_BODY_BYTES)
-        body = await _read_body(receive, headers, limit=limit)
+        body = await self._body(receive, headers, limit)
         request = ApiRequest(
             method=scope["method"],
             scheme=scope.get("scheme", "http"),
             path_args=path_args,
             query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
             headers=headers,
-            body=body,
+            received=body,
             credential=credential,
             held_until=held_until,
             _user=user,
         )
         return await _once_reachable(lambda: _run(view, request, receive), held_until)
 
+    async def _body(self, receive: Receive, headers: Mapping[str, str], limit: int) -> Body:
+        body = await request_bodies.read(receive, headers, limit=limit, keeps_ends=self._takes_operations)
+        encoding = headers.get("content-encoding", "")
+        if encoding:
+            packed = body
+            body = await in_thread(lambda: packed.unpacked(encoding, limit=limit))
+        if body.refusal is not None and not self._takes_operations:
+            raise body.refusal
+        return body
+
 
 def endpoint(**views: View) -> Endpoint:
     """Make an endpoint that needs a key, e.g. `endpoint(POST=view)`."""
     return Endpoint(views, needs_key=True)
+
+
+def operation_endpoint(view: View) -> Endpoint:
+    """Make an endpoint of operations: its view is asked about refused ones, too, to take up their seq_id."""
+    return Endpoint({"POST": view}, needs_key=True, takes_operations=True)
 
 
 def open_endpoint(*, max_body_bytes: int = _OPEN_BODY_BYTES, **views: View) -> Endpoint:
@@ -243,7 +276,7 @@ async def user_of(credential: str) -> User:
 
 async def _run(view: View, request: ApiRequest, receive: Receive) -> Reply:
     if inspect.iscoroutinefunction(view):
-        return await _while_connected(view(request), receive)
+        return await while_connected(view(request), receive)
     return await in_thread(lambda: view(request))  # type: ignore[arg-type, return-value]
 
 
@@ -290,13 +323,13 @@ def error_reply(error: MintError) -> Reply:
     return json_reply(content, status=error.http_status, headers=_HINTS.get(error.http_status))
 
 
-class ClientLeft(Exception):
-    """The client closed the connection before it had its answer."""
+async def while_connected(waiting: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+    """Await what waits for long, and end it when the client goes away.
 
-
-async def _while_connected(view: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
-    """Await a view that waits, and end it when the client goes away."""
-    answering = asyncio.create_task(view)
+    Raises:
+        ClientLeft: it has.
+    """
+    answering = asyncio.create_task(waiting)
     leaving = asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -341,39 +374,6 @@ def _crash_reply(scope: Scope) -> Reply:
         },
         status=500,
     )
-
-
-async def _read_body(receive: Receive, headers: Mapping[str, str], *, limit: int) -> bytes:
-    """Read the body, never holding more than the limit whatever Content-Length says."""
-    declared = headers.get("content-length", "")
-    if _SHORT_NUMBER.fullmatch(declared) and int(declared) > limit:
-        raise PayloadTooLarge(f"the body has {declared} bytes; the most is {limit}")
-    try:
-        raw = await asyncio.wait_for(_receive_all(receive, limit), _BODY_TIMEOUT_S)
-    except TimeoutError:
-        message = (
-            f"the body did not arrive within {_BODY_TIMEOUT_S} s; send the request again, or less at a time"
-        )
-        raise BodyTooSlow(message) from None
-    encoding = headers.get("content-encoding", "")
-    if not encoding:
-        return raw
-    return await in_thread(lambda: decompress(raw, encoding, limit=limit))
-
-
-async def _receive_all(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise PayloadTooLarge(f"the body is longer than {limit} bytes")
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def _send(reply: Reply, send: Send) -> None:

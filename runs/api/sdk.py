@@ -1,4 +1,4 @@
-"""The SDK's routes under /api/v1/; `endpoint` asks for a key, `open_endpoint` does not."""
+"""The SDK's routes under /api/v1/; `endpoint` and `operation_endpoint` ask for a key, `open_endpoint` does not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 from django.urls import URLPattern, path, re_path
 
 from runs.api import futures, nowhere, sampling, service, training, training_runs, weights
-from runs.api.decorators import Endpoint, endpoint, open_endpoint
+from runs.api.decorators import Endpoint, endpoint, open_endpoint, operation_endpoint
 
 _CHECKPOINT = "training_runs/<str:run_id>/checkpoints/<str:kind>/<str:name>"
 
@@ -36,15 +36,15 @@ _training = [
     _route("create_model", endpoint(POST=training.create_model)),
     _route("get_info", endpoint(POST=training.get_info)),
     _route("unload_model", endpoint(POST=training.unload_model)),
-    _route("forward", endpoint(POST=training.forward)),
-    _route("forward_backward", endpoint(POST=training.forward_backward)),
-    _route("optim_step", endpoint(POST=training.optim_step)),
+    _route("forward", operation_endpoint(training.forward)),
+    _route("forward_backward", operation_endpoint(training.forward_backward)),
+    _route("optim_step", operation_endpoint(training.optim_step)),
     _route("retrieve_future", endpoint(POST=futures.retrieve_future)),
 ]
 _weights = [
-    _route("save_weights", endpoint(POST=weights.save_weights)),
-    _route("save_weights_for_sampler", endpoint(POST=weights.save_weights_for_sampler)),
-    _route("load_weights", endpoint(POST=weights.load_weights)),
+    _route("save_weights", operation_endpoint(weights.save_weights)),
+    _route("save_weights_for_sampler", operation_endpoint(weights.save_weights_for_sampler)),
+    _route("load_weights", operation_endpoint(weights.load_weights)),
     _route("weights_info", endpoint(POST=weights.weights_info)),
 ]
 _sampling = [

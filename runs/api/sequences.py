@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -16,6 +18,13 @@ from runs.schemas.data import WireModel
 from runs.schemas.names import Id, SeqId
 from runs.schemas.parsing import validate_object
 from runs.services import access, operations
+
+_FIRST_FIELDS: Final = re.compile(rb"\x0a([\x01-\x7f])(.{0,127})", re.DOTALL)
+_SECOND_FIELD: Final = re.compile(rb"\x10[\x80-\xff]{0,9}[\x00-\x7f]")
+_IN_JSON: Final = {
+    "model_id": re.compile(rb'"model_id"\s*:\s*("[^"\\]{1,200}")'),
+    "seq_id": re.compile(rb'"seq_id"\s*:\s*([0-9]{1,19})\s*[,}]'),
+}
 
 
 class _Named(WireModel):
@@ -46,7 +55,34 @@ def _named_operation(request: ApiRequest) -> tuple[TrainingRun, int] | None:
 
 
 def _ids(request: ApiRequest) -> object:
+    received = request.received
+    if received.refusal is not None:
+        return (
+            _ids_in_front(received.head) if request.is_proto else _ids_at_ends(received.head, received.tail)
+        )
     if request.is_proto:
-        message = pb.ForwardBackwardRequest.FromString(request.body)
+        message = pb.ForwardBackwardRequest.FromString(received.content)
         return {"model_id": message.model_id, "seq_id": message.seq_id}
-    return json.loads(request.body)  # unlike the strict parser this one takes NaN
+    return json.loads(received.content)  # unlike the strict parser this one takes NaN
+
+
+def _ids_in_front(head: bytes) -> object:
+    """Return the ids of a message that is cut off: they are its first two fields, and clients write in this order."""
+    found = _FIRST_FIELDS.match(head)
+    if found is None or len(found[2]) < (length := found[1][0]):
+        return None
+    seq_id = _SECOND_FIELD.match(head, found.start(2) + length)
+    if seq_id is None:
+        return None
+    message = pb.ForwardBackwardRequest.FromString(head[: seq_id.end()])
+    return {"model_id": message.model_id, "seq_id": message.seq_id}
+
+
+def _ids_at_ends(head: bytes, tail: bytes) -> object:
+    """Return the ids of a JSON object of which the middle is unknown; what the ends do not tell once is left out."""
+    told: dict[str, object] = {}
+    for name, pattern in _IN_JSON.items():
+        found = {match[1] for end in (head, tail) for match in pattern.finditer(end)}
+        if len(found) == 1:
+            told[name] = json.loads(found.pop())
+    return told

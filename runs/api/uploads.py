@@ -25,7 +25,6 @@ from django.utils.http import http_date
 from runs.api.browser import signed_in_user
 from runs.api.decorators import (
     NO_CONTENT,
-    ClientLeft,
     Receive,
     Reply,
     Scope,
@@ -37,6 +36,7 @@ from runs.api.decorators import (
     respond,
     user_of,
 )
+from runs.api.request_bodies import ClientLeft
 from runs.exceptions import MethodNotAllowed, RequestInvalid, UnsupportedMedia, UploadBusy
 from runs.models import Upload, User
 from runs.services import access, datasets, uploads

@@ -17,6 +17,7 @@ from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller, check_match, takes_upload, upload_of
 from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.runs import RequestModel, SearchText
+from runs.schemas.waits import WaitS
 from runs.services import access, blobs, datasets
 
 router = Router(tags=["datasets"])
@@ -197,8 +198,10 @@ def upload_version(request: HttpRequest, dataset_id: str) -> Status[Uploaded]:
 
 
 @router.get("/{dataset_id}/versions/{number}", response=VersionOut, summary="Read a version")
-def get_version(request: HttpRequest, dataset_id: str, number: VersionNumber) -> VersionOut:
-    """Return one version."""
+def get_version(
+    request: HttpRequest, dataset_id: str, number: VersionNumber, wait_s: WaitS = 0.0
+) -> VersionOut:
+    """Return one version; with `wait_s` once it is no longer `checking`, or the time is over."""
     return _version(_find(request, dataset_id, number))
 
 

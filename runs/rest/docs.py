@@ -14,6 +14,8 @@ from django.shortcuts import render
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
+from runs.schemas.waits import MAX_WAIT_S
+
 _TITLES: Final = {
     "runs": "Runs",
     "steering": "Steering",
@@ -35,6 +37,14 @@ _EXAMPLE_IDS: Final = {
     "number": "1",
     "kind": "weights",
     "name": "final",
+}
+_WAITING: Final = f"?wait_s={MAX_WAIT_S}"
+_EXAMPLE_QUERIES: Final = {
+    "get_run": _WAITING,
+    "get_status": _WAITING,
+    "get_version": _WAITING,
+    "get_sample": _WAITING,
+    "export_metrics": "?format=parquet",
 }
 _EXAMPLES: Final[Mapping[str, Any]] = {
     "start_run": {
@@ -230,7 +240,7 @@ def _curl(
 ) -> str:
     name = operation["operationId"]
     address = re.sub(r"\{(\w+)\}", lambda match: _EXAMPLE_IDS[match[1]], path)
-    query = "?wait=30" if name == "get_sample" else "?format=parquet" if name == "export_metrics" else ""
+    query = _EXAMPLE_QUERIES.get(name, "")
     lines = [
         "curl -sS"
         + ("" if method == "get" else f" -X {method.upper()}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from django.http import HttpRequest
 from ninja import Router
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from runs.models import Evaluation, FixedSample, Operation, RunEvent
 from runs.recipes.rendering import decoder_of
@@ -38,7 +38,9 @@ class Measured(BaseModel):
     label: str
     loss: Number
     num_tokens: int
-    has_checkpoint: bool
+    has_checkpoint: bool = Field(
+        description="Whether a training checkpoint of this step is there now: saved already, and not deleted."
+    )
 
 
 class Sampled(BaseModel):
@@ -65,7 +67,7 @@ def list_evaluations(
     request: HttpRequest, run_id: str, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[Measured]:
     """Return the run's validation losses, in order of step."""
-    rows = Evaluation.objects.filter(run=access.get_run(caller(request), run_id))
+    rows = recipe_status.evaluations_of(access.get_run(caller(request), run_id))
     return page_of(rows, _measured, sort="step", cursor=cursor, limit=limit, scope=f"evaluations {run_id}")
 
 
@@ -97,7 +99,7 @@ def _measured(row: Evaluation) -> Measured:
         label=row.label,
         loss=row.loss,
         num_tokens=row.num_tokens,
-        has_checkpoint=row.has_checkpoint,
+        has_checkpoint=row.is_saved,  # type: ignore[attr-defined]
     )
 
 

@@ -18,6 +18,7 @@ from runs.rest.paging import Cursor, Limit, Page, page_of
 from runs.rest.rendering import Number
 from runs.schemas.names import DisplayName
 from runs.schemas.recipes import SftConfig
+from runs.schemas.waits import WaitS
 from runs.services import access, recipe_checks, recipes, run_deletion, training_runs
 from runs.services.training_runs import DisplayState
 
@@ -144,8 +145,8 @@ def start_run(request: HttpRequest, body: Annotated[StartRun, JsonBody(...)]) ->
 
 
 @router.get("/{run_id}", response=RunDetail, summary="Read a run")
-def get_run(request: HttpRequest, run_id: str) -> RunDetail:
-    """Return one run with its settings."""
+def get_run(request: HttpRequest, run_id: str, wait_s: WaitS = 0.0) -> RunDetail:
+    """Return one run with its settings; with `wait_s` once it is finished, stopped or failed, or the time is over."""
     return read(caller(request), run_id)
 
 

@@ -17,11 +17,11 @@ from runs.recipes.rendering import decoder_of, renderer_of
 from runs.rest.bodies import JsonBody
 from runs.rest.boundary import caller
 from runs.rest.runs import RequestModel
-from runs.rest.waiting import MAX_WAIT_S, wait_for
 from runs.schemas import requests, results
 from runs.schemas import sampling as schemas
 from runs.schemas.names import Id, Int64, ModelName, PathText
 from runs.schemas.playground import MAX_MESSAGES, MAX_TOKENS, Message, Target, Text
+from runs.schemas.waits import MAX_WAIT_S, WaitS
 from runs.services import access, base_models, operations, playground, sampling, sessions, waiting
 from runs.services.operations import Submission
 
@@ -120,15 +120,17 @@ def ask_sample(request: HttpRequest, body: Annotated[Ask, JsonBody(...)]) -> Sta
 def get_sample(
     request: HttpRequest,
     sample_id: str,
-    wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the answer.")] = 0.0,
+    wait_s: WaitS = 0.0,
+    wait: Annotated[
+        float, Query(ge=0, le=MAX_WAIT_S, deprecated=True, description="The former name of `wait_s`.")
+    ] = 0.0,
 ) -> SampleOut:
-    """Return the answer, or `queued` when there is none within the time.
+    """Return the answer, or `queued` when there is none within `wait_s`.
 
     The answer of a run or checkpoint of yours is kept until the run is deleted, any other for a day.
     """
-    found = _operation(request, sample_id)
-    if wait and found.state == Operation.State.QUEUED:
-        wait_for(found.pk, wait)
+    if wait and wait_s:
+        raise RequestInvalid("is the former name of wait_s; give one of them", place="wait")
     return _read(request, sample_id)
 
 

@@ -35,6 +35,10 @@ class WorkerOut(BaseModel):
     num_runs: int = Field(description="How many runs it holds.")
     num_samples: int = Field(description="How many samples it draws.")
     busy_share: Number = Field(description="How much of the time the device computes, 0 to 1.")
+    samplers: dict[str, str] = Field(
+        description="Who draws the samples while it lives, in words, for each base model that vLLM samples from; "
+        "the worker itself draws those of the others."
+    )
     started_at: datetime
     drain_asked_at: datetime | None
     stopped_at: datetime | None
@@ -90,16 +94,18 @@ def resume_worker(request: HttpRequest, worker_id: WorkerNumber) -> WorkerOut:
 
 
 def _worker(row: Worker) -> WorkerOut:
+    is_alive: bool = row.is_alive  # type: ignore[attr-defined]
     return WorkerOut(
         id=row.pk,
         state=workers.state_of(row),
         host=row.host,
         device=row.device,
         dtype=row.dtype,
-        is_alive=row.is_alive,  # type: ignore[attr-defined]
+        is_alive=is_alive,
         num_runs=row.num_runs,  # type: ignore[attr-defined]
         num_samples=row.num_samples,  # type: ignore[attr-defined]
         busy_share=row.busy_share,
+        samplers=row.samplers if is_alive else {},
         started_at=row.started_at,
         drain_asked_at=row.drain_asked_at,
         stopped_at=row.stopped_at,

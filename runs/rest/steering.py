@@ -21,6 +21,7 @@ from runs.rest.rendering import Number
 from runs.rest.runs import RequestModel, RunDetail, read
 from runs.schemas.names import CheckpointName, DisplayName
 from runs.schemas.recipes import MAX_STEPS, Changes, SftConfig
+from runs.schemas.waits import WaitS
 from runs.services import access, recipe_status, recipes
 
 router = Router(tags=["steering"])
@@ -85,8 +86,11 @@ class Fork(RequestModel):
 
 
 @router.get("/{run_id}/status", response=RunStatus, summary="Progress and time left")
-def get_status(request: HttpRequest, run_id: str) -> RunStatus:
-    """Return how the run is getting on; 404 for a run whose client trains it."""
+def get_status(request: HttpRequest, run_id: str, wait_s: WaitS = 0.0) -> RunStatus:
+    """Return how the run is getting on; with `wait_s` once it is over, or the time is.
+
+    404 for a run whose client trains it.
+    """
     return _status(access.get_recipe(caller(request), run_id))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
 from collections.abc import Iterator
@@ -39,11 +40,27 @@ def decompress(body: bytes, encoding: str | None, *, limit: int) -> bytes:
         if len(body) > limit:
             raise PayloadTooLarge(f"the body has {len(body)} bytes, the limit is {limit}")
         return body
-    pieces = _unzstd(body) if name == "zstd" else _inflate(body, name)
     try:
-        return _collect(pieces, limit=limit, num_packed=len(body))
+        return _collect(_pieces(body, name), limit=limit, num_packed=len(body))
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise RequestInvalid(f"the body is not valid {name}: {error}") from error
+
+
+def beginning(body: bytes, encoding: str, *, num_bytes: int) -> bytes:
+    """Return the first bytes of the plain body, as many as can be told of one that is damaged, cut off or too large."""
+    plain = bytearray()
+    with contextlib.suppress(UnsupportedMedia, zlib.error, zstandard.ZstdError, EOFError):
+        for piece in _pieces(body, _single_encoding(encoding)):
+            plain += piece[:num_bytes]
+            if len(plain) >= num_bytes:
+                break
+    return bytes(plain[:num_bytes])
+
+
+def _pieces(body: bytes, name: str) -> Iterator[bytes]:
+    if name == "identity":
+        return iter([body])
+    return _unzstd(body) if name == "zstd" else _inflate(body, name)
 
 
 def _single_encoding(encoding: str | None) -> str:

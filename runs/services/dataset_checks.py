@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,12 @@ def check_at_once(version_pk: int) -> None:
 def unfinished() -> list[int]:
     """Return the versions that wait for a check; their tasks may have been lost."""
     return list(_waiting().values_list("pk", flat=True))
+
+
+def checked_among(version_pks: Collection[int]) -> list[int]:
+    """Return those of the versions whose check is done, or that are deleted."""
+    going = DatasetVersion.objects.filter(pk__in=version_pks, state=State.CHECKING)
+    return list(set(version_pks) - set(going.values_list("pk", flat=True)))
 
 
 def _waiting() -> Any:

@@ -11,9 +11,9 @@ from statistics import median
 from typing import Final
 
 from django.db import connection
-from django.db.models import QuerySet
+from django.db.models import Exists, OuterRef, QuerySet
 
-from runs.models import FixedSample, Recipe, TrainingRun
+from runs.models import Checkpoint, Evaluation, FixedSample, Recipe, TrainingRun
 from runs.services import base_models, recipe_rows
 from runs.services.recipe_rows import State
 from runs.services.recipes import ACTIONS
@@ -92,6 +92,14 @@ def status_of(recipe: Recipe) -> RecipeStatus:
         started_at=recipe.started_at,
         ended_at=recipe.ended_at,
     )
+
+
+def evaluations_of(run: TrainingRun) -> QuerySet[Evaluation]:
+    """Return the run's evaluations; `is_saved` says of each whether a training checkpoint of its step is there."""
+    saved = Checkpoint.objects.filter(
+        run=OuterRef("run"), step=OuterRef("step"), kind=Checkpoint.Kind.TRAINING, is_ephemeral=False
+    )
+    return Evaluation.objects.filter(run=run).annotate(is_saved=Exists(saved))
 
 
 def fixed_samples_of(run: TrainingRun) -> QuerySet[FixedSample]:

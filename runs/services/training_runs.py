@@ -89,6 +89,8 @@ _OF_RECIPE: Final = {
     Recipe.State.DISCARDED: DisplayState.STOPPED,
     Recipe.State.FAILED: DisplayState.FAILED,
 }
+# Nothing more comes of such a run by itself.
+OVER: Final = (DisplayState.FAILED, DisplayState.CLOSED, DisplayState.STOPPED)
 _STOPPING: Final = (Recipe.State.STOPPING, Recipe.State.DISCARDING)
 _TRAINING: Final = (Recipe.State.RUNNING, Recipe.State.FINISHING, *_STOPPING)
 
@@ -246,6 +248,19 @@ def _client_ended() -> Case:
 
 def _ended(run: TrainingRun) -> DisplayState:
     return DisplayState.CLOSED if run.client_ended in _WELL else DisplayState.STOPPED  # type: ignore[attr-defined]
+
+
+def over_among(run_pks: Sequence[int]) -> list[int]:
+    """Return those of the runs that have ended or are deleted; one that a recipe trains ends with the recipe."""
+    found = with_activity(TrainingRun.objects.filter(pk__in=run_pks))
+    going = {run.pk for run in found if not _is_over(run)}
+    return [pk for pk in run_pks if pk not in going]
+
+
+def _is_over(run: TrainingRun) -> bool:
+    recipe_state: str | None = run.recipe_state  # type: ignore[attr-defined]
+    state = display_state(run) if recipe_state is None else _OF_RECIPE.get(Recipe.State(recipe_state))
+    return state in OVER
 
 
 def in_display_state(runs: QuerySet[TrainingRun], state: DisplayState) -> QuerySet[TrainingRun]:

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from runs.api import decorators, futures
+from runs.api import decorators, waiters
 from runs.api.decorators import in_thread
 from runs.models import Operation, SamplingSession, TrainingRun, Worker
 from runs.schemas import results
@@ -46,7 +46,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def num_parked() -> int:
-    return sum(len(events) for events in futures._waiters._events.values())
+    return sum(len(events) for events in waiters.operations._events.values())
 
 
 async def test_a_finished_operation_is_answered_at_once_and_again(

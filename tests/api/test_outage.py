@@ -12,7 +12,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.db import connection
 
-from runs.api import decorators, futures
+from runs.api import decorators, waiters
 from runs.api.decorators import in_thread
 from runs.models import TrainingRun
 from tests.api import bodies
@@ -93,11 +93,12 @@ async def test_waiting_requests_are_answered_after_the_database_was_away(
 ) -> None:
     step = await alice.submit("optim_step", bodies.optim_step(run, 1))
     polling = asyncio.create_task(alice.poll(step))
-    await until(lambda: bool(futures._waiters._events))
+    await until(lambda: bool(waiters.operations._events))
     async with database_away():
-        await asyncio.sleep(3 * futures._LOOK_S)  # long enough for a look at the rows to fail
+        await asyncio.sleep(3 * waiters._LOOK_S)  # long enough for a look at the rows to fail
     assert not polling.done()
-    assert not any(task.done() for task in futures._waiters._tasks)  # both ways of waking, each enough alone
+    # Both ways of waking, each enough alone.
+    assert not any(task.done() for task in waiters.operations._tasks)
     await in_thread(lambda: worker.finish(step))
     async with asyncio.timeout(WITHIN_S):
         assert (await polling).status_code == 200

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from pytest_django.fixtures import Settings
 
-from runs.api import decorators
+from runs.api import request_bodies
 from runs.models import TrainingRun
 from tests.api import bodies
 from tests.api.client import Actor, RawRequest, Stopwatch, error_of, operation, operation_pk, seqs_of
@@ -42,7 +42,7 @@ async def test_a_body_of_the_limit_is_taken_and_one_more_byte_is_not(
 
 
 async def test_a_body_without_length_is_cut_off_at_the_limit(alice: Actor, limit: int) -> None:
-    request = RawRequest("optim_step", headers=[("x-api-key", alice.key)])
+    request = RawRequest("create_session", headers=[("x-api-key", alice.key)])
 
     async def endless() -> dict[str, Any]:
         return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
@@ -80,7 +80,7 @@ async def test_little_is_read_of_who_has_no_key(path: str, at_most: int) -> None
 async def test_a_body_that_does_not_arrive_is_to_be_sent_again(
     alice: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decorators, "_BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(request_bodies, "_TIMEOUT_S", 0.05)
     request = RawRequest("optim_step", headers=[("x-api-key", alice.key)])
     await request.run(asyncio.Event().wait)
     assert (request.status, request.content["code"]) == (408, "body_too_slow")
@@ -88,7 +88,7 @@ async def test_a_body_that_does_not_arrive_is_to_be_sent_again(
 
 
 async def test_a_length_above_the_limit_is_refused_unread(alice: Actor, limit: int) -> None:
-    request = RawRequest("optim_step", headers=[("x-api-key", alice.key), ("content-length", "20001")])
+    request = RawRequest("create_session", headers=[("x-api-key", alice.key), ("content-length", "20001")])
 
     async def receive() -> dict[str, Any]:
         raise AssertionError("the body was read")

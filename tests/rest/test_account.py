@@ -66,6 +66,15 @@ def test_workers_are_listed_the_living_first(alice: Rest, run: TrainingRun) -> N
     assert alice.get("workers")["items"][0]["busy_share"] is None
 
 
+def test_a_living_worker_says_who_draws_its_samples(alice: Rest) -> None:
+    words = {"mintweb/tiny": "vLLM at http://127.0.0.1:8001 draws the samples"}
+    for is_alive in (True, False):
+        worker = seed.make_worker(is_alive=is_alive)
+        Worker.objects.filter(pk=worker.pk).update(samplers=words)
+    seed.make_worker()
+    assert [one["samplers"] for one in alice.get("workers")["items"]] == [{}, words, {}]
+
+
 def test_an_operator_drains_a_worker_and_resumes_it(alice: Rest, run: TrainingRun) -> None:
     worker = seed.make_worker()
     TrainingRun.objects.filter(pk=run.pk).update(worker=worker)

@@ -29,6 +29,24 @@ def test_evaluations_come_by_step(alice: Rest, run: TrainingRun) -> None:
     assert (found[1]["label"], found[1]["num_tokens"]) == ("held out", 4000)
 
 
+def test_an_evaluation_has_a_checkpoint_while_its_weights_are_there(alice: Rest, run: TrainingRun) -> None:
+    def with_checkpoint() -> list[int]:
+        return [
+            one["step"] for one in alice.walk(f"runs/{run.public_id}/evaluations") if one["has_checkpoint"]
+        ]
+
+    recipe_seed.add_evaluations(run, [10, 20, 30])
+    Evaluation.objects.filter(run=run).update(has_checkpoint=True)  # to be saved, as the loop enters it
+    assert with_checkpoint() == []
+    seed.add_checkpoint(run, "step-10", step=10)
+    seed.add_checkpoint(run, "final", step=30)
+    seed.add_checkpoint(run, "step-20", step=20, kind="sampler_weights")
+    seed.add_checkpoint(seed.make_run(alice.user), "step-20", step=20)
+    assert with_checkpoint() == [10, 30]
+    alice.done("DELETE", f"runs/{run.public_id}/checkpoints/weights/step-10", status=204)
+    assert with_checkpoint() == [30]
+
+
 def test_fixed_samples_are_texts(alice: Rest, run: TrainingRun, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection
 from django.db.models.functions import Now
 from tokenizers import Tokenizer
 
@@ -138,7 +135,7 @@ def test_a_failed_sample_says_why(alice: Rest) -> None:
     asked = alice.post("samples", {"prompt": "a", "base_model": BASE_MODEL}, status=202)
     pk = int(asked["id"].removeprefix("op-"))
     Operation.objects.filter(pk=pk).update(state=Operation.State.FAILED, error="out of memory")
-    done = alice.get(f"samples/{asked['id']}?wait=5")
+    done = alice.get(f"samples/{asked['id']}?wait_s=5")
     assert (done["state"], done["error"]) == ("failed", "out of memory")
 
 
@@ -148,29 +145,6 @@ def test_an_operation_that_is_no_sample_is_none(alice: Rest, run: TrainingRun) -
     alice.refused("GET", f"samples/{step.request_id}", status=404)
     for wrong in ("1", "op-0", "op-x", "op-99999999999999999999"):
         alice.refused("GET", f"samples/{wrong}", status=404)
-
-
-@pytest.mark.django_db(transaction=True)
-def test_waiting_ends_with_the_answer_or_the_time(transactional_db: None) -> None:
-    alice = Rest.make("alice")
-    asked = alice.post("samples", {"prompt": "a", "base_model": BASE_MODEL}, status=202)
-    begin = time.monotonic()
-    assert alice.get(f"samples/{asked['id']}?wait=0.3")["state"] == "queued"
-    assert 0.3 <= time.monotonic() - begin < 5
-    assert alice.refused("GET", f"samples/{asked['id']}?wait=31")["place"] == "wait"
-
-    def wait() -> Any:
-        try:
-            return alice.get(f"samples/{asked['id']}?wait=30")
-        finally:
-            connection.close()
-
-    with ThreadPoolExecutor(4) as threads:
-        waiting = [threads.submit(wait) for _ in range(4)]
-        answer(asked["id"], "A fox.")
-        replies = [one.result(timeout=10) for one in waiting]
-    assert [one["sequences"][0]["text"] for one in replies] == ["A fox."] * 4
-    assert time.monotonic() - begin < 20
 
 
 def test_an_answer_that_was_deleted_is_told(alice: Rest) -> None:
