@@ -21,6 +21,8 @@ from tests.worker.conftest import DEADLINE_S, wait_for
 
 TINY = Path(__file__).resolve().parent.parent.parent / "gpuworker" / "tiny" / "model"
 BASE_MODEL = "mintweb/tiny"
+LEARNS_NOTHING = 1e-30
+"""A learning rate at which the validation loss stays what it is."""
 ENDED = (State.FINISHED, State.STOPPED, State.DISCARDED, State.FAILED)
 
 

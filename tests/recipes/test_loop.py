@@ -29,7 +29,7 @@ from runs.services import (
 )
 from runs.services.recipe_rows import State
 from tests.no_room import no_room
-from tests.recipes.conftest import Staff, ended, questions, read, turn_until
+from tests.recipes.conftest import LEARNS_NOTHING, Staff, ended, questions, read, turn_until
 
 Begin = Callable[..., Recipe]
 Kind = Operation.Kind
@@ -211,9 +211,7 @@ def test_it_stays_some_seconds_ahead_of_the_worker(begin: Begin, worker: Staff) 
 
 
 def test_early_stopping_ends_a_run_that_does_not_get_better(begin: Begin) -> None:
-    recipe = ended(
-        begin(num_steps=40, eval_every=2, early_stopping=2, learning_rate=0.9, schedule="constant")
-    )
+    recipe = ended(begin(num_steps=40, eval_every=2, early_stopping=2, learning_rate=LEARNS_NOTHING))
 
     assert recipe.state == State.FINISHED
     measured = series(recipe, "validation_loss")

@@ -27,7 +27,7 @@ from runs.recipes.loop import RecipeLoop
 from runs.schemas.recipes import Changes, SftConfig
 from runs.services import active_recipes, holdups, recipe_samples, recipe_status, recipe_steps, recipes
 from runs.services.recipe_rows import State
-from tests.recipes.conftest import Staff, ended, questions, turn_until
+from tests.recipes.conftest import LEARNS_NOTHING, Staff, ended, questions, turn_until
 from tests.recipes.test_loop import break_a_step, series
 
 Begin = Callable[..., Recipe]
@@ -176,9 +176,7 @@ def test_a_finished_run_is_extended_in_place(begin: Begin) -> None:
 
 
 def test_a_run_that_stopped_early_trains_on_when_it_is_extended(begin: Begin) -> None:
-    recipe = ended(
-        begin(num_steps=40, eval_every=2, early_stopping=2, learning_rate=0.9, schedule="constant")
-    )
+    recipe = ended(begin(num_steps=40, eval_every=2, early_stopping=2, learning_rate=LEARNS_NOTHING))
     stopped_at = recipe.run.step
     assert event(recipe, "early_stopped").step == stopped_at
 
