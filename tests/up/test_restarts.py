@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,14 @@ def web(settings: Settings, tmp_path: Path) -> Iterator[Path]:
     with subprocess.Popen(
         programs._python("supervisor.supervisord", "--configuration", str(file))
     ) as process:
-        up.wait_for_supervisord(process)
-        up.ask("startProcess", "web", False)
-        wait_for(lambda: up.states() == {"web": "FATAL"}, 60)
-        yield program
-        process.terminate()
+        try:
+            up.wait_for_supervisord(process)
+            with suppress(up.Refused):  # it may have ended before the answer
+                up.ask("startProcess", "web", False)
+            wait_for(lambda: up.states() == {"web": "FATAL"}, 60)
+            yield program
+        finally:
+            process.terminate()
 
 
 def test_a_program_that_was_given_up_is_started_again(web: Path) -> None:

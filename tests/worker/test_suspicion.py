@@ -43,7 +43,7 @@ def test_runs_go_on_between_samples_that_are_tried_alone(
     samples = [ask(session, seq=seq, num_tokens=30, stream=False) for seq in range(4)]
     Operation.objects.filter(pk__in=samples).update(attempts=9)
     client = new_client()
-    steps = [client.optim_step() for _ in range(40)]
+    steps = [client.optim_step() for _ in range(160)]
 
     start_worker()
 
