@@ -5,11 +5,9 @@ Tensors and token ids only; no rows, queues or settings. The worker calls it fro
 
 from __future__ import annotations
 
-import platform
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from gpuworker.engine.adapters import (
     select_modules,
 )
 from gpuworker.engine.base_model import BaseModel
+from gpuworker.engine.device_names import device_name
 from gpuworker.engine.exceptions import (
     CheckpointError,
     EngineError,
@@ -150,7 +149,7 @@ class Engine:
         return {
             "torch": torch.__version__,
             "device": str(self._base.device),
-            "device_name": _device_name(self._base.device),
+            "device_name": device_name(self._base.device),
             "num_devices": str(self._base.group.share.size),
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "threads": str(torch.get_num_threads()),
@@ -366,20 +365,6 @@ class Engine:
             raise CheckpointError(f"the checkpoint does not suit this base model: {error}") from error
         check_fit(state, layout)
         return layout
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-
-
-@cache
-def _processor_name() -> str:
-    """Return which processor this is: two kinds of equal abilities may give other last bits."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _token_budget(base: BaseModel) -> int:

@@ -133,6 +133,15 @@ def test_a_worker_that_takes_no_work_yet_makes_nothing_ready_and_has_no_share(
         worker.stop()
 
 
+@contextmanager
+def drawing(worker: GpuWorker, session: SamplingSession) -> Iterator[int]:
+    """Have a worker draw a sample for as long as this takes."""
+    with drawing_no_end(worker):
+        sample = ask(session, num_tokens=200, stream=False)
+        wait_for(lambda: Operation.objects.get(pk=sample).worker_id, what="the sample is being drawn")
+        yield sample
+
+
 def test_nothing_is_computed_while_another_has_the_engines(
     start_worker: Start,
     session: SamplingSession,
@@ -140,9 +149,7 @@ def test_nothing_is_computed_while_another_has_the_engines(
 ) -> None:
     worker, client = start_worker(), new_client()
     finished(client.forward_backward(TOKENS))
-    with drawing_no_end(worker):
-        sample = ask(session, num_tokens=200, stream=False)
-        wait_for(lambda: Operation.objects.get(pk=sample).worker_id, what="the sample is being drawn")
+    with drawing(worker, session) as sample:
         with worker.scheduler.paused():
             waits = client.forward_backward(TOKENS)
             wait_for(worker.scheduler._has_heads, what="it could be computed")
@@ -189,22 +196,19 @@ def test_a_worker_that_stops_while_it_loads_sets_everything_free(
 ) -> None:
     worker, client = start_worker(), new_client()
     finished(client.forward_backward(TOKENS))
-    with drawing_no_end(worker):
-        sample = ask(session, num_tokens=200, stream=False)
-        wait_for(lambda: Operation.objects.get(pk=sample).worker_id, what="the sample is being drawn")
-        with loading_slowly(hub):
-            waits = client.optim_step()
-            wait_for(lambda: Operation.objects.get(pk=waits).worker_id, what="the operation is taken")
-            stopping = database_thread("stopping", worker.stop)
-            stopping.start()
-            stopping.join(STOP_S)
-            has_stopped = not stopping.is_alive()
-            run = TrainingRun.objects.get(pk=client.run.pk)
-            takers = [Operation.objects.get(pk=pk).worker_id for pk in (sample, waits)]
-            assert has_stopped
-            assert {run.worker_id, *takers} == {None}
-            assert Snapshot.objects.get(run=run).seq == run.applied_seq
-            assert Worker.objects.get(pk=worker.row.pk).stopped_at is not None
+    with drawing(worker, session) as sample, loading_slowly(hub):
+        waits = client.optim_step()
+        wait_for(lambda: Operation.objects.get(pk=waits).worker_id, what="the operation is taken")
+        stopping = database_thread("stopping", worker.stop)
+        stopping.start()
+        stopping.join(STOP_S)
+        has_stopped = not stopping.is_alive()
+        run = TrainingRun.objects.get(pk=client.run.pk)
+        takers = [Operation.objects.get(pk=pk).worker_id for pk in (sample, waits)]
+        assert has_stopped
+        assert {run.worker_id, *takers} == {None}
+        assert Snapshot.objects.get(run=run).seq == run.applied_seq
+        assert Worker.objects.get(pk=worker.row.pk).stopped_at is not None
     wait_for(lambda: not worker._loading.is_alive(), what="the loading ends")
     assert worker.scheduler._engines.keys() == Worker.objects.get(pk=worker.row.pk).fingerprint.keys()
     assert worker.scheduler._engines.keys() == {base_model}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from django.test import Client
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from tokenizers import Tokenizer
 
-from runs.models import TrainingRun, User
+from runs.models import DatasetVersion, TrainingRun, User
 from tests.pages import recipe_seed, seed
 from tests.pages.live.browser import AWAY, CHROMIUM, REFUSED, WATCH
 from tests.pages.live.run_page import PROMPT
 from tests.pages.live.server import Server
+from tests.pages.new_run_form import make_dataset, make_sizes
 
 
 @pytest.fixture
@@ -81,3 +83,20 @@ def run(alice: User, tokenizer: Tokenizer) -> TrainingRun:
     seed.add_values(run, seed.curve(60))
     recipe_seed.make_recipe(run, prompts=[PROMPT])
     return run
+
+
+@pytest.fixture
+def form_base_model(transactional_db: None, tmp_path: Path) -> Tokenizer:
+    """Have a base model whose worker told its sizes."""
+    tokenizer = seed.make_base_model(tmp_path / "tokenizer")
+    worker = seed.make_worker()
+    worker.memory_bytes = 8_000_000_000
+    worker.save(update_fields=["memory_bytes"])
+    make_sizes(worker)
+    return tokenizer
+
+
+@pytest.fixture
+def dataset(alice: User) -> DatasetVersion:
+    """Return 400 rows."""
+    return make_dataset(alice)
